@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-slow lint types bench reproduce clean
+
+install: $(STAMP)
+
+# A stamp, so that it runs once and again only when what is to be installed has changed.
+$(STAMP): pyproject.toml constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "rewurst needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
+
+reproduce: $(STAMP)
+	$(BIN)/python examples/demo.py --out runs/reproduce --runs all
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The command line: ``rewurst`` and ``python train.py`` are the same program."""
