@@ -1,1 +1,56 @@
-"""."""
+"""Callbacks for any Lightning project: they import neither networks nor data."""
+
+from .lr_rewarming import LRRewarming
+from .progress_bar import StepProgressBar
+from .replay import ReplayScheduler, ReplaySource
+from .schedule_types import (
+    Constant,
+    InfiniteCosine,
+    InfiniteInverseSqrt,
+    Schedule,
+    WarmupCosine,
+    WarmupInverseSqrt,
+    WarmupLinear,
+    WarmupStableDecay,
+)
+from .schedules import (
+    constant,
+    cosine,
+    exponential,
+    infinite_cosine,
+    infinite_inverse_sqrt,
+    inverse_square_root,
+    linear,
+    piecewise,
+    warmup_cosine,
+    warmup_inverse_sqrt,
+    warmup_linear,
+    warmup_stable_decay,
+)
+
+__all__ = [
+    "Constant",
+    "InfiniteCosine",
+    "InfiniteInverseSqrt",
+    "LRRewarming",
+    "ReplayScheduler",
+    "ReplaySource",
+    "Schedule",
+    "StepProgressBar",
+    "WarmupCosine",
+    "WarmupInverseSqrt",
+    "WarmupLinear",
+    "WarmupStableDecay",
+    "constant",
+    "cosine",
+    "exponential",
+    "infinite_cosine",
+    "infinite_inverse_sqrt",
+    "inverse_square_root",
+    "linear",
+    "piecewise",
+    "warmup_cosine",
+    "warmup_inverse_sqrt",
+    "warmup_linear",
+    "warmup_stable_decay",
+]

@@ -1,1 +1,5 @@
-"""."""
+"""LightningModules."""
+
+from .causal_lm import CausalLM
+
+__all__ = ["CausalLM"]

@@ -1,0 +1,52 @@
+"""A progress bar for runs that are counted in steps and go on from where they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class StepProgressBar(TQDMProgressBar):
+    """Shows completed optimizer steps of ``max_steps``, named after the data module's ``dataset``.
+
+    Lightning's own bars count batches of an epoch and take a resumed run's remaining steps for all of them. Without
+    ``max_steps`` this one is Lightning's.
+    """
+
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        """Begins the bar where the run stands; a run resumed within an epoch has no other beginning."""
+        super().on_train_start(trainer, *args)
+        self._begin(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Lightning resets the bar here."""
+        super().on_train_epoch_start(trainer, *args)
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
+        if trainer.max_steps <= 0:
+            return
+        bar = self.train_progress_bar
+        bar.total, bar.unit = trainer.max_steps, " steps"
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
+        bar.set_description(getattr(trainer.datamodule, "dataset", None) or "training")  # type: ignore[attr-defined]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Shows the steps completed."""
+        if trainer.max_steps <= 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif self._should_update(trainer.global_step, trainer.max_steps):
+            bar = self.train_progress_bar
+            bar.n = trainer.global_step
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.refresh()
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """Lightning's metrics without the version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics

@@ -1,0 +1,220 @@
+"""The functions of :mod:`.schedules` with their numbers bound, so that YAML can name them and a checkpoint keep them.
+
+A schedule knows no length: the callback that drives it has one, in steps or tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from .. import UsageError
+from . import schedules
+
+
+class Schedule(ABC):
+    """A value for every step of a length. Subclasses are frozen dataclasses over one function of :mod:`.schedules`.
+
+    ``never_ends`` says that a new dataset goes on at the value where the old one stopped, instead of re-warming.
+    """
+
+    function: ClassVar[Callable[..., Any]]
+    never_ends: ClassVar[bool] = False
+
+    def value(self, step: schedules.Steps, length: int) -> Any:
+        """The value that the step-th optimizer step uses (from 0), for one step or an array of steps."""
+        return type(self).function(step, length, **self.numbers())
+
+    def numbers(self) -> dict[str, float]:
+        """The bound arguments by name."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]  # every subclass is a dataclass
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the class name and the numbers, nothing that would need unpickling."""
+        return {"name": type(self).__name__, **self.numbers()}
+
+    def describe(self) -> str:
+        """One readable line, such as ``WarmupCosine(peak=0.0003, minimum=3e-05, warmup=0.01)``."""
+        return describe(self.state())
+
+
+def describe(state: Mapping[str, Any]) -> str:
+    """The readable line of a schedule's kept state."""
+    numbers = ", ".join(f"{key}={value}" for key, value in state.items() if key != "name")
+    return f"{state['name']}({numbers})"
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same value at every step.
+
+    Args:
+        level: That value.
+    """
+
+    level: float
+    function = staticmethod(lambda step, length, level: schedules.constant(step, length, level))
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "level")
+
+
+@dataclass(frozen=True)
+class WarmupCosine(Schedule):
+    """Linear warm-up and cosine decay: what both papers re-warm and re-decay with.
+
+    Args:
+        peak: Value at the end of the warm-up.
+        minimum: Value at the end; the papers take a tenth of the peak.
+        warmup: Fraction of the length spent warming up.
+    """
+
+    peak: float
+    minimum: float
+    warmup: float = 0.01
+    function = staticmethod(schedules.warmup_cosine)
+
+    def __post_init__(self) -> None:
+        _peak_over_minimum(self)
+        _increasing(self, "warmup")
+
+
+@dataclass(frozen=True)
+class WarmupLinear(WarmupCosine):
+    """Linear warm-up and linear decay; arguments as :class:`WarmupCosine`."""
+
+    function = staticmethod(schedules.warmup_linear)
+
+
+@dataclass(frozen=True)
+class WarmupInverseSqrt(WarmupCosine):
+    """Linear warm-up and inverse-square-root decay.
+
+    Args:
+        peak: Value at the end of the warm-up.
+        minimum: Value at the end.
+        warmup: Fraction of the length spent warming up.
+        alpha: Steepness of the decay, above 0.
+    """
+
+    alpha: float = 10.0
+    function = staticmethod(schedules.warmup_inverse_sqrt)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "alpha")
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay(Schedule):
+    """WSD: warm-up, a constant peak, a linear decay at the end.
+
+    Args:
+        peak: Value of the constant phase.
+        minimum: Value at the end.
+        warmup: Fraction of the length spent warming up.
+        decay: Fraction of the length spent decaying.
+    """
+
+    peak: float
+    minimum: float
+    warmup: float = 0.01
+    decay: float = 0.1
+    function = staticmethod(schedules.warmup_stable_decay)
+
+    def __post_init__(self) -> None:
+        _peak_over_minimum(self)
+        _increasing(self, "warmup")
+        _increasing(self, "decay")
+        if self.warmup + self.decay > 1:
+            raise _error(self, f"warmup {self.warmup} and decay {self.decay} overlap: together they may be at most 1")
+
+
+@dataclass(frozen=True)
+class InfiniteCosine(Schedule):
+    """Warm-up, cosine cool-down, a constant phase that datasets may follow one another in, annealing for a release.
+
+    Args:
+        peak: Value at the end of the warm-up.
+        constant: Value of the constant phase.
+        minimum: Value at the end of the annealing.
+        warmup: Fraction of the length at which the warm-up ends.
+        cooldown_until: Fraction of the length at which the cool-down ends.
+        constant_until: Fraction of the length at which the constant phase ends.
+    """
+
+    peak: float
+    constant: float
+    minimum: float
+    warmup: float = 0.01
+    cooldown_until: float = 0.6
+    constant_until: float = 0.85
+    function = staticmethod(schedules.infinite_cosine)
+    never_ends = True
+
+    def __post_init__(self) -> None:
+        _peak_over_minimum(self)
+        _positive(self, "minimum")
+        if not self.minimum <= self.constant <= self.peak:
+            raise _error(self, f"constant {self.constant} must lie between minimum {self.minimum} and peak {self.peak}")
+        _increasing(self, "warmup", "cooldown_until", "constant_until")
+
+    def constant_phase(self, length: int) -> tuple[int, int]:
+        """First step of the constant phase and first step after it."""
+        return round(self.cooldown_until * length), round(self.constant_until * length)
+
+
+@dataclass(frozen=True)
+class InfiniteInverseSqrt(InfiniteCosine):
+    """As :class:`InfiniteCosine` with an inverse-square-root cool-down.
+
+    Args:
+        peak: Value at the end of the warm-up.
+        constant: Value of the constant phase.
+        minimum: Value at the end of the annealing.
+        warmup: Fraction of the length at which the warm-up ends.
+        cooldown_until: Fraction of the length at which the cool-down ends.
+        constant_until: Fraction of the length at which the constant phase ends.
+        alpha: Steepness of the cool-down, above 0.
+    """
+
+    alpha: float = 10.0
+    function = staticmethod(schedules.infinite_inverse_sqrt)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "alpha")
+
+
+def _peak_over_minimum(schedule: Schedule) -> None:
+    numbers = schedule.numbers()
+    _not_negative(schedule, "minimum")
+    if numbers["peak"] < numbers["minimum"]:
+        raise _error(schedule, f"peak {numbers['peak']} is below minimum {numbers['minimum']}")
+    _positive(schedule, "peak")
+
+
+def _increasing(schedule: Schedule, *names: str) -> None:
+    """Fractions of a length lie in [0, 1], each at or after the one before."""
+    before, floor = "0", 0.0
+    for name in names:
+        value = schedule.numbers()[name]
+        if not floor <= value <= 1:
+            raise _error(schedule, f"{name} {value} must lie between {before} and 1 (a fraction of the length)")
+        before, floor = f"{name} {value}", value
+
+
+def _positive(schedule: Schedule, name: str) -> None:
+    if schedule.numbers()[name] <= 0:
+        raise _error(schedule, f"{name} {schedule.numbers()[name]} must be above 0")
+
+
+def _not_negative(schedule: Schedule, name: str) -> None:
+    if schedule.numbers()[name] < 0:
+        raise _error(schedule, f"{name} {schedule.numbers()[name]} must not be below 0")
+
+
+def _error(schedule: Schedule, message: str) -> UsageError:
+    return UsageError(f"{type(schedule).__name__}: {message}")

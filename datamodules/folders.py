@@ -1,0 +1,45 @@
+"""Folders that preparation fills: empty to begin with, or overwritten where they are recognisably of the same kind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from .. import UsageError
+from .corpus_index import writing
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# A layout is a pattern that the path of every file in the folder matches; temporary files of a killed run included.
+_TOKENIZER = rf"\.?({'|'.join(map(re.escape, TOKENIZER_FILES))})(\.\w+)?"
+TOKENIZER_LAYOUT = re.compile(_TOKENIZER)
+CORPUS_LAYOUT = re.compile(rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)?|tokenizer/{_TOKENIZER})")
+
+
+def make_folder(folder: Path, layout: re.Pattern[str], overwrite: bool) -> None:
+    """Make ``folder`` an empty folder.
+
+    Raises:
+        UsageError: It is not empty and ``overwrite`` is not asked for, or it holds what ``layout`` does not know.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"out {folder} is a file, expected a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise UsageError(f"out {folder} is not empty; choose another folder or add --overwrite")
+        files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        for name in sorted(path.relative_to(folder).as_posix() for path in files):
+            if not layout.fullmatch(name):
+                raise UsageError(f"out {folder} holds {name}, which preparation does not make: not overwritten")
+        with writing(folder):
+            shutil.rmtree(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)

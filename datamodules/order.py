@@ -1,0 +1,128 @@
+"""The order of samples as a pure function: counter of a corpus -> epoch and index -> permuted row.
+
+1. A corpus is read by a counter that never restarts: ``epoch = counter // rows``, ``index = counter % rows``.
+2. Each epoch permutes the rows by a keyed Feistel network with cycle walking. There is no table and no generator
+   state: any position costs the same, and the keys are hashes of (seed, corpus, epoch).
+3. ``"full"`` permutes all rows. ``"window"`` permutes blocks of neighbouring rows, then rows within a window of
+   consecutive permuted blocks, so that a stream touches few places at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
+ROUNDS = 8
+
+
+def permute(index: Rows, size: int, keys: NDArray[np.uint64]) -> Rows:
+    """A keyed bijection of ``range(size)``, element by element.
+
+    An alternating Feistel network over the smallest power of two that holds ``size``; results outside are permuted
+    again until they fall inside (cycle walking), which takes under two rounds on average.
+
+    Args:
+        index: Values in ``[0, size)``, any shape.
+        size: Number of elements permuted.
+        keys: :data:`ROUNDS` round keys.
+    """
+    if size <= 1:
+        return index.copy()
+    bits = (size - 1).bit_length()
+    result = _feistel(index.astype(np.uint64), bits, keys)
+    outside = result >= size
+    while outside.any():
+        result[outside] = _feistel(result[outside], bits, keys)
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+@lru_cache(maxsize=256)
+def round_keys(seed: int, corpus: str, epoch: int, purpose: str) -> NDArray[np.uint64]:
+    """Round keys from a BLAKE2b hash of what they are for."""
+    text = f"{seed}\0{corpus}\0{epoch}\0{purpose}".encode()
+    keys = np.frombuffer(hashlib.blake2b(text, digest_size=8 * ROUNDS).digest(), dtype="<u8").astype(np.uint64)
+    keys.flags.writeable = False
+    return keys
+
+
+@dataclass(frozen=True)
+class CorpusOrder:
+    """The order in which one corpus is read.
+
+    Args:
+        corpus: Its name; with the seed it decides the order.
+        rows: Number of rows.
+        seed: Seed of the run.
+        shuffle: ``"full"`` over all rows, or ``"window"`` for streams.
+        block: Rows in a block of the window shuffle.
+        window: Blocks in a window of the window shuffle.
+    """
+
+    corpus: str
+    rows: int
+    seed: int
+    shuffle: Literal["full", "window"] = "full"
+    block: int = 256
+    window: int = 64
+
+    def row(self, counters: Rows) -> Rows:
+        """Row of each counter; every row comes once an epoch.
+
+        Args:
+            counters: Samples of this corpus read before, ``(n,)``.
+        """
+        epochs, index = np.divmod(counters, self.rows)
+        result = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            shuffle = self._full if self.shuffle == "full" else self._window
+            result[of_epoch] = shuffle(int(epoch), index[of_epoch])
+        return result
+
+    def _full(self, epoch: int, index: Rows) -> Rows:
+        return permute(index, self.rows, round_keys(self.seed, self.corpus, epoch, "rows"))
+
+    def _window(self, epoch: int, index: Rows) -> Rows:
+        """Shuffles within each window, then maps permuted blocks to rows; a last short block stays last."""
+        index = index.copy()
+        size = self.block * self.window
+        windows = index // size
+        for window in np.unique(windows):
+            inside = windows == window
+            begin = int(window) * size
+            keys = round_keys(self.seed, self.corpus, epoch, f"window {window}")
+            index[inside] = begin + permute(index[inside] - begin, min(size, self.rows - begin), keys)
+        blocks, within = np.divmod(index, self.block)
+        whole = self.rows // self.block
+        full = blocks < whole
+        keys = round_keys(self.seed, self.corpus, epoch, "blocks")
+        blocks[full] = permute(blocks[full], whole, keys)
+        return blocks * self.block + within
+
+
+def _feistel(value: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    right_bits = np.uint64(max(bits // 2, 1))
+    left_mask = np.uint64((1 << (bits - int(right_bits))) - 1)
+    right_mask = np.uint64((1 << int(right_bits)) - 1)
+    left, right = value >> right_bits, value & right_mask
+    for number, key in enumerate(keys):
+        if number % 2:
+            right ^= _mix(left ^ key) & right_mask
+        else:
+            left ^= _mix(right ^ key) & left_mask
+    return (left << right_bits) | right
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
+    with np.errstate(over="ignore"):
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

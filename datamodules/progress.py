@@ -1,0 +1,79 @@
+"""Where a data module stands, counted from completed batches and kept by nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Progress(Callback):
+    """Counts completed global batches and the rows in them; a data module attaches it to its trainer.
+
+    ``LightningDataModule`` has no hook at the end of a batch, and a loader's position runs ahead of training.
+
+    Attributes:
+        step: Completed global batches, over all datasets.
+        start: Step at which the current dataset began.
+        accumulation: Micro-batches in a global batch.
+        rows: Rows used since the dataset began, by corpus, ``(corpora,)``.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.start = 0
+        self.accumulation = 1
+        self.rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._micro_batches = 0
+        self._restored = False
+
+    def attach(self, trainer: Trainer, accumulation: int, corpora: int) -> None:
+        """Joins the trainer's callbacks, in front, so that a checkpoint saved by one of them sees the batch counted."""
+        self.accumulation = accumulation
+        if len(self.rows) != corpora:
+            self.rows = np.zeros(corpora, dtype=np.int64)
+        if self not in trainer.callbacks:  # type: ignore[attr-defined]
+            trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+
+    def restore(self, step: int, start: int) -> None:
+        """Takes over what a checkpoint knows. A global batch that was not complete is read again from its start."""
+        self.step, self.start, self._micro_batches, self._restored = step, start, 0, True
+        self.rows[:] = 0
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Rescales Lightning's own count of batches to the current accumulation.
+
+        It counts micro-batches, and closes a global batch at multiples of the accumulation: restored in the middle of
+        one, or with another accumulation, it would close the first one early.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if not self._restored:  # a checkpoint of another data module: Lightning counts every optimizer's steps
+            step = checkpoint["global_step"] // max(len(checkpoint["optimizer_states"]), 1)
+            self.restore(step=step, start=step)
+        if trainer.max_steps <= 0:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = self.step * self.accumulation
+        current = progress["current"]
+        if current["ready"] in (done, 0):
+            return
+        # As saved at the end of a batch: everything counted but `completed`, which Lightning adds at restart.
+        for counts in (current, progress["total"]):
+            counts.update(ready=done, started=done, processed=done, completed=done - 1)
+        progress["is_last_batch"] = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Counts the batch and its rows."""
+        self._micro_batches += 1
+        self.rows += torch.bincount(batch["corpus"].cpu(), minlength=len(self.rows)).numpy()
+        if self._micro_batches == self.accumulation:
+            self.step += 1
+            self._micro_batches = 0

@@ -1,0 +1,91 @@
+"""One WebDataset tar of rows while it is being written, with its sidecar of offsets."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .corpus_index import Shard, writing
+
+
+class ShardFile:
+    """A tar that is hashed as it goes; nothing in it depends on who writes it or when.
+
+    Args:
+        path: The tar; its sidecar has the same name with the suffix ``.idx``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.samples = 0
+        self._rows = 0
+        self._offsets: list[int] = []
+        self._file = _HashingFile(path)
+        # The bytes of webdataset's TarWriter with mtime 0, without its import of torch, which takes 0.5 GB.
+        self._tar = tarfile.open(fileobj=cast(Any, self._file), mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, key: str, rows: NDArray[Any]) -> None:
+        """Append the member ``<key>.npy`` with ``rows``, shape (n, sequence_length + 1)."""
+        content = io.BytesIO()
+        np.lib.format.write_array(content, np.ascontiguousarray(rows), version=(1, 0), allow_pickle=False)
+        header = tarfile.TarInfo(f"{key}.npy")  # mtime 0, mode 0644, no user, no group
+        header.size = content.tell()
+        content.seek(0)
+        self._offsets.append(self._tar.offset)
+        self._tar.addfile(header, content)
+        self._rows += len(rows)
+        self.samples += 1
+
+    def close(self) -> Shard:
+        """Finish the tar and write its sidecar; both are on the disk afterwards."""
+        end = self._tar.offset
+        self._tar.close()
+        size, sha256 = self._file.close()
+        sidecar = self.path.with_suffix(".idx")
+        with writing(sidecar), sidecar.open("wb") as file:
+            file.write(np.array([*self._offsets, end], dtype="<u8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        return Shard(self.path.name, size, self.samples, self._rows, sha256)
+
+    def discard(self) -> None:
+        """Delete what has been written."""
+        self._file.discard()
+        self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".idx").unlink(missing_ok=True)
+
+
+class _HashingFile:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._hash = hashlib.sha256()
+        with writing(path):
+            self._file = path.open("wb")
+
+    def write(self, data: bytes) -> int:
+        if self._file.closed:  # discarded; tarfile still wants to flush when it is collected
+            return 0
+        self._hash.update(data)
+        with writing(self._path):
+            return self._file.write(data)
+
+    def close(self) -> tuple[int, str]:
+        """Size in bytes and SHA-256, once the file is on the disk."""
+        with writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            size = self._file.tell()
+            self._file.close()
+        return size, self._hash.hexdigest()
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
+            self._file.close()

@@ -1,0 +1,235 @@
+"""Text sources: files, folders and built-in corpora, read as documents in one fixed order and in bounded memory.
+
+1. ``expand`` turns SOURCE strings into an ordered list of ``SourceFile``; files of unknown kinds are counted.
+2. ``read`` turns one of them into ``Piece``s: a long document comes in several, the last one says that it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import UsageError
+from . import builtin
+from .corpus_index import did_you_mean
+from .streams import COMPRESSIONS, lines, text_pieces
+
+PIECE_CHARS = 2**16  # an encoding takes about 150 bytes a token, and a character can be four tokens
+LINE_BYTES = 2**25  # a line of JSON is parsed whole, and takes up to eight times its size while it is
+PARQUET_BATCH_ROWS = 64
+_PLAIN_KINDS = (".txt", ".md", ".jsonl")
+KINDS = (*_PLAIN_KINDS, ".parquet")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Up to 64 Ki characters of a document, and whether the document ends with them."""
+
+    text: str
+    ends_document: bool
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file, or one built-in corpus; ``kind`` is a suffix without compression, or ``builtin``."""
+
+    name: str
+    kind: str
+
+
+@dataclass
+class Skipped:
+    """What was left out, or changed, while sources were read."""
+
+    unknown_files: list[str] = field(default_factory=list)
+    empty_documents: int = 0
+    repaired_documents: int = 0
+
+    def report(self) -> str:
+        """One line for the summary, empty where nothing was skipped."""
+        parts = []
+        if self.unknown_files:
+            first = self.unknown_files[0]
+            parts.append(
+                f"{len(self.unknown_files)} files of unknown kind, or links to folders, skipped (the first: {first})"
+            )
+        if self.empty_documents:
+            parts.append(f"{self.empty_documents} empty documents skipped")
+        if self.repaired_documents:
+            parts.append(f"{self.repaired_documents} documents with half a surrogate pair, replaced by U+FFFD")
+        return "; ".join(parts)
+
+
+def expand(sources: Sequence[str], skipped: Skipped) -> list[SourceFile]:
+    """The files behind ``sources``: in the order given, those of a folder sorted by their paths.
+
+    Raises:
+        UsageError: No sources, a path that does not exist, a file of unknown kind, a folder without a readable file.
+    """
+    if not sources:
+        raise UsageError(f"no sources given, expected {_expected()}")
+    files: list[SourceFile] = []
+    for source in sources:
+        path = Path(source)
+        if source.startswith(builtin.PREFIX):
+            builtin.documents(source)  # refuses a misspelt name now rather than after the files before it
+            files.append(SourceFile(source, "builtin"))
+        elif path.is_dir():
+            files += _expand_folder(path, skipped)
+        elif not path.exists():
+            raise UsageError(f"source {source}: no such file or folder{did_you_mean(path)}")
+        elif (kind := _kind(path)) is None:
+            raise UsageError(f"source {source}: unknown kind {path.suffix or path.name!r}, expected {_expected()}")
+        else:
+            files.append(SourceFile(source, kind))
+    return files
+
+
+def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]:
+    """The documents of ``file``; those without text (nothing, or white space only) are counted in ``skipped``.
+
+    Args:
+        file: From ``expand``.
+        text_field: Field of JSON lines, column of Parquet files.
+        skipped: Counts what is left out.
+
+    Raises:
+        UsageError: What is wrong with the file, and where: line, byte offset, the fields there are.
+    """
+    if file.kind in (".txt", ".md"):
+        yield from _whole_file(Path(file.name), skipped)
+        return
+    match file.kind:
+        case ".jsonl":
+            documents = _json_lines(Path(file.name), text_field)
+        case ".parquet":
+            documents = _parquet(Path(file.name), text_field)
+        case _:
+            documents = builtin.documents(file.name)
+    for document in documents:
+        if not document or document.isspace():
+            skipped.empty_documents += 1
+        else:
+            yield from _cut(_valid(document, skipped))
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        return suffixes[0] if suffixes[0] in _PLAIN_KINDS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
+
+
+def _expected() -> str:
+    built_in = f"{builtin.PREFIX}prose or {builtin.PREFIX}code"
+    return f"{', '.join(_PLAIN_KINDS)} (or these with {' or '.join(COMPRESSIONS)}), .parquet, a folder, {built_in}"
+
+
+def _expand_folder(folder: Path, skipped: Skipped) -> list[SourceFile]:
+    found: list[SourceFile] = []
+    for path in sorted(_walk(folder), key=lambda path: path.relative_to(folder).parts):
+        kind = None if path.is_dir() else _kind(path)
+        if kind is None:
+            skipped.unknown_files.append(str(path))
+        else:
+            found.append(SourceFile(str(path), kind))
+    if not found:
+        raise UsageError(f"source {folder}: the folder holds no file of a known kind, expected {_expected()}")
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder, onerror=_cannot_list):
+        # Links to folders are not followed, as they may lead in circles: they count as unknown files.
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        yield from (Path(place, name) for name in [*names, *links])
+
+
+def _cannot_list(error: OSError) -> None:
+    raise UsageError(f"source {error.filename}: the folder cannot be read ({error.strerror})")
+
+
+def _whole_file(path: Path, skipped: Skipped) -> Iterator[Piece]:
+    """A file is one document; it is read one piece ahead, to know which one is the last."""
+    pieces = text_pieces(path, PIECE_CHARS)
+    present = next(pieces)
+    following = next(pieces, None)
+    if following is None and not present.strip():
+        skipped.empty_documents += 1
+        return
+    while following is not None:
+        yield Piece(present, ends_document=False)
+        present, following = following, next(pieces, None)
+    yield Piece(present, ends_document=True)
+
+
+def _json_lines(path: Path, text_field: str) -> Iterator[str]:
+    for number, line in lines(path, LINE_BYTES):
+        if line.isspace():
+            yield ""
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}:{number}: not valid JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise UsageError(f"{path}:{number}: a line holds {_type(fields)}, expected an object")
+        if text_field not in fields:
+            keys = ", ".join(fields) or "none"
+            raise UsageError(f"{path}:{number}: no field {text_field!r}; --text_field can be one of: {keys}")
+        yield _text(fields[text_field], f"{path}:{number}: field {text_field!r}")
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # Buffered, because otherwise a whole column chunk is read, which may have gigabytes.
+        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            if column not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise UsageError(f"{path}: no column {column!r}; --text_field can be one of: {names}")
+            row = 0
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[column], use_threads=False):
+                for value in batch.column(0):
+                    yield _text(value.as_py(), f"{path}, row {row}: column {column!r}")
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _text(value: Any, where: str) -> str:
+    """A missing text (null) is an empty document; anything else that is no text is the wrong field."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UsageError(f"{where} holds {_type(value)}, expected text")
+    return value
+
+
+def _type(value: Any) -> str:
+    return {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+
+
+def _valid(document: str, skipped: Skipped) -> str:
+    """JSON can spell half a surrogate pair, which no encoding of Unicode, hence no tokenizer, can hold."""
+    try:
+        document.encode("utf-8")
+    except UnicodeEncodeError:
+        skipped.repaired_documents += 1
+        return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return document
+
+
+def _cut(document: str) -> Iterator[Piece]:
+    position = 0
+    while len(document) - position > PIECE_CHARS:
+        end = document.rfind("\n", position, position + PIECE_CHARS) + 1 or position + PIECE_CHARS
+        yield Piece(document[position:end], ends_document=False)
+        position = end
+    yield Piece(document[position:], ends_document=True)

@@ -1,0 +1,358 @@
+"""Token rows of named corpora as exact global batches.
+
+The chain, each link a pure function of the step (no generator, sampler or worker keeps state):
+
+1. :mod:`.mixture`: step -> corpus and counter of every slot of the global batch.
+2. :mod:`.order`: counter -> epoch and row of the corpus.
+3. :mod:`.shards`: row -> tokens, by memory map.
+4. A map-style dataset over micro-batches, read by a stock DataLoader. Rank r takes a contiguous slice of the batch.
+
+What is kept in a checkpoint is the step, the step at which the dataset began and the running sum of the replay share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .. import UsageError
+from .mixture import Mixture, RunningShare
+from .order import CorpusOrder
+from .progress import Progress
+from .shards import TokenShards
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Corpus:
+    """A corpus to train on.
+
+    Args:
+        path: Folder that ``rewurst prepare text`` wrote (the one with ``index.json``).
+        weight: Share among the new corpora, or among the replayed ones.
+        replay: Old data, read as much as :class:`~rewurst.callbacks.ReplayScheduler` says.
+    """
+
+    path: str
+    weight: float = 1.0
+    replay: bool = False
+
+
+class TextDataModule(LightningDataModule):
+    """Rows of tokens from named corpora, with replay of old ones, as the same global batches on any machine.
+
+    A batch is a dict of ``input_ids`` (rows, sequence_length + 1), ``corpus`` (rows,), an index into
+    ``corpora``, and ``row`` (rows,), the row in that corpus; validation batches have ``valid`` (rows,) too, which is 0
+    for rows that only fill up. Validation loaders are a dict by corpus.
+
+    Args:
+        dataset: Name of what is being learnt; another name later means another dataset.
+        corpora: Training corpora by name. Old data keeps its name, so that it comes in the order of its first reading.
+        val: Folders of validation corpora by name.
+        sequence_length: Tokens predicted a row, as prepared.
+        micro_batch_size: Rows in one forward pass of one device.
+        global_batch_size: Rows in one optimizer step; gradient accumulation follows from it.
+        num_workers: Loader processes of each device.
+        seed: Seed of the order.
+        shuffle: ``"full"`` over all rows, or ``"window"``, which reads blocks of neighbouring rows.
+
+    Raises:
+        UsageError: Sizes that do not divide, corpora that differ in tokenizer or sequence length, a checkpoint of the
+            same dataset with other data.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        corpora: dict[str, Corpus],
+        val: dict[str, str],
+        sequence_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle: Literal["full", "window"] = "full",
+    ) -> None:
+        super().__init__()
+        if all(corpus.replay for corpus in corpora.values()):
+            raise UsageError(f"dataset {dataset!r} has no corpus without replay: true; give it one to learn")
+        for name, value in (("micro_batch_size", micro_batch_size), ("global_batch_size", global_batch_size)):
+            if value < 1:
+                raise UsageError(f"{name} {value} must be at least 1")
+        self.dataset = dataset
+        self.corpora = corpora
+        self.val = val
+        self.sequence_length = sequence_length
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shuffle = shuffle
+        self.progress = Progress()
+        self._share: Any = None
+        self._opened: dict[str, TokenShards] = {}
+        self._restored_sum = (0, 0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens in a global batch."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def replay_corpora(self) -> Sequence[str]:
+        """Names of the corpora to replay."""
+        return [name for name, corpus in self.corpora.items() if corpus.replay]
+
+    @property
+    def dataset_step(self) -> int:
+        """Completed global batches of this dataset."""
+        return self.progress.step - self.progress.start
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the tokenizer's vocabulary."""
+        return next(iter(self._opened.values())).index.vocab_size
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The tokenizer that lies beside the first corpus."""
+        return str(next(iter(self._opened.values())).folder / "tokenizer")
+
+    def set_replay_share(self, share: Any) -> None:
+        """Takes the share of old rows: a number in [0, 1], or a picklable function of the dataset's step."""
+        self._share = share
+
+    def rows_read(self) -> Mapping[str, int]:
+        """Rows used in training since the dataset began, by corpus: this process's, plus those before a restore."""
+        return dict(zip(self._order_of_names(), self.progress.rows.tolist(), strict=True))
+
+    def setup(self, stage: str) -> None:
+        """Opens the corpora and settles accumulation."""
+        training = [(name, corpus.path) for name, corpus in self.corpora.items()]
+        for name, path in [*training, *self.val.items()]:
+            if path not in self._opened:
+                self._opened[path] = self._open(name, path)
+        if stage == "fit" and self.trainer is not None:
+            self._settle_accumulation()
+            self.progress.attach(self.trainer, self.accumulation, len(self.corpora))
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches from the current step to ``max_steps``, or of one pass over the new corpora."""
+        assert self.trainer is not None
+        mixture = self._mixture()
+        if self.trainer.is_global_zero and not self.progress.rows.any():
+            self.progress.rows = mixture.read_before(self.dataset_step)  # what was read before a restore, told once
+        dataset = _MicroBatches(self, mixture, self.trainer.global_rank, self.trainer.world_size)
+        total = self._steps(mixture) * self.accumulation
+        return _loader(dataset, _Positions(self.progress, total, self.trainer.max_steps > 0), self.num_workers)
+
+    def val_dataloader(self) -> dict[str, DataLoader[Batch]]:
+        """Every row of every validation corpus once, in order, over all ranks."""
+        return self._evaluation_loaders()
+
+    def test_dataloader(self) -> dict[str, DataLoader[Batch]]:
+        """The validation corpora."""
+        return self._evaluation_loaders()
+
+    def predict_dataloader(self) -> dict[str, DataLoader[Batch]]:
+        """The validation corpora."""
+        return self._evaluation_loaders()
+
+    def locate(self, batch: Batch) -> str:
+        """Where the rows of a training batch lie: corpus, shard, member and row of each."""
+        names = self._order_of_names()
+        places = []
+        for corpus, row in zip(batch["corpus"].tolist(), batch["row"].tolist(), strict=True):
+            places.append(f"{names[corpus]}: {self._opened[self.corpora[names[corpus]].path].locate(row)}")
+        return "; ".join(places)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Dataset, steps, the running sum of the share, and a fingerprint of all that decides the order."""
+        share = self._running_share()
+        return {
+            "dataset": self.dataset,
+            "start": self.progress.start,
+            "step": self.progress.step,
+            "share_sum": share.total(self.dataset_step),
+            "fingerprint": self._fingerprint(),
+            "tokenizer": self.tokenizer_folder,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the same dataset where it was, or begins another one at the restored step."""
+        if state["dataset"] != self.dataset:
+            self.progress.restore(step=state["step"], start=state["step"])
+            return
+        if state["fingerprint"] != self._fingerprint():
+            raise UsageError(
+                f"dataset {self.dataset!r}: its corpora, weights, seed, shuffle or batch size differ from those of the "
+                "checkpoint; put them back, or give what is new another dataset name"
+            )
+        self.progress.restore(step=state["step"], start=state["start"])
+        self._restored_sum = (state["step"] - state["start"], state["share_sum"])
+
+    def _open(self, name: str, path: str) -> TokenShards:
+        shards = TokenShards(path)
+        first = next(iter(self._opened.values()), shards)
+        if shards.index.sequence_length != self.sequence_length:
+            raise UsageError(
+                f"corpus {name!r} ({path}) has rows of sequence_length {shards.index.sequence_length}, asked for is "
+                f"{self.sequence_length}: prepare it again, or set sequence_length to that"
+            )
+        if shards.index.tokenizer_sha256 != first.index.tokenizer_sha256:
+            raise UsageError(f"corpus {name!r} ({path}) was prepared with another tokenizer than {first.folder}")
+        return shards
+
+    def _settle_accumulation(self) -> None:
+        assert self.trainer is not None
+        rows = self.micro_batch_size * self.trainer.world_size
+        if self.global_batch_size % rows:
+            raise UsageError(
+                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
+                f"{self.micro_batch_size} times {self.trainer.world_size} devices"
+            )
+        self.accumulation = self.global_batch_size // rows
+        if self.trainer.accumulate_grad_batches not in (1, self.accumulation):
+            raise UsageError(
+                f"accumulate_grad_batches {self.trainer.accumulate_grad_batches} contradicts global_batch_size "
+                f"{self.global_batch_size} / ({self.micro_batch_size} x {self.trainer.world_size}) = "
+                f"{self.accumulation}: leave it out"
+            )
+        self.trainer.accumulate_grad_batches = self.accumulation
+
+    def _order_of_names(self) -> list[str]:
+        """New corpora first, as the mixture numbers them."""
+        return sorted(self.corpora, key=lambda name: self.corpora[name].replay)
+
+    def _running_share(self) -> RunningShare:
+        return RunningShare(self._share if self.replay_corpora else 0.0, *self._restored_sum)
+
+    def _mixture(self) -> Mixture:
+        if self.replay_corpora and self._share is None:
+            raise UsageError(
+                f"corpus {self.replay_corpora[0]!r} is to be replayed and nothing says how much: "
+                "add the callback ReplayScheduler(share=0.05)"
+            )
+        new = {name: corpus.weight for name, corpus in self.corpora.items() if not corpus.replay}
+        old = {name: corpus.weight for name, corpus in self.corpora.items() if corpus.replay}
+        return Mixture(self.global_batch_size, new, old, self._running_share())
+
+    def _steps(self, mixture: Mixture) -> int:
+        """Absolute ``max_steps`` where it is set, else the steps of one pass over the new corpora."""
+        assert self.trainer is not None
+        if self.trainer.max_steps > 0:
+            return int(self.trainer.max_steps)
+        rows = sum(len(self._opened[self.corpora[name].path]) for name in mixture.new)
+        return max(1, rows // self.global_batch_size)
+
+    def _fingerprint(self) -> str:
+        parts = {
+            "corpora": {
+                name: [self._opened[corpus.path].fingerprint(), corpus.weight, corpus.replay]
+                for name, corpus in self.corpora.items()
+            },
+            "order": [self.seed, self.shuffle, self.global_batch_size],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _evaluation_loaders(self) -> dict[str, DataLoader[Batch]]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        loaders = {}
+        for name, path in self.val.items():
+            rows = _EvaluationRows(self._opened[path], self.micro_batch_size, rank, world_size)
+            loaders[name] = _loader(rows, None, self.num_workers)
+        return loaders
+
+
+class _Loader(DataLoader[Batch]):
+    """A stock DataLoader; Lightning asks for these methods before it believes that a run can resume in mid-epoch.
+
+    The position lives in the data module's state: a loader's own is that of rank 0, and it prefetches.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class _Positions(Sampler[int]):
+    """Micro-batches from the current one on. Its length is the whole run's: Lightning adds what was done before."""
+
+    def __init__(self, progress: Progress, total: int, absolute: bool) -> None:
+        self._progress, self._total, self._absolute = progress, total, absolute
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[int]:
+        begin = self._progress.step * self._progress.accumulation
+        if self._absolute:
+            return iter(range(begin, self._total))
+        since = begin - self._progress.start * self._progress.accumulation
+        return iter(range(begin, begin + self._total - since % self._total))
+
+
+class _MicroBatches(Dataset[Batch]):
+    """Micro-batch of an absolute number -> tokens; holds no state, so that any worker can read any of them."""
+
+    def __init__(self, data: TextDataModule, mixture: Mixture, rank: int, world_size: int) -> None:
+        names = data._order_of_names()
+        self._shards = [data._opened[data.corpora[name].path] for name in names]
+        self._orders = [
+            CorpusOrder(name, len(shards), data.seed, data.shuffle)
+            for name, shards in zip(names, self._shards, strict=True)
+        ]
+        self._mixture, self._accumulation, self._start = mixture, data.accumulation, data.progress.start
+        self._rows, self._first = data.micro_batch_size, rank * data.global_batch_size // world_size
+
+    def __getitem__(self, number: int) -> Batch:
+        step, micro = divmod(number, self._accumulation)
+        corpus, counter = self._mixture.batch(step - self._start)
+        begin = self._first + micro * self._rows
+        corpus, counter = corpus[begin : begin + self._rows], counter[begin : begin + self._rows]
+        rows = np.empty_like(counter)
+        tokens = np.empty((self._rows, self._shards[0].index.sequence_length + 1), dtype=np.int64)
+        for index, (order, shards) in enumerate(zip(self._orders, self._shards, strict=True)):
+            mine = corpus == index
+            if mine.any():
+                rows[mine] = order.row(counter[mine])
+                tokens[mine] = shards.read(rows[mine])
+        return {"input_ids": torch.from_numpy(tokens), "corpus": torch.from_numpy(corpus), "row": torch.from_numpy(rows)}
+
+
+class _EvaluationRows(Dataset[Batch]):
+    """Batches of consecutive rows; every rank has as many batches, the last ones filled up with rows that count 0."""
+
+    def __init__(self, shards: TokenShards, rows: int, rank: int, world_size: int) -> None:
+        self._shards, self._rows, self._rank, self._world_size = shards, rows, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-len(self._shards) // (self._rows * self._world_size))
+
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        begin = (number * self._world_size + self._rank) * self._rows
+        rows = np.arange(begin, begin + self._rows)
+        valid = rows < len(self._shards)
+        rows[~valid] = 0
+        tokens = torch.from_numpy(self._shards.read(rows))
+        return {"input_ids": tokens, "row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}
+
+
+def _loader(dataset: Dataset[Batch], sampler: Sampler[int] | None, num_workers: int) -> DataLoader[Batch]:
+    return _Loader(
+        dataset, batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=torch.cuda.is_available()
+    )

@@ -1,0 +1,153 @@
+"""LightningCLI over every module and data module, with errors of one line and runs that go on by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from . import UsageError
+from . import modules as _modules  # noqa: F401  # imported so that YAML may name the classes without a path
+from .callbacks import StepProgressBar
+from .callbacks.checkpoints import newest_checkpoint
+from .datamodules import text as _text  # noqa: F401
+from .parser_errors import one_line
+
+
+def run(args: list[str]) -> None:
+    """Runs ``fit``, ``validate``, ``test`` or ``predict`` with the rest of a command line."""
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any; nothing changes on a CPU
+    with _lightning_errors():
+        CLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            parser_class=Parser,
+            save_config_callback=SaveConfigCallback,
+            trainer_defaults={"use_distributed_sampler": False},  # the data modules give every rank its rows
+            load_from_checkpoint_support=False,  # a checkpoint's hyper-parameters would win over the YAML
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # modules make their own, over the right parameter groups
+        )
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises instead of printing usage and 60 lines of tried alternatives."""
+        _raise_usage_error(ex)
+        raise UsageError(one_line(message, self)) from ex
+
+
+class CLI(LightningCLI):
+    """LightningCLI whose ``ckpt_path`` may be ``auto``, and which loads checkpoints without executing anything.
+
+    ``auto`` is the newest whole checkpoint under the run's folder, and nothing where there is none yet;
+    ``auto:FOLDER`` falls back on the newest one under another folder, the run that this one continues.
+    """
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the given arguments; the process's own do not matter when ``main`` is called in process."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's hyper-parameters win over the YAML."""
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Adds a progress bar that counts steps, unless the config has one or wants none."""
+        own = config.get("callbacks") or []
+        own = own if isinstance(own, list) else [own]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
+            callbacks = [*callbacks, StepProgressBar()]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def fit(self, ckpt_path: str | None = None, weights_only: bool | None = None, **kwargs: Any) -> None:
+        """``Trainer.fit`` from the checkpoint that ``ckpt_path`` means."""
+        path = self._resolve(ckpt_path)
+        if path is not None and str(ckpt_path).startswith("auto"):
+            rank_zero_info(f"going on from {path}")
+            if self._is_complete(path):
+                return
+        self.trainer.fit(ckpt_path=path, weights_only=_safe(weights_only), **kwargs)
+
+    def validate(self, ckpt_path: str | None = None, weights_only: bool | None = None, **kwargs: Any) -> None:
+        """``Trainer.validate`` with the checkpoint that ``ckpt_path`` means."""
+        self.trainer.validate(ckpt_path=self._resolve(ckpt_path), weights_only=_safe(weights_only), **kwargs)
+
+    def test(self, ckpt_path: str | None = None, weights_only: bool | None = None, **kwargs: Any) -> None:
+        """``Trainer.test`` with the checkpoint that ``ckpt_path`` means."""
+        self.trainer.test(ckpt_path=self._resolve(ckpt_path), weights_only=_safe(weights_only), **kwargs)
+
+    def predict(self, ckpt_path: str | None = None, weights_only: bool | None = None, **kwargs: Any) -> None:
+        """``Trainer.predict`` with the checkpoint that ``ckpt_path`` means."""
+        self.trainer.predict(ckpt_path=self._resolve(ckpt_path), weights_only=_safe(weights_only), **kwargs)
+
+    def _resolve(self, ckpt_path: str | None) -> str | None:
+        if ckpt_path is None or ckpt_path in ("best", "last", "hpc"):
+            return ckpt_path
+        if ckpt_path == "auto" or ckpt_path.startswith("auto:"):
+            newest = newest_checkpoint(_run_folders(self.trainer))
+            other = ckpt_path.removeprefix("auto").removeprefix(":")
+            if newest is None and other:
+                newest = newest_checkpoint([other])
+                if newest is None:
+                    raise UsageError(f"ckpt_path {ckpt_path}: there is no whole checkpoint under {other}")
+            return None if newest is None else str(newest)
+        if not Path(ckpt_path).exists():
+            raise UsageError(f"ckpt_path {ckpt_path} does not exist; `auto` takes the newest of the run's folder")
+        return ckpt_path
+
+    def _is_complete(self, path: str) -> bool:
+        """Whether typing the same command again finds its work done, which is no error."""
+        under_run = any(Path(path).is_relative_to(folder) for folder in _run_folders(self.trainer))
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        if not under_run or not 0 < self.trainer.max_steps <= step:
+            return False
+        print(
+            f"complete: {path} is at step {step} of max_steps {self.trainer.max_steps}; "
+            "a larger --trainer.max_steps goes on"
+        )
+        return True
+
+
+def _run_folders(trainer: Trainer) -> list[Path]:
+    """Where this run's checkpoints lie: its logger's folder over all versions, and explicit folders of callbacks."""
+    folders = [Path(str(getattr(logger, "root_dir", None) or logger.save_dir)) for logger in trainer.loggers]
+    explicit = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    folders += [Path(str(folder)) for folder in explicit if folder]
+    return folders or [Path(trainer.default_root_dir)]
+
+
+def _safe(weights_only: bool | None) -> bool:
+    return True if weights_only is None else weights_only
+
+
+@contextmanager
+def _lightning_errors() -> Iterator[None]:
+    """What Lightning finds wrong with a configuration is the user's to put right as well."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError) as error:  # what instantiating a class raised, wrapped by the parser
+        _raise_usage_error(error)
+        raise
+
+
+def _raise_usage_error(error: BaseException | None) -> None:
+    """Raises the user's error that lies beneath another one, if there is any."""
+    while error is not None:
+        if isinstance(error, UsageError):
+            raise error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,109 @@
+"""One line out of what jsonargparse says, with the nearest valid name.
+
+Its messages list every alternative that was tried, which for a class with a typo fills a screen.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+
+from .callbacks import Schedule
+
+_BASES: tuple[type, ...] = (LightningModule, LightningDataModule, Callback, Logger, Strategy, Optimizer, Schedule)
+_LONGEST = 400
+
+
+def one_line(message: str, parser: Any) -> str:
+    """The message in one line: what is wrong, its value, and the nearest name that would be right.
+
+    Args:
+        message: What the parser says.
+        parser: The parser, whose options are candidates.
+    """
+    for pattern, explain in _PATTERNS:
+        match = re.search(pattern, message)
+        if match is not None:
+            return explain(match, parser)
+    return _shortened(message)
+
+
+def _unknown_class(match: re.Match[str], parser: Any) -> str:
+    name = match[1].strip("'\"")
+    keys = re.findall(r'Parser key "([^"]+)"', match.string)
+    where = f"{keys[0]}: " if keys else ""
+    return f"{where}there is no class {name!r}{_nearest(name.rsplit('.', 1)[-1], {c.__name__ for c in _classes()})}"
+
+
+def _unknown_options(match: re.Match[str], parser: Any) -> str:
+    # After a subclass option the parser reports what it made of it; the value behind it is no option.
+    names = [word.lstrip("-").split("=")[0] for word in match[1].split() if word.startswith("--")] or [match[1]]
+    known = set(_options(parser)) | set(_parameters())
+    return "; ".join(f"there is no option {name!r}{_nearest_option(name, known)}" for name in names)
+
+
+def _wrong_type(match: re.Match[str], parser: Any) -> str:
+    return f"{match[1]}: {match[3].strip()!r} is no {match[2]}"
+
+
+_PATTERNS: list[tuple[str, Callable[[re.Match[str], Any], str]]] = [
+    (r"Expected a dot import path string: (\S+)", _unknown_class),
+    (r"Option '([^']+)' is not accepted", _unknown_options),
+    (r"does not accept option '([^']+)'", _unknown_options),
+    (r"unrecognized arguments: (.*)", _unknown_options),
+    (r"Parser key \"([^\"]+)\":\s+Expected an? <class '(\w+)'>. Got value: (.*)", _wrong_type),
+]
+
+
+def _nearest_option(name: str, known: set[str]) -> str:
+    """The nearest full name, or the nearest last part behind the same path."""
+    path, _, last = name.rpartition(".")
+    best = get_close_matches(name, known, 1)
+    if best:
+        return f"; did you mean {best[0]!r}?"
+    best = get_close_matches(last, {word.rpartition(".")[2] for word in known}, 1)
+    return f"; did you mean {f'{path}.{best[0]}' if path else best[0]!r}?" if best else ""
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    best = get_close_matches(name, known, 1)
+    return f"; did you mean {best[0]!r}?" if best else "; a class outside rewurst and Lightning needs its full path"
+
+
+def _options(parser: Any) -> Iterator[str]:
+    for action in parser._actions:
+        yield from (option.lstrip("-") for option in action.option_strings if option.startswith("--"))
+        if isinstance(action.choices, dict):
+            for child in action.choices.values():
+                yield from _options(child)
+
+
+def _parameters() -> Iterator[str]:
+    for cls in _classes():
+        try:
+            yield from inspect.signature(cls).parameters
+        except (ValueError, TypeError):  # built-in classes have no signature
+            continue
+    yield from ("path", "weight", "replay")
+
+
+def _classes() -> Iterator[type]:
+    waiting = list(_BASES)
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        yield cls
+
+
+def _shortened(message: str) -> str:
+    line = re.sub(r"\s+", " ", message.replace("Does not validate against any of the Union subtypes", "")).strip(" -")
+    line = line.replace("<class 'NoneType'>", "null")
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."

@@ -1,0 +1,148 @@
+"""The commands beside LightningCLI's: prepare, export, generate."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import UsageError
+
+Parsed = argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line and the nearest valid name; abbreviations are not guessed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises with the message and what it may have meant."""
+        known = [option for action in self._actions for option in action.option_strings]
+        known += [choice for action in self._actions if action.choices for choice in map(str, action.choices)]
+        words = [word.strip("':,").split("=")[0] for word in message.split()]
+        nearest = [match for word in words if word not in known for match in get_close_matches(word, known, 1)]
+        raise UsageError(message + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+
+
+def run(args: list[str]) -> None:
+    """Parses a tool's command line and runs it."""
+    parsed = _parser().parse_args(args)
+    parsed.run(parsed)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="rewurst")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    _prepare(commands.add_parser("prepare", help="tokenizers and text into shards"))
+    _export(commands.add_parser("export", help="checkpoints into other layouts"))
+    _generate(commands.add_parser("generate", help="text from a model"))
+    return parser
+
+
+def _prepare(parser: Parser) -> None:
+    what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
+    tokenizer = _tool(what, "tokenizer", "train a byte-level BPE tokenizer", _run_prepare_tokenizer)
+    _add_sources(tokenizer)
+    tokenizer.add_argument("--vocab_size", type=int, required=True, help="tokens, end token and 256 bytes included")
+    text = _tool(what, "text", "tokenize text and pack it into shards: OUT/train and OUT/val", _run_prepare_text)
+    _add_sources(text)
+    text.add_argument("--tokenizer", required=True, help="folder or hub name of a fast tokenizer")
+    text.add_argument("--sequence_length", type=int, default=2048, help="tokens predicted in a row")
+    text.add_argument("--held_out", type=float, default=0.0, help="share of documents kept for validation")
+    text.add_argument("--workers", type=int, default=1, help="processes that tokenize")
+    text.add_argument("--rows_per_shard", type=int, help="rows in a shard (default: about 256 MiB)")
+    verify = _tool(what, "verify", "compare every byte of a folder's shards with its index", _run_prepare_verify)
+    verify.add_argument("folder", type=Path, help="folder with index.json")
+
+
+def _export(parser: Parser) -> None:
+    what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
+    hf = _tool(what, "hf", "write a checkpoint as a folder that transformers loads", _run_export_hf)
+    hf.add_argument("checkpoint", type=Path, metavar="CKPT", help="Lightning checkpoint of CausalLM")
+    hf.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    hf.add_argument("--tokenizer", type=Path, help="tokenizer's folder (default: the one the data was prepared with)")
+    hf.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+
+
+def _generate(parser: Parser) -> None:
+    what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
+    text = _tool(what, "text", "continue a prompt", _run_generate_text)
+    text.add_argument("folder", metavar="FOLDER", help="Hugging Face folder or hub name")
+    text.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    text.add_argument("--max_new_tokens", type=int, default=100, help="most tokens added")
+    text.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    text.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest tokens of this probability")
+    text.add_argument("--seed", type=int, default=0, help="seed of the draw")
+
+
+def _tool(commands: Any, name: str, description: str, function: Callable[[Parsed], None]) -> Parser:
+    parser: Parser = commands.add_parser(name, help=description, description=description)
+    parser.set_defaults(run=function)
+    return parser
+
+
+def _add_sources(parser: Parser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), a folder of them, builtin:prose or builtin:code",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--text_field", default="text", help="field of .jsonl and column of .parquet with the text")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was prepared there")
+
+
+def _run_prepare_tokenizer(args: Parsed) -> None:
+    from .datamodules.tokenizer import train_tokenizer
+
+    size = train_tokenizer(
+        args.sources, args.vocab_size, args.out, text_field=args.text_field, overwrite=args.overwrite
+    )
+    print(f"{args.out}: a tokenizer of {size} tokens")
+
+
+def _run_prepare_text(args: Parsed) -> None:
+    from .datamodules.prepare import prepare_text
+
+    prepare_text(
+        args.sources,
+        args.tokenizer,
+        args.out,
+        sequence_length=args.sequence_length,
+        held_out=args.held_out,
+        workers=args.workers,
+        text_field=args.text_field,
+        rows_per_shard=args.rows_per_shard,
+        overwrite=args.overwrite,
+    )
+
+
+def _run_prepare_verify(args: Parsed) -> None:
+    from .datamodules.integrity import verify
+
+    problems = verify(args.folder)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UsageError(f"{args.folder}: {len(problems)} problems; prepare it again")
+    print(f"{args.folder}: every shard is as its index says")
+
+
+def _run_export_hf(args: Parsed) -> None:
+    from .modules.export import export_hugging_face
+
+    export_hugging_face(args.checkpoint, args.out, args.tokenizer, args.overwrite)
+    print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained")
+
+
+def _run_generate_text(args: Parsed) -> None:
+    from .modules.export import generate_text
+
+    print(generate_text(args.folder, args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed))
