@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py --out runs/demo
+	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow'
@@ -34,7 +34,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
 
 reproduce: $(STAMP)
-	$(BIN)/python examples/demo.py --out runs/reproduce --runs all
+	$(BIN)/python examples/demo.py --runs all
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
