@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from .. import UsageError
+from .batches import Batch, EvaluationRows, MicroBatches, Positions, Source, loader
 from .mixture import Mixture, RunningShare
 from .order import CorpusOrder
 from .progress import Progress
 from .shards import TokenShards
-
-Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -152,9 +148,12 @@ class TextDataModule(LightningDataModule):
         mixture = self._mixture()
         if self.trainer.is_global_zero and not self.progress.rows.any():
             self.progress.rows = mixture.read_before(self.dataset_step)  # what was read before a restore, told once
-        dataset = _MicroBatches(self, mixture, self.trainer.global_rank, self.trainer.world_size)
+        slots = range(self.global_batch_size)
+        of_rank = len(slots) // self.trainer.world_size  # contiguous: a strided slice could hold every old row
+        slots = slots[self.trainer.global_rank * of_rank :][:of_rank]
+        rows = MicroBatches(mixture, self._sources(), slots, self.accumulation, self.progress.start)
         total = self._steps(mixture) * self.accumulation
-        return _loader(dataset, _Positions(self.progress, total, self.trainer.max_steps > 0), self.num_workers)
+        return loader(rows, Positions(self.progress, total, self.trainer.max_steps > 0), self.num_workers)
 
     def val_dataloader(self) -> dict[str, DataLoader[Batch]]:
         """Every row of every validation corpus once, in order, over all ranks."""
@@ -234,6 +233,10 @@ class TextDataModule(LightningDataModule):
         """New corpora first, as the mixture numbers them."""
         return sorted(self.corpora, key=lambda name: self.corpora[name].replay)
 
+    def _sources(self) -> list[Source]:
+        opened = {name: self._opened[self.corpora[name].path] for name in self._order_of_names()}
+        return [(CorpusOrder(name, len(rows), self.seed, self.shuffle), rows) for name, rows in opened.items()]
+
     def _running_share(self) -> RunningShare:
         return RunningShare(self._share if self.replay_corpora else 0.0, *self._restored_sum)
 
@@ -269,90 +272,6 @@ class TextDataModule(LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         loaders = {}
         for name, path in self.val.items():
-            rows = _EvaluationRows(self._opened[path], self.micro_batch_size, rank, world_size)
-            loaders[name] = _loader(rows, None, self.num_workers)
+            rows = EvaluationRows(self._opened[path], self.micro_batch_size, rank, world_size)
+            loaders[name] = loader(rows, None, self.num_workers)
         return loaders
-
-
-class _Loader(DataLoader[Batch]):
-    """A stock DataLoader; Lightning asks for these methods before it believes that a run can resume in mid-epoch.
-
-    The position lives in the data module's state: a loader's own is that of rank 0, and it prefetches.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class _Positions(Sampler[int]):
-    """Micro-batches from the current one on. Its length is the whole run's: Lightning adds what was done before."""
-
-    def __init__(self, progress: Progress, total: int, absolute: bool) -> None:
-        self._progress, self._total, self._absolute = progress, total, absolute
-
-    def __len__(self) -> int:
-        return self._total
-
-    def __iter__(self) -> Iterator[int]:
-        begin = self._progress.step * self._progress.accumulation
-        if self._absolute:
-            return iter(range(begin, self._total))
-        since = begin - self._progress.start * self._progress.accumulation
-        return iter(range(begin, begin + self._total - since % self._total))
-
-
-class _MicroBatches(Dataset[Batch]):
-    """Micro-batch of an absolute number -> tokens; holds no state, so that any worker can read any of them."""
-
-    def __init__(self, data: TextDataModule, mixture: Mixture, rank: int, world_size: int) -> None:
-        names = data._order_of_names()
-        self._shards = [data._opened[data.corpora[name].path] for name in names]
-        self._orders = [
-            CorpusOrder(name, len(shards), data.seed, data.shuffle)
-            for name, shards in zip(names, self._shards, strict=True)
-        ]
-        self._mixture, self._accumulation, self._start = mixture, data.accumulation, data.progress.start
-        self._rows, self._first = data.micro_batch_size, rank * data.global_batch_size // world_size
-
-    def __getitem__(self, number: int) -> Batch:
-        step, micro = divmod(number, self._accumulation)
-        corpus, counter = self._mixture.batch(step - self._start)
-        begin = self._first + micro * self._rows
-        corpus, counter = corpus[begin : begin + self._rows], counter[begin : begin + self._rows]
-        rows = np.empty_like(counter)
-        tokens = np.empty((self._rows, self._shards[0].index.sequence_length + 1), dtype=np.int64)
-        for index, (order, shards) in enumerate(zip(self._orders, self._shards, strict=True)):
-            mine = corpus == index
-            if mine.any():
-                rows[mine] = order.row(counter[mine])
-                tokens[mine] = shards.read(rows[mine])
-        return {"input_ids": torch.from_numpy(tokens), "corpus": torch.from_numpy(corpus), "row": torch.from_numpy(rows)}
-
-
-class _EvaluationRows(Dataset[Batch]):
-    """Batches of consecutive rows; every rank has as many batches, the last ones filled up with rows that count 0."""
-
-    def __init__(self, shards: TokenShards, rows: int, rank: int, world_size: int) -> None:
-        self._shards, self._rows, self._rank, self._world_size = shards, rows, rank, world_size
-
-    def __len__(self) -> int:
-        return -(-len(self._shards) // (self._rows * self._world_size))
-
-    def __getitem__(self, number: int) -> Batch:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        begin = (number * self._world_size + self._rank) * self._rows
-        rows = np.arange(begin, begin + self._rows)
-        valid = rows < len(self._shards)
-        rows[~valid] = 0
-        tokens = torch.from_numpy(self._shards.read(rows))
-        return {"input_ids": tokens, "row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}
-
-
-def _loader(dataset: Dataset[Batch], sampler: Sampler[int] | None, num_workers: int) -> DataLoader[Batch]:
-    return _Loader(
-        dataset, batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=torch.cuda.is_available()
-    )

@@ -76,12 +76,13 @@ def prepare(data: Path) -> None:
     """One tokenizer over both corpora, then each corpus as shards with a held-out part."""
     tokenizer = data / "tokenizer"
     if not (tokenizer / "tokenizer.json").exists():
-        command("prepare", "tokenizer", "builtin:prose", "builtin:code", "--vocab_size", "2048", "--out", str(tokenizer))
+        sources = ["builtin:prose", "builtin:code"]
+        command("prepare", "tokenizer", *sources, "--vocab_size", "2048", "--out", str(tokenizer))
     for corpus, share in HELD_OUT.items():
         out = data / corpus
         if not (out / "train" / "index.json").exists() or not (out / "val" / "index.json").exists():
-            options = ["--sequence_length", str(SEQUENCE_LENGTH), "--held_out", str(share), "--workers", "1", "--overwrite"]
-            command("prepare", "text", f"builtin:{corpus}", "--tokenizer", str(tokenizer), "--out", str(out), *options)
+            options = ["--tokenizer", str(tokenizer), "--sequence_length", str(SEQUENCE_LENGTH), "--overwrite"]
+            command("prepare", "text", f"builtin:{corpus}", "--out", str(out), "--held_out", str(share), *options)
 
 
 def export(run: str) -> str:

@@ -26,6 +26,7 @@ class Result:
     share_read: float
 
     def final(self, corpus: str) -> float:
+        """Loss of the last validation."""
         return self.losses[corpus][-1][1]
 
 
@@ -101,7 +102,8 @@ def _markdown(results: list[Result], samples: dict[str, str], prompt: str, figur
         "# Continual pre-training: prose, then code",
         "",
         "Losses in nats a token on held-out documents. The old corpus is prose, the new one code; every run after the",
-        f"first begins with its weights, re-warms the learning rate and trains on the same number of tokens. {seconds:.0f} s.",
+        "first begins with its weights, re-warms the learning rate and trains on the same number of tokens.",
+        f"The whole took {seconds:.0f} s.",
         "",
         "| run | prose | code | average | prose against the start | replay read |",
         "|---|---|---|---|---|---|",

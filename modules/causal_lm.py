@@ -42,7 +42,8 @@ class CausalLM(LightningModule):
             (architecture; initial weights as transformers draws them).
         init_from: Weights to begin with instead: a Hugging Face folder or hub name, a Lightning checkpoint, or a
             safetensors file. Neither optimizer nor step nor random state comes along.
-        optimizer: Optimizer over parameter groups; the default is :func:`adamw` with the papers' settings. Weight decay acts on matrices only.
+        optimizer: Optimizer over parameter groups; the default is :func:`adamw` with the papers' settings. Weight
+            decay acts on matrices only.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
 
     Raises:

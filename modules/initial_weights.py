@@ -24,10 +24,10 @@ def build(model: str | dict[str, Any]) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     if isinstance(model, dict):
-        return AutoModelForCausalLM.from_config(_config(model))  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(_config(model))  # type: ignore[no-any-return,no-untyped-call]
     _require_folder_or_name(model)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UsageError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from . import UsageError
 from . import modules as _modules  # noqa: F401  # imported so that YAML may name the classes without a path
@@ -25,6 +27,9 @@ from .parser_errors import one_line
 def run(args: list[str]) -> None:
     """Runs ``fit``, ``validate``, ``test`` or ``predict`` with the rest of a command line."""
     torch.set_float32_matmul_precision("high")  # TF32 where there is any; nothing changes on a CPU
+    for what in _SAID_ALREADY:
+        warnings.filterwarnings("ignore", message=what)
+    _check_yaml(args)
     with _lightning_errors():
         CLI(
             LightningModule,
@@ -39,6 +44,12 @@ def run(args: list[str]) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,  # modules make their own, over the right parameter groups
         )
+
+
+_SAID_ALREADY = (
+    "The dirpath has changed",  # a run that goes on has a new version_N, on purpose
+    ".*LeafSpec.*deprecated",  # Lightning's own use of torch
+)
 
 
 class Parser(LightningArgumentParser):
@@ -131,6 +142,17 @@ def _run_folders(trainer: Trainer) -> list[Path]:
 
 def _safe(weights_only: bool | None) -> bool:
     return True if weights_only is None else weights_only
+
+
+def _check_yaml(args: list[str]) -> None:
+    """Names the file and the line where a config is no YAML; the parser would leave the file out."""
+    for option, value in zip(args, [*args[1:], ""], strict=True):
+        path = Path(option.removeprefix("--config=") if option.startswith("--config=") else value)
+        if option.split("=")[0] in ("--config", "-c") and path.is_file():
+            try:
+                yaml.safe_load(path.read_text(encoding="utf8"))
+            except yaml.YAMLError as error:
+                raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
@@ -54,10 +55,18 @@ def _wrong_type(match: re.Match[str], parser: Any) -> str:
     return f"{match[1]}: {match[3].strip()!r} is no {match[2]}"
 
 
+def _no_such_file(match: re.Match[str], parser: Any) -> str:
+    path = Path(match[1])
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    best = get_close_matches(path.name, siblings, 1)
+    return f"{path} does not exist" + (f"; did you mean {path.parent / best[0]}?" if best else "")
+
+
 _PATTERNS: list[tuple[str, Callable[[re.Match[str], Any], str]]] = [
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"Option '([^']+)' is not accepted", _unknown_options),
     (r"does not accept option '([^']+)'", _unknown_options),
+    (r"File does not exist: '([^']+)'", _no_such_file),
     (r"unrecognized arguments: (.*)", _unknown_options),
     (r"Parser key \"([^\"]+)\":\s+Expected an? <class '(\w+)'>. Got value: (.*)", _wrong_type),
 ]
@@ -66,7 +75,10 @@ _PATTERNS: list[tuple[str, Callable[[re.Match[str], Any], str]]] = [
 def _nearest_option(name: str, known: set[str]) -> str:
     """The nearest full name, or the nearest last part behind the same path."""
     path, _, last = name.rpartition(".")
+    first = name.partition(".")[0]
     best = get_close_matches(name, known, 1)
+    if path and first not in {word.partition(".")[0] for word in known}:
+        best = get_close_matches(first, {word.partition(".")[0] for word in known}, 1)
     if best:
         return f"; did you mean {best[0]!r}?"
     best = get_close_matches(last, {word.rpartition(".")[2] for word in known}, 1)
