@@ -35,7 +35,7 @@ class LRRewarming(Callback):
             completed global batch. After it the last value stays.
         dataset: Name of what is being learnt, where the data module has no attribute ``dataset``.
         optimizer_state: ``"reset"`` begins a new dataset with a fresh optimizer (the papers' choice); ``"keep"`` keeps
-            moments and counts.
+            moments and counts. Where a schedule goes on in its constant phase, the optimizer goes on too.
         constant_extension: Lengthens the constant phase of a schedule that never ends, in steps or tokens. It may be
             raised from run to run of the same dataset.
         anneal_length: From a checkpoint in the constant phase: anneal now, within this length (for a release).
@@ -88,8 +88,6 @@ class LRRewarming(Callback):
         """Settles the dataset's name and the length, and moves to the front of the callbacks."""
         if stage != "fit":
             return
-        if sum(isinstance(callback, LRRewarming) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise UsageError("two LRRewarming callbacks: one owns the learning rate of every optimizer")
         # A LearningRateMonitor that stands before this callback would log the value of the step before.
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
@@ -127,6 +125,7 @@ class LRRewarming(Callback):
         if self._resets:
             # Lightning pairs optimizers with these states: with none there, the fresh ones stay as configured.
             checkpoint["optimizer_states"] = []
+            self._scales = None
         checkpoint["lr_schedulers"] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

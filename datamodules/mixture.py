@@ -2,8 +2,9 @@
 
 The replay share f(step) is an integer over 2^40. With running sums S(t) of f over the steps before t, the batch of
 step t holds ``floor(G S(t+1) / 2^40) - floor(G S(t) / 2^40)`` old rows of G: 51 or 52 of 1024 at 5 %, and the drift
-stays under one row for ever. Old rows are spread evenly over the slots, so that contiguous slices of a batch (one a rank, one
-a micro-batch) differ by at most one. Within the old and the new rows, corpora share by weight in the same way.
+stays under one row for ever. Old rows are spread evenly over the slots, so that contiguous slices of a batch (one a
+rank, one a micro-batch) differ by at most one. Within the old and the new rows, corpora share by weight in the same
+way.
 """
 
 from __future__ import annotations

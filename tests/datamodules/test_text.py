@@ -1,0 +1,279 @@
+"""Global batches of TextDataModule under a real Trainer: the same however they are cut, stopped and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from rewurst import UsageError
+from rewurst.callbacks import ReplayScheduler
+from rewurst.datamodules import Corpus, TextDataModule
+from rewurst.datamodules.batches import EvaluationRows
+from rewurst.datamodules.shards import TokenShards
+
+Batch = dict[str, Tensor]
+
+
+_QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1}
+
+
+class Reader(LightningModule):
+    """Writes down the rows of every micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.rows: list[tuple[int, int]] = []
+        self.tokens: list[Tensor] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.rows += list(zip(batch["corpus"].tolist(), batch["row"].tolist(), strict=True))
+        self.tokens.append(batch["input_ids"])
+        return self.weight.sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveAt(Callback):
+    """Saves after a number of micro-batches and stops."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@pytest.fixture
+def make(write_corpus: Callable[..., str]) -> Callable[..., TextDataModule]:
+    prose, code, val = write_corpus("prose", 21), write_corpus("code", 30, seed=1), write_corpus("val", 10, seed=2)
+
+    def build(**changes: Any) -> TextDataModule:
+        corpora = {"prose": Corpus(prose, replay=True), "code": Corpus(code)}
+        arguments: dict[str, Any] = {
+            "dataset": "code",
+            "corpora": corpora,
+            "val": {"val": val},
+            "sequence_length": 8,
+            "micro_batch_size": 4,
+            "global_batch_size": 8,
+        }
+        return TextDataModule(**{**arguments, **changes})
+
+    return build
+
+
+def fit(
+    data: TextDataModule,
+    steps: int,
+    *callbacks: Callback,
+    ckpt_path: Path | None = None,
+    share: float = 0.3,
+    **options: Any,
+) -> Reader:
+    module = Reader()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=options.pop("max_epochs", -1),
+        callbacks=[*([ReplayScheduler(share)] if data.replay_corpora else []), *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return module
+
+
+def test_global_batches_do_not_depend_on_micro_batches_or_workers(make: Callable[..., TextDataModule]) -> None:
+    expected = fit(make(), 12)
+    for changes in ({"micro_batch_size": 1}, {"micro_batch_size": 8}, {"num_workers": 2}):
+        other = fit(make(**changes), 12)
+        assert other.rows == expected.rows
+        assert torch.equal(torch.cat(other.tokens), torch.cat(expected.tokens))
+
+
+def test_rows_are_those_of_the_shards(make: Callable[..., TextDataModule]) -> None:
+    data = make()
+    module = fit(data, 6)
+    shards = [TokenShards(data.corpora[name].path) for name in ("code", "prose")]  # new corpora are numbered first
+    tokens = torch.cat(module.tokens).numpy()
+    for (corpus, row), read in zip(module.rows, tokens, strict=True):
+        assert (shards[corpus].read(np.array([row]))[0] == read).all()
+
+
+def test_old_data_comes_in_the_order_of_its_first_reading(make: Callable[..., TextDataModule]) -> None:
+    data = make()
+    first = fit(make(dataset="prose", corpora={"prose": Corpus(data.corpora["prose"].path)}), 2)
+    replayed = [row for corpus, row in fit(data, 6, share=0.3).rows if corpus == 1]
+    assert replayed == [row for _, row in first.rows][: len(replayed)]
+    assert len(replayed) == int(0.3 * 48)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 8, 11, 23])
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_a_resumed_run_reads_what_the_whole_one_reads(
+    make: Callable[..., TextDataModule], tmp_path: Path, stop: int, micro_batch_size: int
+) -> None:
+    path = tmp_path / "a.ckpt"
+    whole = fit(make(), 12)
+    begun = fit(make(), 12, SaveAt(stop, path))
+    resumed = fit(make(micro_batch_size=micro_batch_size), 12, ckpt_path=path)
+    done = stop // 2 * 8  # rows of complete global batches; one that was not complete is read again
+    assert begun.rows[:done] + resumed.rows == whole.rows
+
+
+def test_a_second_resume_and_a_longer_run(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    one, two = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
+    whole = fit(make(), 16)
+    rows = fit(make(), 4, SaveAt(8, one)).rows
+    rows += fit(make(), 16, SaveAt(14, two), ckpt_path=one).rows
+    rows += fit(make(), 16, ckpt_path=two).rows
+    assert rows == whole.rows
+
+
+def test_another_dataset_begins_at_its_own_first_row(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    data = make()
+    fit(make(dataset="prose", corpora={"prose": Corpus(data.corpora["prose"].path)}), 5, SaveAt(10, path))
+    assert fit(data, 9, ckpt_path=path).rows == fit(make(), 4).rows
+    assert (data.progress.start, data.dataset_step, sum(data.rows_read().values())) == (5, 4, 32)
+
+
+def test_a_checkpoint_of_another_data_module_counts_as_another_dataset(
+    make: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.ckpt"
+    trainer = Trainer(accelerator="cpu", max_steps=3, logger=False, callbacks=[SaveAt(3, path)], **_QUIET)
+    module, batch = Reader(), {"corpus": torch.zeros(1), "row": torch.zeros(1), "input_ids": torch.zeros(1)}
+    val_loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * 4, batch_size=None), val_loader)
+    assert fit(make(), 7, ckpt_path=path).rows == fit(make(), 4).rows
+
+
+def test_without_max_steps_an_epoch_is_a_pass_over_the_new_corpora(make: Callable[..., TextDataModule]) -> None:
+    code = {"code": Corpus(make().corpora["code"].path)}
+    module = fit(make(corpora=code, global_batch_size=6, micro_batch_size=6), -1, max_epochs=2)
+    rows = [row for _, row in module.rows]
+    assert sorted(rows[:30]) == sorted(rows[30:]) == list(range(30))
+    assert rows[:30] != rows[30:]
+
+
+def test_replay_share_read_is_the_share_asked_for(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    data, logger = make(), CSVLogger(tmp_path)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=20, callbacks=[ReplayScheduler(0.3)], logger=logger,
+        log_every_n_steps=20, **_QUIET,
+    )  # fmt: skip
+    trainer.fit(Reader(), data)
+    header, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    logged = dict(zip(header.split(","), lines[-1].split(","), strict=True))
+    assert float(logged["replay/share_asked"]) == pytest.approx(0.3)
+    assert abs(float(logged["replay/share_read"]) - 0.3) * 160 < 1
+    assert float(logged["replay/rows/prose"]) + float(logged["replay/rows/code"]) == 160
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 4, 7, 100])
+def test_validation_reads_every_row_once_and_every_rank_as_many_batches(
+    write_corpus: Callable[..., str], world_size: int, rows: int
+) -> None:
+    shards = TokenShards(write_corpus("val", 23))
+    ranks = [EvaluationRows(shards, rows, rank, world_size) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    batches = [rank[number] for rank in ranks for number in range(len(rank))]
+    read = torch.cat([batch["row"][batch["valid"]] for batch in batches])
+    assert sorted(read.tolist()) == list(range(23))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch_size": 9}, "global_batch_size 9 is no multiple of micro_batch_size 4 times 1 devices"),
+        ({"micro_batch_size": 0}, "micro_batch_size 0 must be at least 1"),
+        ({"sequence_length": 16}, "has rows of sequence_length 8, asked for is 16"),
+        ({"corpora": {"prose": Corpus("x", replay=True)}}, "has no corpus without replay: true"),
+        ({"corpora": {"code": Corpus("corpora/cod")}}, "no corpus at corpora/cod"),
+    ],
+)
+def test_bad_settings(make: Callable[..., TextDataModule], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        fit(make(**changes), 2)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_refused_combinations(
+    make: Callable[..., TextDataModule], write_corpus: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.ckpt"
+    fit(make(), 4, SaveAt(4, path))
+    with pytest.raises(UsageError, match="dataset 'code': its corpora, weights, seed, shuffle or batch size differ"):
+        fit(make(seed=1), 4, ckpt_path=path)
+    with pytest.raises(UsageError, match=r"was begun with replay share 0.3, now it is 0.5"):
+        fit(make(), 4, share=0.5, ckpt_path=path)
+    with pytest.raises(UsageError, match="accumulate_grad_batches 3 contradicts global_batch_size 8"):
+        fit(make(), 4, accumulate_grad_batches=3)
+    with pytest.raises(UsageError, match="corpus 'prose' is to be replayed and nothing says how much"):
+        Trainer(accelerator="cpu", max_steps=2, logger=False, **_QUIET).fit(Reader(), make())
+    other = TextDataModule("a", {"a": Corpus(make().corpora["code"].path)}, {}, 8, 4, 4)
+    with pytest.raises(UsageError, match="dataset 'a' has no corpus to replay"):
+        fit(other, 2, ReplayScheduler(0.1))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ReplayScheduler(5.0), "share 5.0 must lie between 0 and 1: 0.05 replays 5 %"),
+        (lambda: ReplayScheduler(_schedule()), "is a schedule: it needs a length"),
+        (
+            lambda: Trainer(accelerator="cpu", logger=False, callbacks=[ReplayScheduler(0.1)], **_QUIET).fit(
+                Reader(), torch.utils.data.DataLoader([0]), torch.utils.data.DataLoader([0])
+            ),
+            "NoneType cannot replay: ReplayScheduler needs a data module with dataset, dataset_step",
+        ),
+    ],
+)
+def test_bad_replay(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        build()
+    assert message in str(error.value)
+
+
+def _schedule() -> Any:
+    from rewurst.callbacks import WarmupLinear
+
+    return WarmupLinear(0.5, 0.0)
+
+
+def test_a_share_that_changes_resumes_where_it_was(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+
+    def run(*callbacks: Callback, **options: Any) -> Reader:
+        corpora = make().corpora
+        module = Reader()
+        share = ReplayScheduler(_schedule(), length=12)
+        trainer = Trainer(accelerator="cpu", max_steps=12, callbacks=[share, *callbacks], logger=False, **_QUIET)
+        trainer.fit(module, make(corpora=corpora), weights_only=True, **options)
+        return module
+
+    whole = run()
+    begun = run(SaveAt(10, path))
+    assert begun.rows + run(ckpt_path=path).rows == whole.rows

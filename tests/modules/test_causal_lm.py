@@ -1,0 +1,300 @@
+"""CausalLM against transformers' own losses, and what it logs, counts, keeps and refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from rewurst import UsageError
+from rewurst.callbacks import LRRewarming, WarmupCosine
+from rewurst.datamodules import Corpus, TextDataModule
+from rewurst.modules import CausalLM
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
+def test_loss_and_gradients_equal_transformers(
+    tiny_config: dict[str, Any], architecture: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers casts logits with .float(), which in double precision would round them.
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.manual_seed(0)
+    config = {**(tiny_config if architecture == "gpt_neox" else LLAMA), "tie_word_embeddings": tied}
+    module = CausalLM(config).double()
+    ids = torch.randint(64, (3, 9))
+
+    ours = module.token_losses(ids).mean()
+    ours.backward()
+    gradients = {name: parameter.grad for name, parameter in module.model.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    theirs = module.model(input_ids=ids, labels=ids).loss
+    theirs.backward()
+
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-10)
+    for name, parameter in module.model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.fixture
+def data(write_corpus: Callable[..., str]) -> Callable[..., TextDataModule]:
+    folders = {name: write_corpus(name, 23 + 4 * seed, seed) for seed, name in enumerate(("prose", "code"))}
+
+    def build(**changes: Any) -> TextDataModule:
+        arguments: dict[str, Any] = {
+            "dataset": "prose",
+            "corpora": {"prose": Corpus(folders["prose"])},
+            "val": folders,
+            "sequence_length": 8,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+        }
+        return TextDataModule(**{**arguments, **changes})
+
+    return build
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": -1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "logger": CSVLogger(folder),
+        "check_val_every_n_epoch": None,
+        "enable_checkpointing": False,
+    }
+    return Trainer(**{**defaults, **options})
+
+
+def test_validation_is_the_mean_over_tokens_whatever_the_batch(
+    tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = CausalLM(tiny_config)
+    results = []
+    for micro_batch_size in (1, 2, 4):
+        [*_, last] = trainer(tmp_path).validate(module, data(micro_batch_size=micro_batch_size), verbose=False)
+        results.append(last)
+    whole = data(micro_batch_size=1)
+    whole.setup("validate")
+    for corpus in ("prose", "code"):
+        rows = torch.cat([batch["input_ids"] for batch in whole.val_dataloader()[corpus]])
+        expected = module.token_losses(rows).double().mean().item()
+        for result in results:
+            assert result[f"val/loss/{corpus}"] == pytest.approx(expected, rel=1e-6)
+            assert result[f"val/perplexity/{corpus}"] == pytest.approx(math.exp(expected), rel=1e-5)
+    mean = (results[0]["val/loss/prose"] + results[0]["val/loss/code"]) / 2
+    assert results[0]["val/loss/average"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_test_and_predict(tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    module = CausalLM(tiny_config)
+    [*_, tested] = trainer(tmp_path).test(module, data(), verbose=False)
+    predicted = trainer(tmp_path).predict(module, data())
+    assert predicted is not None
+    for index, corpus in enumerate(("prose", "code")):
+        losses = torch.cat(predicted[index])  # type: ignore[arg-type]
+        assert losses.shape == (23 + 4 * index, 8)
+        assert float(losses.mean()) == pytest.approx(tested[f"test/loss/{corpus}"], rel=1e-5)
+
+
+def rows_of(logger: Any, key: str) -> list[float]:
+    header, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    values = [dict(zip(header.split(","), line.split(","), strict=True))[key] for line in lines]
+    return [float(value) for value in values if value]
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_tokens_are_counted_through_a_restore(
+    tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "saved", filename="a", every_n_train_steps=3)
+    options: dict[str, Any] = {"callbacks": [checkpoint], "enable_checkpointing": True, "val_check_interval": 100}
+    first = trainer(tmp_path, max_steps=3, **options)
+    first.fit(CausalLM(tiny_config), data())
+    assert rows_of(first.logger, "tokens") == [32, 64, 96]
+    second = trainer(tmp_path, max_steps=5, **options)
+    second.fit(CausalLM(tiny_config), data(), ckpt_path=tmp_path / "saved" / "a.ckpt", weights_only=True)
+    assert rows_of(second.logger, "tokens") == [128, 160]
+
+
+def test_the_logged_loss_is_that_of_the_global_batch(
+    tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    curves = []
+    for micro_batch_size in (1, 4):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, max_steps=4, val_check_interval=100)
+        run.fit(CausalLM(tiny_config), data(micro_batch_size=micro_batch_size))
+        curves.append(rows_of(run.logger, "train/loss"))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_only_matrices_decay(tiny_config: dict[str, Any]) -> None:
+    optimizer = CausalLM(tiny_config).configure_optimizers()
+    matrices, others = optimizer.param_groups
+    assert {parameter.ndim for parameter in matrices["params"]} == {2}
+    assert {parameter.ndim for parameter in others["params"]} == {1}
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert (matrices["betas"], matrices["eps"], matrices["lr"]) == ((0.9, 0.95), 1e-8, 3e-4)
+
+
+@pytest.mark.parametrize(("setting", "limit"), [({}, 0.01), ({"gradient_clip_val": 0.002}, 0.002)])
+def test_gradients_are_clipped_to_the_norm_asked_for(
+    tiny_config: dict[str, Any],
+    data: Callable[..., TextDataModule],
+    tmp_path: Path,
+    setting: dict[str, Any],
+    limit: float,
+) -> None:
+    norms = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            result = super().step(closure)
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))))
+            return result
+
+    module = CausalLM(tiny_config, optimizer=lambda groups: Watched(groups, lr=0.0), max_grad_norm=0.01)
+    run = trainer(tmp_path, max_steps=2, val_check_interval=100, **setting)
+    run.fit(module, data())
+    assert norms == pytest.approx([limit] * 2, rel=1e-3)
+    assert min(rows_of(run.logger, "train/grad_norm")) > 10 * limit, "logged before clipping"
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_shard(
+    tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    module = CausalLM(tiny_config)
+
+    class Breaks(LRRewarming):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if trainer.global_step == 2:
+                with torch.no_grad():
+                    module.model.get_input_embeddings().weight.fill_(float("nan"))
+
+    run = trainer(tmp_path, max_steps=5, val_check_interval=100, callbacks=[Breaks(WarmupCosine(1e-3, 1e-4), 5)])
+    with pytest.raises(
+        FloatingPointError, match=r"^loss is nan at optimizer step 2 at prose: prose-00000\d.tar, member"
+    ):
+        run.fit(module, data())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"model_type": "gpt_neo_x"}, "model_type 'gpt_neo_x' is unknown to transformers; did you mean 'gpt_neox'?"),
+        ({"hidden_size": 8}, "model_type None is unknown to transformers"),
+        (
+            {"model_type": "gpt_neox", "hidden_sise": 8},
+            "'hidden_sise' is unknown to gpt_neox; did you mean 'hidden_size'?",
+        ),
+        ("./no/such/folder", "model folder ./no/such/folder does not exist"),
+    ],
+)
+def test_models_that_do_not_exist(model: str | dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        CausalLM(model)
+    assert message in str(error.value)
+
+
+def test_a_vocabulary_that_is_too_small_and_a_norm_that_is_none(
+    tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="the tokenizer has 64 tokens and the model's vocab_size is 32"):
+        trainer(tmp_path, max_steps=1).fit(CausalLM({**tiny_config, "vocab_size": 32}), data())
+    with pytest.raises(UsageError, match="max_grad_norm 0 must be above 0"):
+        CausalLM(tiny_config, max_grad_norm=0)
+
+
+class TestInitFrom:
+    """Weights from any layout, and the names of what does not fit."""
+
+    @pytest.fixture
+    def source(self, tiny_config: dict[str, Any]) -> CausalLM:
+        torch.manual_seed(7)
+        return CausalLM(tiny_config)
+
+    def same(self, a: CausalLM, b: CausalLM) -> bool:
+        pairs = zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+        return all(torch.equal(x, y) for x, y in pairs)
+
+    def test_every_layout(
+        self, source: CausalLM, tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
+    ) -> None:
+        from safetensors.torch import save_file
+
+        source.model.save_pretrained(tmp_path / "hf")  # type: ignore[operator]
+        save_file(source.model.state_dict(), tmp_path / "a.safetensors")
+        run = trainer(tmp_path)
+        run.strategy.connect(source)
+        run.save_checkpoint(tmp_path / "a.ckpt")
+        for path in ("hf", "a.safetensors", "a.ckpt"):
+            assert self.same(CausalLM(tiny_config, init_from=str(tmp_path / path)), source), path
+        assert self.same(CausalLM(str(tmp_path / "hf")), source)
+
+    def test_what_does_not_fit_is_named(self, source: CausalLM, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+        source.model.save_pretrained(tmp_path / "hf")  # type: ignore[operator]
+        hf = str(tmp_path / "hf")
+        with pytest.raises(UsageError, match=r"missing gpt_neox.layers.2.\S+, .* and \d+ more, unexpected none"):
+            CausalLM({**tiny_config, "num_hidden_layers": 3}, init_from=hf)
+        with pytest.raises(UsageError, match=r"missing none, unexpected gpt_neox.layers.1"):
+            CausalLM({**tiny_config, "num_hidden_layers": 1}, init_from=hf)
+        with pytest.raises(UsageError, match=r"has shape \(64, 16\), the model's is \(80, 16\)"):
+            CausalLM({**tiny_config, "vocab_size": 80}, init_from=hf)
+        (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut off")
+        (tmp_path / "cut.safetensors").write_bytes(b"\x10")
+        for name, message in (
+            ("cut.ckpt", "is no whole checkpoint"),
+            ("cut.safetensors", "is no whole safetensors file"),
+            ("cutt.ckpt", "does not exist; did you mean"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                CausalLM(tiny_config, init_from=str(tmp_path / name))
+
+    def test_a_pickle_is_not_executed(self, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+        class Bomb:
+            def __reduce__(self) -> Any:
+                return (Path.touch, (tmp_path / "executed",))
+
+        torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
+        with pytest.raises(UsageError, match="is no whole checkpoint: Weights only load failed"):
+            CausalLM(tiny_config, init_from=str(tmp_path / "bomb.ckpt"))
+        assert not (tmp_path / "executed").exists()
+
+
+def test_a_saved_checkpoint_loads_without_executing_anything(
+    tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    callbacks = [
+        LRRewarming(WarmupCosine(1e-3, 1e-4), 3),
+        ModelCheckpoint(tmp_path / "saved", "a", every_n_train_steps=3),
+    ]
+    run = trainer(tmp_path, max_steps=3, callbacks=callbacks, enable_checkpointing=True, val_check_interval=3)
+    run.fit(CausalLM(tiny_config), data())
+    content: dict[str, Tensor] = torch.load(tmp_path / "saved" / "a.ckpt", weights_only=True)
+    assert content["model_config"]["model_type"] == "gpt_neox"
