@@ -88,7 +88,7 @@ def prepare(data: Path) -> None:
 def export(run: str) -> str:
     """Writes the run's model as a Hugging Face folder and has it continue the prompt."""
     from rewurst.callbacks.checkpoints import newest_checkpoint
-    from rewurst.modules.export import generate_text
+    from rewurst.modules.hugging_face import generate_text
 
     folder = OUT / "hf" / run
     command("export", "hf", str(newest_checkpoint([OUT / run])), str(folder), "--overwrite")
