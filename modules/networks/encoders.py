@@ -1,0 +1,76 @@
+"""The Semantic Compressor: images to the small latents that Stage C draws and Stage B starts from."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import efficientnet_v2_s
+from torchvision.ops import Conv2dNormActivation
+
+from ... import UsageError
+from .base import Network
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, which EfficientNet's weights expect."""
+
+
+def small_backbone(widths: Sequence[int]) -> tuple[nn.Sequential, int, int]:
+    """Stack stride-2 convolutions for images that EfficientNet would shrink to nothing; return width and stride too."""
+    layers = [
+        Conv2dNormActivation(before, c, kernel_size=3, stride=2, activation_layer=nn.SiLU)
+        for before, c in zip([3, *widths], widths, strict=False)
+    ]
+    return nn.Sequential(*layers), widths[-1], 2 ** len(widths)
+
+
+class SemanticCompressor(Network):
+    """EfficientNetV2-S features and a 1x1 convolution to 16 normalised channels (paper, section 3.1).
+
+    Args:
+        c_latent: Channels of the latents.
+        backbone: "efficientnet_v2_s" (stride 32), or "small": stride-2 convolutions of the given widths.
+        widths: Of the small backbone; its stride is 2 to their number.
+        input_scale: Images are resized by it first: 0.75 makes stride 32 into 42.67 pixels a latent.
+    """
+
+    diffusers_class = "SemanticCompressor"
+    _no_split_modules = ["FusedMBConv", "MBConv", "Conv2dNormActivation"]
+    presets = {
+        "tiny": {"backbone": "small", "widths": [16, 32, 64, 64], "input_scale": 1.0},
+        "small": {},
+        "paper": {},
+        "released": {},
+    }
+
+    def __init__(
+        self,
+        c_latent: int = 16,
+        backbone: str = "efficientnet_v2_s",
+        widths: Sequence[int] = (32, 64, 128, 256),
+        input_scale: float = 0.75,
+    ) -> None:
+        super().__init__(c_latent=c_latent, backbone=backbone, widths=widths, input_scale=input_scale)
+        self.input_scale = input_scale
+        if backbone == "efficientnet_v2_s":
+            self.backbone, c, self.stride = efficientnet_v2_s().features, 1280, 32
+        elif backbone == "small":
+            self.backbone, c, self.stride = small_backbone(widths)
+        else:
+            raise UsageError(f"backbone {backbone!r} is unknown: choose 'efficientnet_v2_s' or 'small'")
+        self.mapper = nn.Sequential(nn.Conv2d(c, c_latent, kernel_size=1, bias=False), nn.BatchNorm2d(c_latent))
+
+    @property
+    def pixels_per_latent(self) -> float:
+        """Image pixels on each side of a latent's square: 42.67 for the released sizes."""
+        return round(self.stride / self.input_scale, 2)
+
+    def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch c_latent h_latent w_latent"]:
+        """Compress images in [0, 1]."""
+        size = [round(side * self.input_scale) for side in images.shape[-2:]]
+        dtype = self.mapper[0].weight.dtype
+        mean, deviation = (torch.tensor(c, device=images.device)[:, None, None] for c in (MEAN, DEVIATION))
+        resized = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+        latents: Tensor = self.mapper(self.backbone(((resized - mean) / deviation).to(dtype)))
+        return latents

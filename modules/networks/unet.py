@@ -1,0 +1,308 @@
+"""Stage B: a U-Net that turns Semantic Compressor latents into Stage A latents."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import diffusion
+from .base import Network
+from .layers import (
+    AttnBlock,
+    ConditionCache,
+    Conv,
+    ConvTranspose,
+    Pointwise,
+    Shuffle,
+    TimestepBlock,
+    Unshuffle,
+    layer_norm,
+    mlp,
+    timestep_embedding,
+    xavier,
+)
+
+
+class ConditionedResBlock(nn.Module):
+    """Residual block whose MLP also sees skip channels and the compressor's latents.
+
+    In the weights the MLP's input is ``[x, skip, condition]``, the condition being the latents mapped from 16 to
+    ``c_cond`` channels by a 1x1 convolution. Both maps are linear, so their product (16 channels wide) gives the same
+    result without the wide map: less arithmetic than the ``c`` channels of ``x`` need, and nothing is concatenated.
+    """
+
+    def __init__(self, c: int, c_skip: int = 0, c_cond: int = 0, kernel_size: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.sizes = [c, c_skip, c_cond]
+        self.depthwise = Conv(c, c, kernel_size=kernel_size, padding=kernel_size // 2, groups=c)
+        self.norm = layer_norm(c)
+        self.channelwise = mlp(c + c_skip + c_cond, c, dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch h w c"],
+        skip: Float[Tensor, "batch h w c_skip"] | None = None,
+        latents: Float[Tensor, "batch h w c_latent"] | None = None,
+        mapper: tuple[Tensor, Tensor] | None = None,
+        folded: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Float[Tensor, "batch h w c"], tuple[Tensor, ...]]:
+        """Add the block's response to ``x``.
+
+        Args:
+            x: Pixels.
+            skip: Channels from the way down.
+            latents: The compressor's latents at this size.
+            mapper: Weight and bias of the map from the latents to the condition.
+            folded: What an earlier call returned: the product of both maps.
+
+        Returns:
+            The pixels, and the product of both maps to hand back at the next step.
+        """
+        first = self.channelwise[0]
+        w_x, w_skip, w_condition = first.weight.split(self.sizes, dim=1)
+        if folded is None:
+            folded = (first.bias,) if mapper is None else fold(w_condition, first.bias, *mapper)
+        y = self.norm(self.depthwise(x))
+        if latents is None:
+            hidden = F.linear(y, w_x, folded[-1])
+        else:
+            hidden = accumulate(F.linear(latents, *folded), y, w_x)
+        if skip is not None:
+            hidden = accumulate(hidden, skip, w_skip)
+        for layer in list(self.channelwise)[1:]:
+            hidden = layer(hidden)
+        return x + hidden, folded
+
+
+def fold(
+    outer: Float[Tensor, "c c_cond"],
+    outer_bias: Float[Tensor, " c"],
+    inner: Float[Tensor, "c_cond c_latent 1 1"],
+    inner_bias: Float[Tensor, " c_cond"],
+) -> tuple[Float[Tensor, "c c_latent"], Float[Tensor, " c"]]:
+    """Return weight and bias of one linear map that does what ``inner`` and then ``outer`` do."""
+    return outer @ inner.flatten(1), outer_bias + outer @ inner_bias
+
+
+def accumulate(
+    total: Float[Tensor, "batch h w c_out"], x: Float[Tensor, "batch h w c"], weight: Float[Tensor, "c_out c"]
+) -> Float[Tensor, "batch h w c_out"]:
+    """Return ``total + x weight^T`` in one matrix product, without concatenating what is mapped to one place."""
+    flat, y = total.flatten(0, 2), x.flatten(0, 2)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return torch.addmm(flat, y, weight.t()).view_as(total)
+    return flat.addmm_(y, weight.t()).view_as(total)
+
+
+@dataclass
+class Conditions:
+    """What all blocks of one forward pass see.
+
+    Attributes:
+        embedding: Of the timestep, (batch, c_r).
+        text: Mapped text states, (batch, n, c_cond).
+        effnet: The compressor's latents, (batch, 16, h, w).
+        cache: Of the sampling run.
+        names: The blocks, in the order in which they run.
+    """
+
+    embedding: Tensor
+    text: Tensor
+    effnet: Tensor
+    cache: ConditionCache
+    names: Iterator[str] = field(default_factory=lambda: (f"blocks.{index}" for index in range(10**9)))
+
+    def latents(self, h: int, w: int) -> Float[Tensor, "batch h w c_latent"]:
+        """Resize the compressor's latents, once a sampling run for each size."""
+        key = f"latents.{h}x{w}"
+        if key not in self.cache:
+            resized = F.interpolate(
+                self.effnet.float(), size=(h, w), mode="bicubic", antialias=True, align_corners=True
+            )
+            self.cache[key] = (resized.to(self.text.dtype).permute(0, 2, 3, 1).contiguous(),)
+        return self.cache[key][0]
+
+
+class StageBUNet(Network):
+    """Würstchen's Stage B (paper, section 3.2): U-Net with the compressor's latents injected at most levels.
+
+    Args:
+        c_in: Channels of the noised latents.
+        c_out: Channels of the predicted noise.
+        c_r: Width of the timestep embedding.
+        patch_size: Latent pixels folded into the first level's pixels, on each side.
+        c_cond: Width of mapped text states and conditions.
+        c_hidden: Width of each level.
+        nhead: Attention heads of each level; -1 where a level has no attention.
+        blocks: How often each level repeats its ``level_config``.
+        level_config: For each level a word of C (residual), T (timestep) and A (attention).
+        inject_effnet: Whether a level sees the compressor's latents.
+        effnet_embd: Channels of the compressor's latents.
+        clip_embd: Width of the text states.
+        kernel_size: Of the depthwise convolutions.
+        dropout: In MLPs and after attention; one for all levels or one for each.
+    """
+
+    diffusers_class = "WuerstchenDiffNeXt"
+    _no_split_modules = ["ConditionedResBlock", "AttnBlock"]
+    presets = {
+        "tiny": {
+            "c_cond": 32,
+            "c_hidden": [32, 64],
+            "nhead": [-1, 4],
+            "blocks": [1, 1],
+            "level_config": ["CT", "CTA"],
+            "inject_effnet": [False, True],
+            "clip_embd": 32,
+            "dropout": 0.0,
+        },
+        "small": {"c_cond": 512, "c_hidden": [160, 320, 640, 640], "nhead": [-1, 5, 10, 10], "clip_embd": 768},
+        "paper": {},
+        "released": {},
+    }
+
+    def __init__(
+        self,
+        c_in: int = 4,
+        c_out: int = 4,
+        c_r: int = 64,
+        patch_size: int = 2,
+        c_cond: int = 1024,
+        c_hidden: Sequence[int] = (320, 640, 1280, 1280),
+        nhead: Sequence[int] = (-1, 10, 20, 20),
+        blocks: Sequence[int] = (4, 4, 14, 4),
+        level_config: Sequence[str] = ("CT", "CTA", "CTA", "CTA"),
+        inject_effnet: Sequence[bool] = (False, True, True, True),
+        effnet_embd: int = 16,
+        clip_embd: int = 1024,
+        kernel_size: int = 3,
+        dropout: float | Sequence[float] = 0.1,
+    ) -> None:
+        arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        super().__init__(**arguments)
+        self.c_r, self.patch_size = c_r, patch_size
+        dropouts = [dropout] * len(c_hidden) if isinstance(dropout, float | int) else list(dropout)
+        self.clip_mapper = nn.Linear(clip_embd, c_cond)
+        self.effnet_mappers = nn.ModuleList(
+            nn.Conv2d(effnet_embd, c_cond, kernel_size=1) if inject else None
+            for inject in [*inject_effnet, *reversed(inject_effnet)]
+        )
+        self.seq_norm = layer_norm(c_cond)
+        self.embedding = nn.Sequential(
+            Unshuffle(patch_size), Pointwise(c_in * patch_size**2, c_hidden[0]), layer_norm(c_hidden[0])
+        )
+
+        def level(i: int, skip: int) -> list[nn.Module]:
+            condition = c_cond if inject_effnet[i] else 0
+            built: list[nn.Module] = []
+            for kind in level_config[i] * blocks[i]:
+                if kind == "C":
+                    c_skip = 0 if built else skip
+                    built.append(ConditionedResBlock(c_hidden[i], c_skip, condition, kernel_size, dropouts[i]))
+                elif kind == "T":
+                    built.append(TimestepBlock(c_hidden[i], c_r))
+                else:
+                    built.append(AttnBlock(c_hidden[i], c_cond, nhead[i], dropouts[i]))
+            return built
+
+        def down(i: int) -> list[nn.Module]:
+            before, c = c_hidden[max(i - 1, 0)], c_hidden[i]
+            return [nn.Sequential(layer_norm(before), Conv(before, c, kernel_size=2, stride=2))] if i > 0 else []
+
+        def up(i: int) -> list[nn.Module]:
+            c, after = c_hidden[i], c_hidden[max(i - 1, 0)]
+            return [nn.Sequential(layer_norm(c), ConvTranspose(c, after, kernel_size=2, stride=2))] if i > 0 else []
+
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        last = len(c_hidden) - 1
+        for i in range(len(c_hidden)):
+            self.down_blocks.append(nn.ModuleList([*down(i), *level(i, 0)]))
+        for i, c in reversed(list(enumerate(c_hidden))):
+            self.up_blocks.append(nn.ModuleList([*level(i, c if i < last else 0), *up(i)]))
+        self.clf = nn.Sequential(
+            layer_norm(c_hidden[0]), Pointwise(c_hidden[0], 2 * c_out * patch_size**2), Shuffle(patch_size)
+        )
+        self.reset_parameters()
+
+    @property
+    def multiple(self) -> int:
+        """What the latents' height and width must be multiples of."""
+        return self.patch_size * 2 ** (len(self.down_blocks) - 1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as the authors do; each residual block is scaled once, by 1 / sqrt(number of blocks)."""
+        self.apply(xavier)
+        for mapper in [*self.effnet_mappers, self.clip_mapper]:
+            if mapper is not None:
+                nn.init.normal_(mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
+        nn.init.zeros_(self.clf[1].weight)
+        for module in self.modules():
+            if isinstance(module, ConditionedResBlock):
+                module.channelwise[-1].weight *= math.sqrt(1 / sum(self.config["blocks"]))
+            elif isinstance(module, TimestepBlock):
+                nn.init.zeros_(module.mapper.weight)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch c_in h w"],
+        t: Float[Tensor, " batch"],
+        effnet: Float[Tensor, "batch c_latent h_latent w_latent"],
+        text: Float[Tensor, "batch n c_text"],
+        cache: ConditionCache | None = None,
+    ) -> Float[Tensor, "batch c_out h w"]:
+        """Predict the noise in ``x``.
+
+        Args:
+            x: Noised Stage A latents divided by 0.3764; height and width are multiples of ``multiple``.
+            t: Timesteps in [0, 1].
+            effnet: The compressor's latents, as it gives them.
+            text: Text states, padding included.
+            cache: The same dict for all steps of one sampling run, so that what depends on ``effnet`` and ``text``
+                alone is computed at its first step only.
+
+        Returns:
+            eps = (x - a) / b, in the dtype of ``x``.
+        """
+        dtype = self.clip_mapper.weight.dtype
+        cache = {} if cache is None else cache
+        if "text" not in cache:
+            cache["text"] = (self.seq_norm(self.clip_mapper(text.to(dtype))),)
+        seen = Conditions(timestep_embedding(t, self.c_r, dtype), cache["text"][0], effnet, cache)
+        y: Tensor = self.embedding(x.to(dtype))
+        outputs: list[Tensor] = []
+        mappers = iter(self.effnet_mappers)
+        for blocks in self.down_blocks:
+            y = self._level(y, blocks, next(mappers), seen)
+            outputs.append(y)
+        skips = [None, *reversed(outputs[:-1])]
+        for blocks, skip in zip(self.up_blocks, skips, strict=True):
+            y = self._level(y, blocks, next(mappers), seen, skip)
+        a, b = self.clf(y).to(x.dtype).chunk(2, dim=1)
+        return diffusion.noise_from_unet(x, a, b).contiguous()
+
+    def _level(
+        self, y: Tensor, blocks: nn.Module, mapper: nn.Module | None, seen: Conditions, skip: Tensor | None = None
+    ) -> Tensor:
+        """Run one level's blocks; the first residual block takes the skip."""
+        assert isinstance(blocks, nn.ModuleList)
+        weights = None if mapper is None else (mapper.weight, mapper.bias)
+        for block in blocks:
+            name = next(seen.names)
+            kept = seen.cache.get(name)
+            if isinstance(block, ConditionedResBlock):
+                latents = None if mapper is None else seen.latents(y.shape[1], y.shape[2])
+                y, kept = block(y, skip, latents, weights, kept)
+                skip = None
+            elif isinstance(block, AttnBlock):
+                y, kept = block(y, seen.text, kept)
+            else:
+                y = block(y, seen.embedding) if isinstance(block, TimestepBlock) else block(y)
+            if kept is not None:
+                seen.cache[name] = kept
+        return y
