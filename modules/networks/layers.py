@@ -81,9 +81,18 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Float[Tensor, "batch h w c"]) -> Float[Tensor, "batch h w c"]:
         """Scale each channel by its share of the response: gamma x n + beta + x, in one pass over x."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
+        norm = pixel_norm(x, wide)
         scale = 1 + self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6))
         return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
+
+
+def pixel_norm(x: Float[Tensor, "batch h w c"], dtype: torch.dtype) -> Float[Tensor, "batch 1 1 c"]:
+    """Return each channel's Euclidean norm over all pixels, computed in ``dtype``."""
+    if x.device.type == "cpu" and x.dtype == dtype and not torch.is_grad_enabled():
+        # PyTorch's norm over leading dimensions is not vectorised on CPUs: this takes a sixth of its time. The root's
+        # gradient is not finite where a channel is zero, so that training keeps to vector_norm.
+        return x.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
 
 
 class ResBlock(nn.Module):
@@ -132,12 +141,18 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.Sequential(nn.Linear(c, c), nn.Dropout(dropout))
 
+    def heads(self, x: Float[Tensor, "batch n c"]) -> Float[Tensor, "batch heads n d"]:
+        """Split channels into heads."""
+        return x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+
     def forward(
-        self, q: Float[Tensor, "batch n c"], k: Float[Tensor, "batch m c"], v: Float[Tensor, "batch m c"]
+        self,
+        q: Float[Tensor, "batch heads n d"],
+        k: Float[Tensor, "batch heads m d"],
+        v: Float[Tensor, "batch heads m d"],
     ) -> Float[Tensor, "batch n c"]:
-        """Attend with queries, keys and values that are already projected."""
-        heads = (y.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for y in (q, k, v))
-        out: Tensor = self.to_out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        """Attend with queries, keys and values that are already projected and split."""
+        out: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 
@@ -171,16 +186,16 @@ class AttnBlock(nn.Module):
         Returns:
             The pixels and the text's keys and values.
         """
-        tokens = self.norm(x).flatten(1, 2)
-        q, k, v = self.attention.to_q(tokens), self.attention.to_k(tokens), self.attention.to_v(tokens)
+        attention, tokens = self.attention, self.norm(x).flatten(1, 2)
+        q, k, v = (attention.heads(to(tokens)) for to in (attention.to_q, attention.to_k, attention.to_v))
         if memory is None:
             mapped = self.kv_mapper(text)
-            memory = (self.attention.to_k(mapped), self.attention.to_v(mapped))
+            memory = tuple(attention.heads(to(mapped)).contiguous() for to in (attention.to_k, attention.to_v))
         if (repeats := memory[0].shape[0] // x.shape[0]) > 1:
-            x, q = x.repeat(repeats, 1, 1, 1), q.repeat(repeats, 1, 1)
-            k, v = k.repeat(repeats, 1, 1), v.repeat(repeats, 1, 1)
-        y = self.attention(q, torch.cat([k, memory[0]], dim=1), torch.cat([v, memory[1]], dim=1))
-        return x + y.view_as(x), memory
+            x, q, k, v = (y.repeat(repeats, 1, 1, 1) for y in (x, q, k, v))
+        # Concatenation lays keys and values out head by head, which attention on CPUs is a quarter faster on.
+        k, v = torch.cat([k, memory[0]], dim=2), torch.cat([v, memory[1]], dim=2)
+        return x + attention(q.contiguous(), k, v).view_as(x), memory
 
 
 def timestep_embedding(t: Float[Tensor, " batch"], c_r: int, dtype: torch.dtype) -> Float[Tensor, "batch c_r"]:
