@@ -1,7 +1,7 @@
 """Würstchen's networks: ``nn.Module``s that know no Lightning."""
 
 from .base import Network, compile_blocks, describe
-from .encoders import SemanticCompressor
+from .encoders import SemanticCompressor, TextEncoder
 from .layers import ConditionCache
 from .prior import Prior
 from .unet import StageBUNet
@@ -16,6 +16,7 @@ __all__ = [
     "Quantized",
     "SemanticCompressor",
     "StageBUNet",
+    "TextEncoder",
     "compile_blocks",
     "describe",
 ]

@@ -1,6 +1,9 @@
-"""The Semantic Compressor: images to the small latents that Stage C draws and Stage B starts from."""
+"""Encoders: the Semantic Compressor, whose latents Stage C draws and Stage B starts from, and the text encoder."""
 
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -74,3 +77,64 @@ class SemanticCompressor(Network):
         resized = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
         latents: Tensor = self.mapper(self.backbone(((resized - mean) / deviation).to(dtype)))
         return latents
+
+
+class TextEncoder(nn.Module):
+    """A CLIP text model with its tokenizer.
+
+    Args:
+        model: A ``transformers.CLIPTextModel``.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, tokenizer: str | Path | None = None) -> "TextEncoder":
+        """Load from the hub or from folders; the tokenizer lies with the model, or beside it, or is given.
+
+        Raises:
+            UsageError: It is not there, or not a CLIP text model.
+        """
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        beside = Path(model).parent / Path(model).name.replace("text_encoder", "tokenizer")
+        if tokenizer is None:
+            alone = Path(model).is_dir() and not (Path(model) / "tokenizer_config.json").is_file()
+            tokenizer = beside if alone and beside.is_dir() else model
+        for part in (model, tokenizer):
+            if Path(part).is_absolute() and not Path(part).is_dir():
+                raise UsageError(f"{part} is no folder: it should hold the text encoder or its tokenizer")
+        try:
+            return TextEncoder(CLIPTextModel.from_pretrained(str(model)), AutoTokenizer.from_pretrained(str(tokenizer)))
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise UsageError(f"{model} cannot be loaded as a CLIP text model with tokenizer: {reason[0]}") from None
+
+    @property
+    def width(self) -> int:
+        """Channels of a text state."""
+        return int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Float[Tensor, "batch n c"]:
+        """Return all states of the last layer, padding included: that is what the stages are trained with."""
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        for text in texts:
+            if (count := len(self.tokenizer(text).input_ids)) > self.length:
+                warnings.warn(f"{text!r} has {count} tokens, of which {self.length} are used", stacklevel=2)
+        device = next(self.model.parameters()).device
+        out = self.model(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def save(self, model: str | Path, tokenizer: str | Path) -> None:
+        """Write both as transformers does."""
+        self.model.save_pretrained(model)
+        self.tokenizer.model_max_length = self.length
+        self.tokenizer.save_pretrained(tokenizer)

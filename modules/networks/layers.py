@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ... import UsageError
+
 ConditionCache: TypeAlias = MutableMapping[str, tuple[Tensor, ...]]
 """What a sampling run computes once, by block. Hand the same empty dict to every step of one run and to no other run."""
 
@@ -137,6 +139,8 @@ class Attention(nn.Module):
 
     def __init__(self, c: int, nhead: int, dropout: float = 0.0) -> None:
         super().__init__()
+        if nhead < 1 or c % nhead:
+            raise UsageError(f"c is {c} and nhead is {nhead}: nhead must divide c")
         self.nhead = nhead
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.Sequential(nn.Linear(c, c), nn.Dropout(dropout))
@@ -204,6 +208,17 @@ def timestep_embedding(t: Float[Tensor, " batch"], c_r: int, dtype: torch.dtype)
     frequencies = torch.exp(torch.arange(half, device=t.device).float() * (-math.log(10000) / (half - 1)))
     angles = (t.to(torch.promote_types(t.dtype, torch.float32)) * 10000)[:, None] * frequencies
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, c_r % 2)).to(dtype)
+
+
+def check_size(what: str, x: Float[Tensor, "batch c h w"], multiple: int) -> None:
+    """Refuse an image-shaped tensor that some level could not halve.
+
+    Raises:
+        UsageError: Names the size and what it must be a multiple of.
+    """
+    h, w = x.shape[-2:]
+    if h % multiple or w % multiple:
+        raise UsageError(f"{what} of {h}x{w} do not fit: height and width must be multiples of {multiple}")
 
 
 def xavier(module: nn.Module) -> None:

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ... import UsageError
 from .. import diffusion
 from .base import Network
+from .conditioned import ConditionedResBlock
 from .layers import (
     AttnBlock,
     ConditionCache,
@@ -20,82 +23,11 @@ from .layers import (
     Shuffle,
     TimestepBlock,
     Unshuffle,
+    check_size,
     layer_norm,
-    mlp,
     timestep_embedding,
     xavier,
 )
-
-
-class ConditionedResBlock(nn.Module):
-    """Residual block whose MLP also sees skip channels and the compressor's latents.
-
-    In the weights the MLP's input is ``[x, skip, condition]``, the condition being the latents mapped from 16 to
-    ``c_cond`` channels by a 1x1 convolution. Both maps are linear, so their product (16 channels wide) gives the same
-    result without the wide map: less arithmetic than the ``c`` channels of ``x`` need, and nothing is concatenated.
-    """
-
-    def __init__(self, c: int, c_skip: int = 0, c_cond: int = 0, kernel_size: int = 3, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.sizes = [c, c_skip, c_cond]
-        self.depthwise = Conv(c, c, kernel_size=kernel_size, padding=kernel_size // 2, groups=c)
-        self.norm = layer_norm(c)
-        self.channelwise = mlp(c + c_skip + c_cond, c, dropout)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch h w c"],
-        skip: Float[Tensor, "batch h w c_skip"] | None = None,
-        latents: Float[Tensor, "batch h w c_latent"] | None = None,
-        mapper: tuple[Tensor, Tensor] | None = None,
-        folded: tuple[Tensor, ...] | None = None,
-    ) -> tuple[Float[Tensor, "batch h w c"], tuple[Tensor, ...]]:
-        """Add the block's response to ``x``.
-
-        Args:
-            x: Pixels.
-            skip: Channels from the way down.
-            latents: The compressor's latents at this size.
-            mapper: Weight and bias of the map from the latents to the condition.
-            folded: What an earlier call returned: the product of both maps.
-
-        Returns:
-            The pixels, and the product of both maps to hand back at the next step.
-        """
-        first = self.channelwise[0]
-        w_x, w_skip, w_condition = first.weight.split(self.sizes, dim=1)
-        if folded is None:
-            folded = (first.bias,) if mapper is None else fold(w_condition, first.bias, *mapper)
-        y = self.norm(self.depthwise(x))
-        if latents is None:
-            hidden = F.linear(y, w_x, folded[-1])
-        else:
-            hidden = accumulate(F.linear(latents, *folded), y, w_x)
-        if skip is not None:
-            hidden = accumulate(hidden, skip, w_skip)
-        for layer in list(self.channelwise)[1:]:
-            hidden = layer(hidden)
-        return x + hidden, folded
-
-
-def fold(
-    outer: Float[Tensor, "c c_cond"],
-    outer_bias: Float[Tensor, " c"],
-    inner: Float[Tensor, "c_cond c_latent 1 1"],
-    inner_bias: Float[Tensor, " c_cond"],
-) -> tuple[Float[Tensor, "c c_latent"], Float[Tensor, " c"]]:
-    """Return weight and bias of one linear map that does what ``inner`` and then ``outer`` do."""
-    return outer @ inner.flatten(1), outer_bias + outer @ inner_bias
-
-
-def accumulate(
-    total: Float[Tensor, "batch h w c_out"], x: Float[Tensor, "batch h w c"], weight: Float[Tensor, "c_out c"]
-) -> Float[Tensor, "batch h w c_out"]:
-    """Return ``total + x weight^T`` in one matrix product, without concatenating what is mapped to one place."""
-    flat, y = total.flatten(0, 2), x.flatten(0, 2)
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return torch.addmm(flat, y, weight.t()).view_as(total)
-    return flat.addmm_(y, weight.t()).view_as(total)
 
 
 @dataclass
@@ -184,6 +116,7 @@ class StageBUNet(Network):
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__(**arguments)
+        _check_levels(arguments, len(c_hidden))
         self.c_r, self.patch_size = c_r, patch_size
         dropouts = [dropout] * len(c_hidden) if isinstance(dropout, float | int) else list(dropout)
         self.clip_mapper = nn.Linear(clip_embd, c_cond)
@@ -269,6 +202,7 @@ class StageBUNet(Network):
         Returns:
             eps = (x - a) / b, in the dtype of ``x``.
         """
+        check_size("latents", x, self.multiple)
         dtype = self.clip_mapper.weight.dtype
         cache = {} if cache is None else cache
         if "text" not in cache:
@@ -306,3 +240,12 @@ class StageBUNet(Network):
             if kept is not None:
                 seen.cache[name] = kept
         return y
+
+
+def _check_levels(arguments: dict[str, Any], levels: int) -> None:
+    """Refuse lists that do not have an entry for each level, and unknown kinds of blocks."""
+    for name in ("nhead", "blocks", "level_config", "inject_effnet"):
+        if (count := len(arguments[name])) != levels:
+            raise UsageError(f"{name} has {count} entries and c_hidden {levels}: give one for each level")
+    if unknown := set("".join(arguments["level_config"])) - set("CTA"):
+        raise UsageError(f"level_config has {min(unknown)!r}: use C, T and A")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .base import Network
-from .layers import Conv, ConvTranspose, Pointwise, Shuffle, Unshuffle, layer_norm
+from .layers import Conv, ConvTranspose, Pointwise, Shuffle, Unshuffle, check_size, layer_norm
 
 
 class MixingResidualBlock(nn.Module):
@@ -132,6 +132,7 @@ class VQGAN(Network):
 
     def encode(self, images: Float[Tensor, "batch c_image h w"]) -> Float[Tensor, "batch c h_latent w_latent"]:
         """Return the latents before quantisation, normalised by the encoder's BatchNorm."""
+        check_size("images", images, self.compression)
         x = self.in_block(images)
         for block in self.down_blocks[:-1]:
             x = block(x)
