@@ -99,12 +99,13 @@ class Network(nn.Module):
 
     @classmethod
     def _fitting_preset(cls, state: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-        """Return the preset with the most tensors of the right shape; ``weights.check`` reports what does not fit."""
+        """Return the preset with the most tensors of the right shape, then names; ``weights.check`` reports what does not fit."""
 
-        def fitting(preset: str) -> int:
+        def fitting(preset: str) -> tuple[int, int]:
             with torch.device("meta"):
                 expected = cls.from_preset(preset).state_dict()
-            return sum(name in state and state[name].shape == tensor.shape for name, tensor in expected.items())
+            alike = sum(name in state and state[name].shape == tensor.shape for name, tensor in expected.items())
+            return alike, -len(expected.keys() ^ state.keys())
 
         return cls.presets[max(reversed(cls.presets), key=fitting)]
 
