@@ -153,9 +153,10 @@ def check(state: Mapping[str, Any], expected: Mapping[str, Tensor], network: str
             raise UsageError(f"{where} holds {stage} ({other}): give a checkpoint of {label} ({network})")
     if missing := next((name for name in expected if name not in state), None):
         raise UsageError(f"{where} lacks {missing}: it is no complete {network}")
-    for name, tensor in state.items():
-        if name not in expected:
-            raise UsageError(f"{where} holds {name}, which {network} does not have: are its arguments right?")
+    if surplus := next((name for name in state if name not in expected), None):
+        raise UsageError(f"{where} holds {surplus}, which {network} does not have: are its arguments right?")
+    for name in expected:
+        tensor = state[name]
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
             raise UsageError(f"{where}: {name} has shape {shapes}: give {network} the arguments it was trained with")
