@@ -62,7 +62,7 @@ def data_from_noise(x: Images, noise: Images, t: Times) -> Images:
 
 
 def ddpm_step(x: Images, noise: Images, t: Times, t_next: Times, fresh: Images) -> Images:
-    """Step from t down to ``t_next`` (Ho et al., algorithm 2, with the posterior's variance), ``fresh`` being new noise.
+    """Step from t down to ``t_next`` with ``fresh`` noise (Ho et al., algorithm 2, with the posterior's variance).
 
     No noise is added when ``t_next`` is 0.
     """

@@ -81,7 +81,9 @@ def read_cascade(folder: str | Path, prior: str | Path | None, dtype: torch.dtyp
         path = (below if part == "scheduler" and stem else above) / part / "scheduler_config.json"
         settings = json.loads(path.read_text()) if path.is_file() else {}
         if (settings.get("scaler", 1.0), settings.get("s", 0.008)) != (1.0, 0.008):
-            raise UsageError(f"{path} asks for scaler {settings.get('scaler')} and s {settings.get('s')}: not supported")
+            raise UsageError(
+                f"{path} asks for scaler {settings.get('scaler')} and s {settings.get('s')}: not supported"
+            )
     compressor = root / "compressor"
     cascade = {
         "vqgan": VQGAN.from_folder(_part(below, "vqgan"), dtype),
@@ -108,7 +110,10 @@ def _check_widths(cascade: dict[str, Any], where: str) -> None:
         ("Stage B's c_in", config["decoder"]["c_in"], "Stage A's latent_channels", config["vqgan"]["latent_channels"]),
         ("Stage B's effnet_embd", config["decoder"]["effnet_embd"], "Stage C's c_in", config["prior"]["c_in"]),
     ]
-    for stage, argument, encoder in (("decoder", "clip_embd", "text_encoder"), ("prior", "c_cond", "prior_text_encoder")):
+    for stage, argument, encoder in (
+        ("decoder", "clip_embd", "text_encoder"),
+        ("prior", "c_cond", "prior_text_encoder"),
+    ):
         pairs.append((f"{stage}'s {argument}", config[stage][argument], f"{encoder}'s width", cascade[encoder].width))
     for one, value, other, needed in pairs:
         if value != needed:

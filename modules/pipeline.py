@@ -117,7 +117,9 @@ class TextToImage(Cascade):
         if len(negatives) != len(prompts):
             raise UsageError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one each")
         if num_images_per_prompt < 1:
-            raise UsageError(f"num_images_per_prompt={num_images_per_prompt} is not a number of images: give at least 1")
+            raise UsageError(
+                f"num_images_per_prompt={num_images_per_prompt} is not a number of images: give at least 1"
+            )
         prior_times = _times(prior_timesteps, prior_num_inference_steps, "prior_num_inference_steps")
         decoder_times = _times(decoder_timesteps, num_inference_steps, "num_inference_steps")
         randomness = _randomness(seed, generator, len(prompts) * num_images_per_prompt)
@@ -193,6 +195,7 @@ class TextToImage(Cascade):
         through_a = self.vqgan.to_images(self.vqgan.to_latents(pixels.to(dtype)))
         a, b = (_converted(images, "pil")[0] for images in (through_a, self.pixels(latents)))
         return Reconstruction(fitted, a, b)
+
 
 def reconstruct(folder: str | Path, image: str | Path, **options: Any) -> Reconstruction:
     """Load the cascade in ``folder`` and reconstruct an image file; options are those of ``TextToImage.reconstruct``.

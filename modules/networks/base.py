@@ -4,13 +4,16 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import nn
 
 from ... import UsageError
 from .. import weights
+
+Presets: TypeAlias = dict[str, dict[str, Any]]
+"""Arguments by name of the preset."""
 
 
 class Network(nn.Module):
@@ -20,13 +23,15 @@ class Network(nn.Module):
     ``diffusion_pytorch_model.safetensors``, in diffusers' format and with diffusers' names.
     """
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    presets: ClassVar[Presets]
     diffusers_class: ClassVar[str]
     _no_split_modules: ClassVar[list[str]]
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
-        self.config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+        self.config: dict[str, Any] = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
+        }
 
     @classmethod
     def from_preset(cls, preset: str, **changes: Any) -> Self:
@@ -94,12 +99,13 @@ class Network(nn.Module):
             raise UsageError(f"{path} holds {held}: give a checkpoint with a {cls.__name__}")
         key = weights.AUTHORS_FILES.get(cls.__name__, "state_dict")
         nested = content.get(key, content.get("state_dict", content))
-        state = weights.from_authors({name: value for name, value in nested.items() if isinstance(value, torch.Tensor)})
+        tensors = {name: value for name, value in nested.items() if isinstance(value, torch.Tensor)}
+        state = weights.from_authors(tensors)
         return cls.from_weights(cls._fitting_preset(state), state, str(path), dtype)
 
     @classmethod
     def _fitting_preset(cls, state: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-        """Return the preset with the most tensors of the right shape, then names; ``weights.check`` reports what does not fit."""
+        """Return the preset that fits best: tensors of the right shape first, then names."""
 
         def fitting(preset: str) -> tuple[int, int]:
             with torch.device("meta"):

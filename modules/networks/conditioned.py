@@ -44,14 +44,13 @@ class ConditionedResBlock(nn.Module):
             The pixels, and the product of both maps to hand back at the next step.
         """
         first = self.channelwise[0]
-        w_x, w_skip, w_condition = first.weight.split(self.sizes, dim=1)
+        assert isinstance(first, nn.Linear)
+        w_x, w_skip, w_condition = torch.split(first.weight, self.sizes, dim=1)
         if folded is None:
             folded = (first.bias,) if mapper is None else fold(w_condition, first.bias, *mapper)
-        y = self.norm(self.depthwise(x))
-        if latents is None:
-            hidden = F.linear(y, w_x, folded[-1])
-        else:
-            hidden = accumulate(F.linear(latents, *folded), y, w_x)
+        y: Tensor = self.norm(self.depthwise(x))
+        condition = None if latents is None else F.linear(latents, *folded)
+        hidden = F.linear(y, w_x, folded[-1]) if condition is None else accumulate(condition, y, w_x)
         if skip is not None:
             hidden = accumulate(hidden, skip, w_skip)
         for layer in list(self.channelwise)[1:]:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torchvision.models import efficientnet_v2_s
 from torchvision.ops import Conv2dNormActivation
 
 from ... import UsageError
-from .base import Network
+from .base import Network, Presets
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which EfficientNet's weights expect."""
@@ -39,8 +39,8 @@ class SemanticCompressor(Network):
     """
 
     diffusers_class = "SemanticCompressor"
-    _no_split_modules = ["FusedMBConv", "MBConv", "Conv2dNormActivation"]
-    presets = {
+    _no_split_modules: ClassVar[list[str]] = ["FusedMBConv", "MBConv", "Conv2dNormActivation"]
+    presets: ClassVar[Presets] = {
         "tiny": {"backbone": "small", "widths": [16, 32, 64, 64], "input_scale": 1.0},
         "small": {},
         "paper": {},
@@ -72,7 +72,7 @@ class SemanticCompressor(Network):
     def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch c_latent h_latent w_latent"]:
         """Compress images in [0, 1]."""
         size = [round(side * self.input_scale) for side in images.shape[-2:]]
-        dtype = self.mapper[0].weight.dtype
+        dtype = self.get_parameter("mapper.0.weight").dtype
         mean, deviation = (torch.tensor(c, device=images.device)[:, None, None] for c in (MEAN, DEVIATION))
         resized = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
         latents: Tensor = self.mapper(self.backbone(((resized - mean) / deviation).to(dtype)))

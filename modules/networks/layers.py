@@ -1,8 +1,8 @@
 """Layers that Stages A, B and C share, all channels-last.
 
-Between the stages' borders an image-shaped tensor is ``(batch, height, width, channels)`` and contiguous, so that norms
-and linear layers run on it as it lies and convolutions see it, without a copy, as PyTorch's channels-last memory format.
-Weights keep the names and shapes of diffusers' classes, so that exchange needs no conversion.
+Inside a network an image-shaped tensor is ``(batch, height, width, channels)`` and contiguous, so that norms and linear
+layers run on it as it lies, and convolutions see it, without a copy, as PyTorch's channels-last memory format. Weights
+keep the names and shapes of diffusers' classes, so that exchange needs no conversion.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ... import UsageError
 
 ConditionCache: TypeAlias = MutableMapping[str, tuple[Tensor, ...]]
-"""What a sampling run computes once, by block. Hand the same empty dict to every step of one run and to no other run."""
+"""What a sampling run computes once, by block. Start each run with an empty dict and hand it to all of its steps."""
 
 
 class Unshuffle(nn.PixelUnshuffle):
@@ -94,7 +94,8 @@ def pixel_norm(x: Float[Tensor, "batch h w c"], dtype: torch.dtype) -> Float[Ten
         # PyTorch's norm over leading dimensions is not vectorised on CPUs: this takes a sixth of its time. The root's
         # gradient is not finite where a channel is zero, so that training keeps to vector_norm.
         return x.square().sum(dim=(1, 2), keepdim=True).sqrt()
-    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
+    return norm
 
 
 class ResBlock(nn.Module):
@@ -147,7 +148,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Float[Tensor, "batch n c"]) -> Float[Tensor, "batch heads n d"]:
         """Split channels into heads."""
-        return x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.nhead, -1).transpose(1, 2)
 
     def forward(
         self,

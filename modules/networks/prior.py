@@ -1,14 +1,24 @@
 """Stage C: the text-conditional prior in the Semantic Compressor's latents."""
 
 import math
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import diffusion
-from .base import Network
-from .layers import AttnBlock, ConditionCache, Pointwise, ResBlock, TimestepBlock, layer_norm, timestep_embedding, xavier
+from .base import Network, Presets
+from .layers import (
+    AttnBlock,
+    ConditionCache,
+    Pointwise,
+    ResBlock,
+    TimestepBlock,
+    layer_norm,
+    timestep_embedding,
+    xavier,
+)
 
 
 class Prior(Network):
@@ -25,8 +35,8 @@ class Prior(Network):
     """
 
     diffusers_class = "WuerstchenPrior"
-    _no_split_modules = ["ResBlock", "AttnBlock"]
-    presets = {
+    _no_split_modules: ClassVar[list[str]] = ["ResBlock", "AttnBlock"]
+    presets: ClassVar[Presets] = {
         "tiny": {"c_in": 16, "c": 64, "c_cond": 32, "depth": 2, "nhead": 4, "dropout": 0.0},
         "small": {"c_in": 16, "c": 768, "c_cond": 768, "depth": 12, "nhead": 12},
         "paper": {"c_in": 16, "c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16},
@@ -57,12 +67,12 @@ class Prior(Network):
     def reset_parameters(self) -> None:
         """Initialise as the authors do: Xavier, small inputs, no output and no timestep, residuals scaled by depth."""
         self.apply(xavier)
-        for layer in (self.projection, self.cond_mapper[0], self.cond_mapper[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(self.out[1].weight)
+        for layer in ("projection", "cond_mapper.0", "cond_mapper.2"):
+            nn.init.normal_(self.get_parameter(f"{layer}.weight"), std=0.02)
+        nn.init.zeros_(self.get_parameter("out.1.weight"))
         for block in self.blocks:
             if isinstance(block, ResBlock):
-                block.channelwise[-1].weight *= math.sqrt(1 / self.config["depth"])
+                block.get_parameter("channelwise.4.weight").mul_(math.sqrt(1 / self.config["depth"]))
             elif isinstance(block, TimestepBlock):
                 nn.init.zeros_(block.mapper.weight)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ... import UsageError
 from .. import diffusion
-from .base import Network
+from .base import Network, Presets
 from .conditioned import ConditionedResBlock
 from .layers import (
     AttnBlock,
@@ -80,8 +80,8 @@ class StageBUNet(Network):
     """
 
     diffusers_class = "WuerstchenDiffNeXt"
-    _no_split_modules = ["ConditionedResBlock", "AttnBlock"]
-    presets = {
+    _no_split_modules: ClassVar[list[str]] = ["ConditionedResBlock", "AttnBlock"]
+    presets: ClassVar[Presets] = {
         "tiny": {
             "c_cond": 32,
             "c_hidden": [32, 64],
@@ -120,10 +120,9 @@ class StageBUNet(Network):
         self.c_r, self.patch_size = c_r, patch_size
         dropouts = [dropout] * len(c_hidden) if isinstance(dropout, float | int) else list(dropout)
         self.clip_mapper = nn.Linear(clip_embd, c_cond)
-        self.effnet_mappers = nn.ModuleList(
-            nn.Conv2d(effnet_embd, c_cond, kernel_size=1) if inject else None
-            for inject in [*inject_effnet, *reversed(inject_effnet)]
-        )
+        self.effnet_mappers = nn.ModuleList()
+        for index, inject in enumerate([*inject_effnet, *reversed(inject_effnet)]):
+            self.effnet_mappers.add_module(str(index), nn.Conv2d(effnet_embd, c_cond, 1) if inject else None)
         self.seq_norm = layer_norm(c_cond)
         self.embedding = nn.Sequential(
             Unshuffle(patch_size), Pointwise(c_in * patch_size**2, c_hidden[0]), layer_norm(c_hidden[0])
@@ -164,7 +163,7 @@ class StageBUNet(Network):
     @property
     def multiple(self) -> int:
         """What the latents' height and width must be multiples of."""
-        return self.patch_size * 2 ** (len(self.down_blocks) - 1)
+        return int(self.patch_size * 2 ** (len(self.down_blocks) - 1))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -173,11 +172,11 @@ class StageBUNet(Network):
         for mapper in [*self.effnet_mappers, self.clip_mapper]:
             if mapper is not None:
                 nn.init.normal_(mapper.weight, std=0.02)
-        nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
-        nn.init.zeros_(self.clf[1].weight)
+        nn.init.xavier_uniform_(self.get_parameter("embedding.1.weight"), gain=0.02)
+        nn.init.zeros_(self.get_parameter("clf.1.weight"))
         for module in self.modules():
             if isinstance(module, ConditionedResBlock):
-                module.channelwise[-1].weight *= math.sqrt(1 / sum(self.config["blocks"]))
+                module.get_parameter("channelwise.4.weight").mul_(math.sqrt(1 / sum(self.config["blocks"])))
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)
 

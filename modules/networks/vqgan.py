@@ -1,6 +1,7 @@
 """Stage A: the 4x VQGAN between pixels and latents, and the discriminator it is trained against."""
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .base import Network
+from .base import Network, Presets
 from .layers import Conv, ConvTranspose, Pointwise, Shuffle, Unshuffle, check_size, layer_norm
 
 
@@ -64,7 +65,7 @@ class VectorQuantizer(nn.Module):
         pixels = z.permute(0, 2, 3, 1)
         codes = self.embedding.weight
         with torch.no_grad():
-            rows = pixels.flatten(0, 2).to(codes.dtype).split(self.rows_at_once)
+            rows = torch.split(pixels.flatten(0, 2).to(codes.dtype), self.rows_at_once)
             indices = torch.cat([torch.cdist(part, codes).argmin(dim=1) for part in rows]).view(pixels.shape[:3])
         nearest = self.embedding(indices)
         loss = F.mse_loss(nearest, pixels.detach()) + self.beta * F.mse_loss(pixels, nearest.detach())
@@ -88,8 +89,8 @@ class VQGAN(Network):
     """
 
     diffusers_class = "PaellaVQModel"
-    _no_split_modules = ["MixingResidualBlock"]
-    presets = {
+    _no_split_modules: ClassVar[list[str]] = ["MixingResidualBlock"]
+    presets: ClassVar[Presets] = {
         "tiny": {"bottleneck_blocks": 1, "embed_dim": 32, "num_vq_embeddings": 64},
         "small": {"bottleneck_blocks": 4, "embed_dim": 192, "num_vq_embeddings": 4096},
         "paper": {},
@@ -116,7 +117,7 @@ class VQGAN(Network):
         patch = up_down_scale_factor**2
         self.in_block = nn.Sequential(Unshuffle(up_down_scale_factor), Pointwise(in_channels * patch, widths[0]))
         down: list[nn.Module] = [MixingResidualBlock(widths[0], widths[0] * 4)]
-        for before, c in zip(widths, widths[1:], strict=False):
+        for before, c in pairwise(widths):
             down += [Conv(before, c, kernel_size=4, stride=2, padding=1), MixingResidualBlock(c, c * 4)]
         head = nn.Sequential(
             nn.Conv2d(widths[-1], latent_channels, kernel_size=1, bias=False), nn.BatchNorm2d(latent_channels)
@@ -125,7 +126,7 @@ class VQGAN(Network):
         self.vquantizer = VectorQuantizer(num_vq_embeddings, latent_channels)
         up: list[nn.Module] = [nn.Sequential(Pointwise(latent_channels, widths[-1]))]
         up += [MixingResidualBlock(widths[-1], widths[-1] * 4) for _ in range(bottleneck_blocks)]
-        for before, c in zip(widths[::-1], widths[-2::-1], strict=False):
+        for before, c in pairwise(reversed(widths)):
             up += [ConvTranspose(before, c, kernel_size=4, stride=2, padding=1), MixingResidualBlock(c, c * 4)]
         self.up_blocks = nn.Sequential(*up)
         self.out_block = nn.Sequential(Pointwise(widths[0], out_channels * patch), Shuffle(up_down_scale_factor))
@@ -176,8 +177,8 @@ class PatchDiscriminator(Network):
     """
 
     diffusers_class = "PatchDiscriminator"
-    _no_split_modules: list[str] = []
-    presets = {
+    _no_split_modules: ClassVar[list[str]] = []
+    presets: ClassVar[Presets] = {
         "tiny": {"c_hidden": 64, "depth": 3},
         "small": {"c_hidden": 256, "depth": 5},
         "paper": {},

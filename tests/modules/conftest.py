@@ -9,8 +9,8 @@ from jaxtyping import install_import_hook
 
 # Before anything imports them.
 # (Beartype cannot check `Self`, which base and cascade use.)
-ROOMS = "networks.layers networks.conditioned networks.vqgan networks.unet networks.prior networks.encoders diffusion pipeline"
-install_import_hook([f"rewurst.modules.{room}" for room in ROOMS.split()], "beartype.beartype")
+NETWORKS = [f"networks.{name}" for name in ("layers", "conditioned", "vqgan", "unet", "prior", "encoders")]
+install_import_hook([f"rewurst.modules.{name}" for name in (*NETWORKS, "diffusion", "pipeline")], "beartype.beartype")
 
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 from torch import nn  # noqa: E402

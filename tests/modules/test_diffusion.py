@@ -8,9 +8,10 @@ from diffusers import DDPMWuerstchenScheduler
 from diffusers.pipelines.deprecated.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Generator, Tensor
+
 from rewurst import UsageError
 from rewurst.modules import diffusion
-from torch import Generator, Tensor
 
 times = st.floats(0, 1, width=32)
 

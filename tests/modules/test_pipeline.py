@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Generator, nn
+
 from rewurst import UsageError
 from rewurst.modules import folders, weights
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe
 from rewurst.modules.pipeline import TextToImage, reconstruct
-from torch import Generator, nn
 
 FAST: dict[str, Any] = {"prior_num_inference_steps": 3, "num_inference_steps": 2}
 
@@ -116,12 +116,25 @@ class TestDiffusers:
         above.set_progress_bar_config(disable=True)
         below.set_progress_bar_config(disable=True)
         generator = Generator().manual_seed(7)
-        drawn = above("a red circle", height=64, width=48, num_inference_steps=3, guidance_scale=4.0, generator=generator)
+        drawn = above(
+            "a red circle", height=64, width=48, num_inference_steps=3, guidance_scale=4.0, generator=generator
+        )
         expected = below(
-            drawn.image_embeddings, "a red circle", num_inference_steps=2, guidance_scale=2.0, generator=generator, output_type="np"
+            drawn.image_embeddings,
+            "a red circle",
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            generator=generator,
+            output_type="np",
         ).images
         ours = pipeline(
-            "a red circle", 64, 48, decoder_guidance_scale=2.0, generator=Generator().manual_seed(7), output_type="np", **FAST
+            "a red circle",
+            64,
+            48,
+            decoder_guidance_scale=2.0,
+            generator=Generator().manual_seed(7),
+            output_type="np",
+            **FAST,
         )
         assert np.abs(array(ours) - expected).max() < 1e-4
 
@@ -133,7 +146,10 @@ class TestDiffusers:
         assert np.array_equal(*drawn)
 
     def test_readme_says_how(self, combined: Path, pair: Path) -> None:
-        assert "AutoPipelineForText2Image.from_pretrained(FOLDER, trust_remote_code=True)" in (combined / "README.md").read_text()
+        assert (
+            "AutoPipelineForText2Image.from_pretrained(FOLDER, trust_remote_code=True)"
+            in (combined / "README.md").read_text()
+        )
         assert 'DiffusionPipeline.from_pretrained(FOLDER + "/prior"' in (pair / "README.md").read_text()
 
     def test_mean_of_two(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -156,16 +172,16 @@ class TestCall:
         assert pipeline(**arguments, output_type="latent", return_dict=False)[0].shape == (2, 4, 8, 12)
 
     def test_the_same_seed_gives_the_same_picture(self, pipeline: TextToImage) -> None:
-        one, same, other = (
-            array(pipeline("x", 32, 32, seed=seed, output_type="np", **FAST)) for seed in (5, 5, 6)
-        )
+        one, same, other = (array(pipeline("x", 32, 32, seed=seed, output_type="np", **FAST)) for seed in (5, 5, 6))
         assert np.array_equal(one, same)
         assert not np.allclose(one, other, atol=1e-3)
 
     def test_batches_equal_singles(self, pipeline: TextToImage) -> None:
         arguments = {"height": 32, "width": 32, "output_type": "np", "decoder_guidance_scale": 1.5} | FAST
         prompts, negatives = ["a red circle", "two"], ["", "green"]
-        together = array(pipeline(prompts, negative_prompt=negatives, num_images_per_prompt=2, seed=[4, 9, 1, 2], **arguments))
+        together = array(
+            pipeline(prompts, negative_prompt=negatives, num_images_per_prompt=2, seed=[4, 9, 1, 2], **arguments)
+        )
         for index, seed in enumerate([4, 9, 1, 2]):
             prompt, negative = prompts[index // 2], negatives[index // 2]
             alone = array(pipeline(prompt, negative_prompt=negative, seed=seed, **arguments))
@@ -254,7 +270,10 @@ class TestReconstruct:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": "x", "height": 50}, "height=50 does not fit this model's stages: the nearest that fit are 48 or 64"),
+        (
+            {"prompt": "x", "height": 50},
+            "height=50 does not fit this model's stages: the nearest that fit are 48 or 64",
+        ),
         ({"prompt": "x", "width": -1}, "width=-1 does not fit this model's stages: the nearest that fit are 16 or 32"),
         ({}, "give either prompt or prompt_embeds"),
         ({"prompt": []}, "prompt=[] is no text: give a string or a list of strings"),
@@ -265,7 +284,10 @@ class TestReconstruct:
         ({"prompt": "x", "output_type": "jpg"}, "output_type='jpg' is unknown"),
         ({"prompt": "x", "prior_num_inference_steps": 0}, "prior_num_inference_steps=0 is too few"),
         ({"prompt": "x", "prior_timesteps": [0.0, 1.0]}, "timesteps [0.0, 1.0] are wrong"),
-        ({"prompt": "x", "latents": torch.zeros(1, 16, 9, 9)}, "latents have shape (1, 16, 9, 9): this prompt and size"),
+        (
+            {"prompt": "x", "latents": torch.zeros(1, 16, 9, 9)},
+            "latents have shape (1, 16, 9, 9): this prompt and size",
+        ),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, pipeline: TextToImage) -> None:
@@ -276,8 +298,8 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, pipeline: TextTo
 
 
 @pytest.fixture
-def broken(combined: Path, tmp_path: Path) -> Iterator[Path]:
-    yield Path(shutil.copytree(combined, tmp_path / "broken"))
+def broken(combined: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(combined, tmp_path / "broken"))
 
 
 class TestBadFolders:
@@ -300,7 +322,9 @@ class TestBadFolders:
         assert "\n" not in str(error.value)
 
     def test_decoder_without_prior(self, pair: Path) -> None:
-        with pytest.raises(UsageError, match="holds a WuerstchenDecoderPipeline only: give the prior pipeline's folder"):
+        with pytest.raises(
+            UsageError, match="holds a WuerstchenDecoderPipeline only: give the prior pipeline's folder"
+        ):
             TextToImage.from_folder(pair / "decoder")
 
     def test_parts_that_do_not_belong_together(self, broken: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from rewurst import UsageError
 from rewurst.modules import weights
 from rewurst.modules.networks import VQGAN, Network, Prior, SemanticCompressor, StageBUNet, describe
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 PAIRS = [(VQGAN, PaellaVQModel), (StageBUNet, WuerstchenDiffNeXt), (Prior, WuerstchenPrior)]
 
@@ -103,12 +104,17 @@ def test_lightning_checkpoint(tmp_path: Path, randomize: Any) -> None:
         back = network.from_checkpoint(tmp_path / "b.ckpt")
         assert same(back.state_dict(), getattr(module, attribute).state_dict())
         assert back.config == getattr(module, attribute).config
-    with pytest.raises(UsageError, match=r"b\.ckpt holds StageBUNet, SemanticCompressor: give a checkpoint with a Prior"):
+    with pytest.raises(
+        UsageError, match=r"b\.ckpt holds StageBUNet, SemanticCompressor: give a checkpoint with a Prior"
+    ):
         Prior.from_checkpoint(tmp_path / "b.ckpt")
 
 
 def test_mean() -> None:
-    one, two = {"w": torch.tensor([1.0, 2.0]).half(), "n": torch.tensor(3)}, {"w": torch.tensor([2.0, 4.0]).half(), "n": torch.tensor(3)}
+    one, two = (
+        {"w": torch.tensor([1.0, 2.0]).half(), "n": torch.tensor(3)},
+        {"w": torch.tensor([2.0, 4.0]).half(), "n": torch.tensor(3)},
+    )
     mean = weights.mean([one, two])
     assert mean["w"].tolist() == [1.5, 3.0]
     assert mean["w"].dtype == torch.float16

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from torch import Tensor, nn
+
 from rewurst import UsageError
 from rewurst.modules.networks import (
     VQGAN,
@@ -22,7 +24,6 @@ from rewurst.modules.networks import (
 )
 from rewurst.modules.networks.conditioned import ConditionedResBlock
 from rewurst.modules.networks.layers import GlobalResponseNorm, ResBlock, TimestepBlock, timestep_embedding
-from torch import Tensor, nn
 
 ALL = [VQGAN, StageBUNet, Prior, SemanticCompressor, PatchDiscriminator]
 
@@ -73,7 +74,10 @@ class TestInitialisation:
         assert network.blocks[2].attention.to_q.weight.std() > 0 if isinstance(network, Prior) else True
 
     def test_fresh_networks_learn(self) -> None:
-        for network, inputs in ((StageBUNet.from_preset("tiny"), stage_b_inputs()), (Prior.from_preset("tiny"), prior_inputs())):
+        for network, inputs in (
+            (StageBUNet.from_preset("tiny"), stage_b_inputs()),
+            (Prior.from_preset("tiny"), prior_inputs()),
+        ):
             optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
             for _ in range(2):  # the output starts at zero: the rest receives gradients from the second step on
                 optimizer.zero_grad()
@@ -185,13 +189,19 @@ class TestPrecision:
 
     @torch.no_grad()
     def test_bfloat16_networks_keep_the_samples_dtype(self) -> None:
-        for network, inputs in ((StageBUNet.from_preset("tiny"), stage_b_inputs()), (Prior.from_preset("tiny"), prior_inputs())):
+        for network, inputs in (
+            (StageBUNet.from_preset("tiny"), stage_b_inputs()),
+            (Prior.from_preset("tiny"), prior_inputs()),
+        ):
             out = network.bfloat16().eval()(*inputs)
             assert out.dtype == torch.float32
             assert out.isfinite().all()
 
     def test_autocast_trains(self) -> None:
-        for network, inputs in ((StageBUNet.from_preset("tiny"), stage_b_inputs()), (Prior.from_preset("tiny"), prior_inputs())):
+        for network, inputs in (
+            (StageBUNet.from_preset("tiny"), stage_b_inputs()),
+            (Prior.from_preset("tiny"), prior_inputs()),
+        ):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = network(*inputs).square().mean()
             loss.backward()
@@ -281,9 +291,15 @@ def test_compiled_blocks_change_nothing() -> None:
     [
         (lambda: Prior.from_preset("huge"), "Prior has no preset 'huge': choose one of tiny, small, paper, released"),
         (lambda: Prior.from_preset("tiny", heads=3), "Prior has no argument 'heads': it has c_in, c, "),
-        (lambda: SemanticCompressor(backbone="vgg"), "backbone 'vgg' is unknown: choose 'efficientnet_v2_s' or 'small'"),
+        (
+            lambda: SemanticCompressor(backbone="vgg"),
+            "backbone 'vgg' is unknown: choose 'efficientnet_v2_s' or 'small'",
+        ),
         (lambda: Prior.from_preset("tiny", nhead=3), "c is 64 and nhead is 3: nhead must divide c"),
-        (lambda: StageBUNet.from_preset("tiny", blocks=[1]), "blocks has 1 entries and c_hidden 2: give one for each level"),
+        (
+            lambda: StageBUNet.from_preset("tiny", blocks=[1]),
+            "blocks has 1 entries and c_hidden 2: give one for each level",
+        ),
         (lambda: StageBUNet.from_preset("tiny", level_config=["CT", "CX"]), "level_config has 'X': use C, T and A"),
     ],
 )

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
-from rewurst.modules.networks import VQGAN, Network, Prior, StageBUNet
 from torch import Tensor
+
+from rewurst.modules.networks import VQGAN, Network, Prior, StageBUNet
 
 PAIRS = [(VQGAN, PaellaVQModel), (StageBUNet, WuerstchenDiffNeXt), (Prior, WuerstchenPrior)]
 
