@@ -42,8 +42,8 @@ class Cascade:
         compressor: SemanticCompressor | None = None,
         resolution_multiple: float = 42.67,
         latent_dim_scale: float = 10.67,
-        latent_mean: float = 42.0,
-        latent_std: float = 1.0,
+        latent_mean: float = Prior.latent_mean,
+        latent_std: float = Prior.latent_std,
     ) -> None:
         self.vqgan, self.decoder, self.prior, self.compressor = vqgan, decoder, prior, compressor
         self.text_encoder, self.prior_text_encoder = text_encoder, prior_text_encoder

@@ -223,7 +223,8 @@ def write_cascade(
         _write_index(out, "WuerstchenCombinedPipeline", lower | upper)
     else:
         scale = {"latent_dim_scale": resolution_multiple / vqgan.compression}
-        numbers = {"latent_mean": 42.0, "latent_std": 1.0, "resolution_multiple": resolution_multiple}
+        numbers = {"latent_mean": prior.latent_mean, "latent_std": prior.latent_std}
+        numbers["resolution_multiple"] = resolution_multiple
         _write_index(below, "WuerstchenDecoderPipeline", lower | scale)
         _write_index(above, "WuerstchenPriorPipeline", upper | numbers)
     how = COMBINED if combined else PAIR.format(size=round(12 * resolution_multiple))

@@ -212,6 +212,24 @@ def reconstruct(folder: str | Path, image: str | Path, **options: Any) -> Recons
         raise UsageError(f"{image} cannot be read as an image: give a .png, .jpg or .webp file") from None
 
 
+def read_prompts(argument: str) -> list[str]:
+    """Return the prompt that ``argument`` is, or with ``@FILE`` the file's lines, empty ones left out.
+
+    Raises:
+        UsageError: The file is missing, is no text, or holds no prompt.
+    """
+    if not argument.startswith("@"):
+        return [argument]
+    try:
+        lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{argument[1:]} cannot be read: give a text file with one prompt a line") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{argument[1:]} holds no prompt: give a text file with one prompt a line")
+    return prompts
+
+
 def _listed(texts: str | Sequence[str], name: str) -> list[str]:
     listed = [texts] if isinstance(texts, str) else list(texts)
     if not listed or not all(isinstance(text, str) for text in listed):

@@ -24,6 +24,9 @@ from .layers import (
 class Prior(Network):
     """Würstchen's Stage C: residual, timestep and attention blocks in turn, at one resolution (paper, section 3.2).
 
+    It works on the compressor's latents in a scale of its own (``normalize``), for which diffusers has the names
+    ``latent_mean`` and ``latent_std``.
+
     Args:
         c_in: Channels of the latents.
         c: Width.
@@ -42,6 +45,9 @@ class Prior(Network):
         "paper": {"c_in": 16, "c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16},
         "released": {"c_in": 16, "c": 1536, "c_cond": 1280, "depth": 32, "nhead": 24},
     }
+
+    latent_mean: ClassVar[float] = 42.0
+    latent_std: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -62,6 +68,16 @@ class Prior(Network):
             self.blocks.extend([ResBlock(c, dropout=dropout), TimestepBlock(c, c_r), AttnBlock(c, c, nhead, dropout)])
         self.out = nn.Sequential(layer_norm(c), Pointwise(c, c_in * 2))
         self.reset_parameters()
+
+    @classmethod
+    def normalize(cls, z: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        """Bring the compressor's latents to the scale that Stage C trains on: (z + 1) / 42."""
+        return (z + cls.latent_std) / cls.latent_mean
+
+    @classmethod
+    def denormalize(cls, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        """Undo ``normalize``."""
+        return x * cls.latent_mean - cls.latent_std
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -86,7 +102,7 @@ class Prior(Network):
         """Predict the noise in ``x``.
 
         Args:
-            x: Noised latents, in the scale that Stage C trains on: (z + 1) / 42.
+            x: Noised latents, in the scale that ``normalize`` gives.
             t: Timesteps in [0, 1].
             text: Text states, padding included: all 77 of CLIP. ``k`` times the batch (guidance) is as if ``x`` and
                 ``t`` were repeated ``k`` times, and cheaper.

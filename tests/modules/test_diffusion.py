@@ -87,6 +87,13 @@ def test_ddim_with_the_true_noise_follows_the_diffusion(t: float, t_next: float,
     torch.testing.assert_close(diffusion.data_from_noise(now, noise, vector(t)), data)
 
 
+def test_training_times() -> None:
+    times = diffusion.training_times(torch.linspace(0, 1, 1001, dtype=torch.float64))
+    assert times.min() == 0.001
+    assert times.max() == 1
+    assert (times == 1).double().mean().item() == pytest.approx(0.075, abs=0.001)
+
+
 def test_ddpm_adds_no_noise_at_the_end() -> None:
     x, noise, fresh = torch.randn(3, 1, 2, 3, 3)
     t, zero = torch.tensor([0.1]), torch.tensor([0.0])

@@ -15,7 +15,7 @@ from torch import Generator, nn
 from rewurst import UsageError
 from rewurst.modules import folders, weights
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe
-from rewurst.modules.pipeline import TextToImage, reconstruct
+from rewurst.modules.pipeline import TextToImage, read_prompts, reconstruct
 
 FAST: dict[str, Any] = {"prior_num_inference_steps": 3, "num_inference_steps": 2}
 
@@ -237,6 +237,13 @@ class TestCall:
             pipeline("z" * 40, 32, 32, **FAST)
 
 
+def test_released_sizes() -> None:
+    with torch.device("meta"):
+        networks = [network.from_preset("released") for network in (VQGAN, StageBUNet, Prior)]
+    released = TextToImage(*networks, text_encoder=nn.Module(), prior_text_encoder=nn.Module())  # type: ignore[arg-type]
+    assert [pixels for pixels in range(1, 2049) if released.fits(pixels)] == list(range(128, 2049, 128))
+
+
 class TestReconstruct:
     def test_sizes(self, pair: Path, tmp_path: Path) -> None:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)).save(tmp_path / "x.png")
@@ -295,6 +302,17 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, pipeline: TextTo
         pipeline(**{"height": 32, "width": 32, **FAST, **arguments})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n\n two dogs \n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert read_prompts("a cat") == ["a cat"]
+    assert read_prompts(f"@{tmp_path / 'p.txt'}") == ["a cat", "two dogs"]
+    for name, message in (("none", "cannot be read"), ("empty", "holds no prompt"), ("binary", "cannot be read")):
+        with pytest.raises(UsageError, match=f"{name}.txt {message}.*: give a text file with one prompt a line"):
+            read_prompts(f"@{tmp_path / name}.txt")
 
 
 @pytest.fixture

@@ -154,6 +154,30 @@ def test_stage_b_takes_any_multiple_and_batches_equal_singles(h: int, w: int) ->
     torch.testing.assert_close(batch, singles, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=10, deadline=None)
+@given(h=st.integers(1, 5), w=st.integers(1, 5))
+def test_vqgan_takes_any_multiple_and_batches_equal_singles(h: int, w: int) -> None:
+    torch.manual_seed(h * 10 + w)
+    vqgan = VQGAN.from_preset("tiny").eval()
+    for name, parameter in vqgan.named_parameters():
+        if name.endswith("gammas"):
+            nn.init.normal_(parameter, std=0.5)
+    images = torch.rand(2, 3, h * 4, w * 4)
+    with torch.no_grad():
+        batch, quantized = vqgan(images)
+        singles = torch.cat([vqgan(images[i : i + 1])[0] for i in range(2)])
+        assert vqgan.to_images(vqgan.to_latents(images)).shape == images.shape
+    assert quantized.latents.shape == (2, 4, h, w)
+    assert batch.shape == images.shape
+    torch.testing.assert_close(batch, singles, rtol=1e-4, atol=1e-5)
+
+
+def test_prior_scale() -> None:
+    z = torch.randn(1, 16, 2, 2)
+    torch.testing.assert_close(Prior.denormalize(Prior.normalize(z)), z)
+    assert Prior.normalize(torch.full((1, 1, 1, 1), 41.0)).item() == 1
+
+
 def test_quantizer_gradient_goes_straight_through() -> None:
     vqgan = VQGAN.from_preset("tiny")
     latents = torch.randn(1, 4, 3, 5, requires_grad=True)
