@@ -1,8 +1,8 @@
 """Stage B: a U-Net that turns Semantic Compressor latents into Stage A latents."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ from .layers import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Conditions:
     """What all blocks of one forward pass see.
 
@@ -39,14 +39,12 @@ class Conditions:
         text: Mapped text states, (batch, n, c_cond).
         effnet: The compressor's latents, (batch, 16, h, w).
         cache: Of the sampling run.
-        names: The blocks, in the order in which they run.
     """
 
     embedding: Tensor
     text: Tensor
     effnet: Tensor
     cache: ConditionCache
-    names: Iterator[str] = field(default_factory=lambda: (f"blocks.{index}" for index in range(10**9)))
 
     def latents(self, h: int, w: int) -> Float[Tensor, "batch h w c_latent"]:
         """Resize the compressor's latents, once a sampling run for each size."""
@@ -116,9 +114,8 @@ class StageBUNet(Network):
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__(**arguments)
-        _check_levels(arguments, len(c_hidden))
+        _check_levels(self.config, len(c_hidden))
         self.c_r, self.patch_size = c_r, patch_size
-        dropouts = [dropout] * len(c_hidden) if isinstance(dropout, float | int) else list(dropout)
         self.clip_mapper = nn.Linear(clip_embd, c_cond)
         self.effnet_mappers = nn.ModuleList()
         for index, inject in enumerate([*inject_effnet, *reversed(inject_effnet)]):
@@ -127,34 +124,12 @@ class StageBUNet(Network):
         self.embedding = nn.Sequential(
             Unshuffle(patch_size), Pointwise(c_in * patch_size**2, c_hidden[0]), layer_norm(c_hidden[0])
         )
-
-        def level(i: int, skip: int) -> list[nn.Module]:
-            condition = c_cond if inject_effnet[i] else 0
-            built: list[nn.Module] = []
-            for kind in level_config[i] * blocks[i]:
-                if kind == "C":
-                    c_skip = 0 if built else skip
-                    built.append(ConditionedResBlock(c_hidden[i], c_skip, condition, kernel_size, dropouts[i]))
-                elif kind == "T":
-                    built.append(TimestepBlock(c_hidden[i], c_r))
-                else:
-                    built.append(AttnBlock(c_hidden[i], c_cond, nhead[i], dropouts[i]))
-            return built
-
-        def down(i: int) -> list[nn.Module]:
-            before, c = c_hidden[max(i - 1, 0)], c_hidden[i]
-            return [nn.Sequential(layer_norm(before), Conv(before, c, kernel_size=2, stride=2))] if i > 0 else []
-
-        def up(i: int) -> list[nn.Module]:
-            c, after = c_hidden[i], c_hidden[max(i - 1, 0)]
-            return [nn.Sequential(layer_norm(c), ConvTranspose(c, after, kernel_size=2, stride=2))] if i > 0 else []
-
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        last = len(c_hidden) - 1
-        for i in range(len(c_hidden)):
-            self.down_blocks.append(nn.ModuleList([*down(i), *level(i, 0)]))
-        for i, c in reversed(list(enumerate(c_hidden))):
-            self.up_blocks.append(nn.ModuleList([*level(i, c if i < last else 0), *up(i)]))
+        levels = range(len(c_hidden))
+        self.down_blocks = nn.ModuleList(nn.ModuleList([*_down(c_hidden, i), *_blocks(self.config, i)]) for i in levels)
+        self.up_blocks = nn.ModuleList(
+            nn.ModuleList([*_blocks(self.config, i, c_skip=c_hidden[i] if i < levels[-1] else 0), *_up(c_hidden, i)])
+            for i in reversed(levels)
+        )
         self.clf = nn.Sequential(
             layer_norm(c_hidden[0]), Pointwise(c_hidden[0], 2 * c_out * patch_size**2), Shuffle(patch_size)
         )
@@ -209,42 +184,74 @@ class StageBUNet(Network):
         seen = Conditions(timestep_embedding(t, self.c_r, dtype), cache["text"][0], effnet, cache)
         y: Tensor = self.embedding(x.to(dtype))
         outputs: list[Tensor] = []
-        mappers = iter(self.effnet_mappers)
-        for blocks in self.down_blocks:
-            y = self._level(y, blocks, next(mappers), seen)
+        levels = len(self.down_blocks)
+        for i in range(levels):
+            y = self._level(y, f"down_blocks.{i}", self.effnet_mappers[i], seen)
             outputs.append(y)
         skips = [None, *reversed(outputs[:-1])]
-        for blocks, skip in zip(self.up_blocks, skips, strict=True):
-            y = self._level(y, blocks, next(mappers), seen, skip)
+        for i in range(levels):
+            y = self._level(y, f"up_blocks.{i}", self.effnet_mappers[levels + i], seen, skips[i])
         a, b = self.clf(y).to(x.dtype).chunk(2, dim=1)
         return diffusion.noise_from_unet(x, a, b).contiguous()
 
     def _level(
-        self, y: Tensor, blocks: nn.Module, mapper: nn.Module | None, seen: Conditions, skip: Tensor | None = None
+        self, y: Tensor, name: str, mapper: nn.Module | None, seen: Conditions, skip: Tensor | None = None
     ) -> Tensor:
-        """Run one level's blocks; the first residual block takes the skip."""
+        """Run one level's blocks; its first block, a residual one, takes the skip."""
+        blocks = self.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList)
         weights = None if mapper is None else (mapper.weight, mapper.bias)
-        for block in blocks:
-            name = next(seen.names)
-            kept = seen.cache.get(name)
+        for index, block in enumerate(blocks):
+            key = f"{name}.{index}"
+            kept = seen.cache.get(key)
             if isinstance(block, ConditionedResBlock):
                 latents = None if mapper is None else seen.latents(y.shape[1], y.shape[2])
-                y, kept = block(y, skip, latents, weights, kept)
-                skip = None
+                y, seen.cache[key] = block(y, skip if index == 0 else None, latents, weights, kept)
             elif isinstance(block, AttnBlock):
-                y, kept = block(y, seen.text, kept)
+                y, seen.cache[key] = block(y, seen.text, kept)
             else:
                 y = block(y, seen.embedding) if isinstance(block, TimestepBlock) else block(y)
-            if kept is not None:
-                seen.cache[name] = kept
         return y
 
 
-def _check_levels(arguments: dict[str, Any], levels: int) -> None:
-    """Refuse lists that do not have an entry for each level, and unknown kinds of blocks."""
+def _blocks(config: dict[str, Any], i: int, c_skip: int = 0) -> list[nn.Module]:
+    """Build level i's blocks; its first block has ``c_skip`` channels more to see."""
+    c, c_cond, dropout = config["c_hidden"][i], config["c_cond"], config["dropout"]
+    dropout = dropout[i] if isinstance(dropout, list) else dropout
+    built: list[nn.Module] = []
+    for kind in config["level_config"][i] * config["blocks"][i]:
+        if kind == "C":
+            condition = c_cond if config["inject_effnet"][i] else 0
+            skip = 0 if built else c_skip
+            built.append(ConditionedResBlock(c, skip, condition, config["kernel_size"], dropout))
+        elif kind == "T":
+            built.append(TimestepBlock(c, config["c_r"]))
+        else:
+            built.append(AttnBlock(c, c_cond, config["nhead"][i], dropout))
+    return built
+
+
+def _down(c_hidden: Sequence[int], i: int) -> list[nn.Module]:
+    """Build the way into level i; the first level has none."""
+    if i == 0:
+        return []
+    return [nn.Sequential(layer_norm(c_hidden[i - 1]), Conv(c_hidden[i - 1], c_hidden[i], kernel_size=2, stride=2))]
+
+
+def _up(c_hidden: Sequence[int], i: int) -> list[nn.Module]:
+    """Build the way out of level i; the first level has none."""
+    if i == 0:
+        return []
+    out = ConvTranspose(c_hidden[i], c_hidden[i - 1], kernel_size=2, stride=2)
+    return [nn.Sequential(layer_norm(c_hidden[i]), out)]
+
+
+def _check_levels(config: dict[str, Any], levels: int) -> None:
+    """Refuse lists that do not have an entry for each level, and words that do not begin with C or know other kinds."""
     for name in ("nhead", "blocks", "level_config", "inject_effnet"):
-        if (count := len(arguments[name])) != levels:
+        if (count := len(config[name])) != levels:
             raise UsageError(f"{name} has {count} entries and c_hidden {levels}: give one for each level")
-    if unknown := set("".join(arguments["level_config"])) - set("CTA"):
+    if unknown := set("".join(config["level_config"])) - set("CTA"):
         raise UsageError(f"level_config has {min(unknown)!r}: use C, T and A")
+    if wrong := [word for word in config["level_config"] if not word.startswith("C")]:
+        raise UsageError(f"level_config has {wrong[0]!r}: begin each level with C, which takes the skip")

@@ -325,6 +325,7 @@ def test_compiled_blocks_change_nothing() -> None:
             "blocks has 1 entries and c_hidden 2: give one for each level",
         ),
         (lambda: StageBUNet.from_preset("tiny", level_config=["CT", "CX"]), "level_config has 'X': use C, T and A"),
+        (lambda: StageBUNet.from_preset("tiny", level_config=["CT", "TA"]), "level_config has 'TA': begin each level"),
     ],
 )
 def test_bad_arguments(build: Any, message: str) -> None:

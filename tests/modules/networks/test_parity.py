@@ -106,11 +106,17 @@ class TestForward:
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS[1:])
 def test_gradients(ours: type[Network], theirs: type, randomize: Any) -> None:
     one, other = pair(ours, theirs, dict(ours.presets["tiny"]), torch.float64, randomize)
-    condition = [torch.randn(2, 16, 3, 5).double()] if ours is StageBUNet else []
+    condition = [torch.randn(2, 16, 3, 5).double().requires_grad_()] if ours is StageBUNet else []
+    into_compressor: list[Tensor] = []
     inputs = [torch.randn(2, one.config["c_in"], 8, 8).double(), torch.rand(2).double(), *condition]
     inputs.append(torch.randn(2, 7, 32).double())
     for network in (one, other):
         network(*inputs).square().sum().backward()
+        if condition:  # the Semantic Compressor learns with Stage B
+            into_compressor.append(condition[0].grad.clone())
+            condition[0].grad = None
+    if condition:
+        torch.testing.assert_close(*into_compressor, rtol=1e-5, atol=1e-6)
     theirs_by_name = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
         expected = theirs_by_name[name].grad
