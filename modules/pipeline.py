@@ -15,9 +15,8 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from .. import UsageError
-from . import diffusion
 from .cascade import Cascade
-from .networks import TextEncoder
+from .prompts import checked_times, paired, randomness_of, text_states
 
 OnStepEnd: TypeAlias = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 """Called as in diffusers: (pipeline, step, time, {"latents": x}); a "latents" that it returns takes the place of x."""
@@ -51,7 +50,7 @@ class Reconstruction(NamedTuple):
 class TextToImage(Cascade):
     """Prompts to pictures: ``TextToImage.from_folder(folder)("a red circle").images``."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -109,30 +108,16 @@ class TextToImage(Cascade):
         self.check_size("width", width)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UsageError(f"output_type={output_type!r} is unknown: choose 'pil', 'np', 'pt' or 'latent'")
-        if (prompt is None) == (prompt_embeds is None):
-            raise UsageError("give either prompt or prompt_embeds")
-        prompts = _listed(prompt, "prompt") if prompt is not None else [""] * len(prompt_embeds)  # type: ignore[arg-type]
-        negatives = _listed(negative_prompt or "", "negative_prompt")
-        negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-        if len(negatives) != len(prompts):
-            raise UsageError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one each")
         if num_images_per_prompt < 1:
-            raise UsageError(
-                f"num_images_per_prompt={num_images_per_prompt} is not a number of images: give at least 1"
-            )
-        prior_times = _times(prior_timesteps, prior_num_inference_steps, "prior_num_inference_steps")
-        decoder_times = _times(decoder_timesteps, num_inference_steps, "num_inference_steps")
-        randomness = _randomness(seed, generator, len(prompts) * num_images_per_prompt)
-
-        def states(encoder: TextEncoder, guided: bool, own: Tensor | None = None, away: Tensor | None = None) -> Tensor:
-            text = encoder.encode(prompts) if own is None else own.to(self.device)
-            halves = [text]
-            if guided:
-                halves.append(encoder.encode(negatives) if away is None else away.to(self.device))
-            return torch.cat([half.repeat_interleave(num_images_per_prompt, dim=0) for half in halves])
-
+            raise UsageError(f"num_images_per_prompt={num_images_per_prompt} is too few: give at least 1")
+        prompts, negatives = paired(prompt, negative_prompt, prompt_embeds)
+        prior_times = checked_times(prior_timesteps, prior_num_inference_steps, "prior_num_inference_steps")
+        decoder_times = checked_times(decoder_timesteps, num_inference_steps, "num_inference_steps")
+        randomness = randomness_of(seed, generator, len(prompts) * num_images_per_prompt)
+        above = [(prompts, prompt_embeds), (negatives, negative_prompt_embeds)][: 2 if prior_guidance_scale > 1 else 1]
+        below = [(prompts, None), (negatives, None)][: 2 if decoder_guidance_scale > 1 else 1]
         embeddings = self.draw_embeddings(
-            states(self.prior_text_encoder, prior_guidance_scale > 1, prompt_embeds, negative_prompt_embeds),
+            text_states(self.prior_text_encoder, above, num_images_per_prompt),
             (math.ceil(height / self.resolution_multiple), math.ceil(width / self.resolution_multiple)),
             prior_times,
             prior_guidance_scale,
@@ -142,7 +127,7 @@ class TextToImage(Cascade):
         )
         drawn = self.decode_embeddings(
             embeddings,
-            states(self.text_encoder, decoder_guidance_scale > 1),
+            text_states(self.text_encoder, below, num_images_per_prompt),
             decoder_times,
             decoder_guidance_scale,
             randomness,
@@ -166,7 +151,7 @@ class TextToImage(Cascade):
 
         return hook
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reconstruct(
         self,
         image: Image.Image,
@@ -188,8 +173,8 @@ class TextToImage(Cascade):
         latents = self.decode_embeddings(
             self.compressor(pixels).to(torch.float32),
             self.text_encoder.encode([prompt]),
-            _times(None, num_inference_steps, "num_inference_steps"),
-            generator=_randomness(seed, None, 1),
+            checked_times(None, num_inference_steps, "num_inference_steps"),
+            generator=randomness_of(seed, None, 1),
             callback=self._hook("Stage B", None, num_inference_steps if progress else 0),
         )
         through_a = self.vqgan.to_images(self.vqgan.to_latents(pixels.to(dtype)))
@@ -210,51 +195,6 @@ def reconstruct(folder: str | Path, image: str | Path, **options: Any) -> Recons
             return pipeline.reconstruct(opened, **options)
     except OSError:
         raise UsageError(f"{image} cannot be read as an image: give a .png, .jpg or .webp file") from None
-
-
-def read_prompts(argument: str) -> list[str]:
-    """Return the prompt that ``argument`` is, or with ``@FILE`` the file's lines, empty ones left out.
-
-    Raises:
-        UsageError: The file is missing, is no text, or holds no prompt.
-    """
-    if not argument.startswith("@"):
-        return [argument]
-    try:
-        lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{argument[1:]} cannot be read: give a text file with one prompt a line") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"{argument[1:]} holds no prompt: give a text file with one prompt a line")
-    return prompts
-
-
-def _listed(texts: str | Sequence[str], name: str) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
-    if not listed or not all(isinstance(text, str) for text in listed):
-        raise UsageError(f"{name}={texts!r} is no text: give a string or a list of strings")
-    return listed
-
-
-def _times(times: Sequence[float] | None, steps: int, name: str) -> Sequence[float]:
-    if times is None and steps < 1:
-        raise UsageError(f"{name}={steps} is too few: give at least 1")
-    return diffusion.timesteps(steps) if times is None else times
-
-
-def _randomness(
-    seed: int | Sequence[int] | None, generator: Generator | Sequence[Generator] | None, images: int
-) -> diffusion.Randomness:
-    """Return a generator for each image's seed, or what was given."""
-    if seed is None:
-        return generator
-    if generator is not None:
-        raise UsageError("give either seed or generator")
-    seeds = list(range(seed, seed + images)) if isinstance(seed, int) else list(seed)
-    if len(seeds) != images:
-        raise UsageError(f"got {len(seeds)} seeds for {images} images: give one, or one for each image")
-    return [Generator().manual_seed(one) for one in seeds]
 
 
 def _converted(images: Tensor, output_type: str) -> Any:

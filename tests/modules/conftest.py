@@ -10,7 +10,9 @@ from jaxtyping import install_import_hook
 # Before anything imports them.
 # (Beartype cannot check `Self`, which base and cascade use.)
 NETWORKS = [f"networks.{name}" for name in ("layers", "conditioned", "vqgan", "unet", "prior", "encoders")]
-install_import_hook([f"rewurst.modules.{name}" for name in (*NETWORKS, "diffusion", "pipeline")], "beartype.beartype")
+install_import_hook(
+    [f"rewurst.modules.{name}" for name in (*NETWORKS, "diffusion", "prompts", "pipeline")], "beartype.beartype"
+)
 
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 from torch import nn  # noqa: E402

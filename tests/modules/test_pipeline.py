@@ -15,7 +15,8 @@ from torch import Generator, nn
 from rewurst import UsageError
 from rewurst.modules import folders, weights
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe
-from rewurst.modules.pipeline import TextToImage, read_prompts, reconstruct
+from rewurst.modules.pipeline import TextToImage, reconstruct
+from rewurst.modules.prompts import read_prompts
 
 FAST: dict[str, Any] = {"prior_num_inference_steps": 3, "num_inference_steps": 2}
 
@@ -285,7 +286,13 @@ class TestReconstruct:
         ({}, "give either prompt or prompt_embeds"),
         ({"prompt": []}, "prompt=[] is no text: give a string or a list of strings"),
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "got 2 negative prompts for 3 prompts"),
-        ({"prompt": "x", "num_images_per_prompt": 0}, "num_images_per_prompt=0 is not a number of images"),
+        ({"prompt": "x", "num_images_per_prompt": 0}, "num_images_per_prompt=0 is too few: give at least 1"),
+        ({"prompt": "x", "prompt_embeds": torch.zeros(1, 16, 32)}, "give either prompt or prompt_embeds"),
+        (
+            {"prompt_embeds": torch.zeros(1, 16, 8)},
+            "text states have shape (1, 16, 8): this call and model need (1, 16, 32)",
+        ),
+        ({"prompt": "x", "negative_prompt_embeds": torch.zeros(2, 16, 32)}, "text states have shape (2, 16, 32)"),
         ({"prompt": "x", "seed": [1, 2]}, "got 2 seeds for 1 images"),
         ({"prompt": "x", "seed": 1, "generator": Generator()}, "give either seed or generator"),
         ({"prompt": "x", "output_type": "jpg"}, "output_type='jpg' is unknown"),
