@@ -38,7 +38,10 @@ def diffuse(x: Images, t: Times, noise: Images) -> Images:
 
 
 def p2_weight(t: Times, k: float = 1.0, gamma: float = 1.0) -> Times:
-    """Weight of the loss at t: (k + snr)^-gamma (Choi et al., equation 8); with 1 and 1 it is 1 - alpha_bar."""
+    """Weight of the loss at t: (k + snr)^-gamma (Choi et al., perception prioritized training).
+
+    With 1 and 1 that is 1 - alpha_bar, as Stage C uses it.
+    """
     level = alpha_bar(t)
     if k == gamma == 1:
         return 1 - level

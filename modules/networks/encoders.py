@@ -29,7 +29,7 @@ def small_backbone(widths: Sequence[int]) -> tuple[nn.Sequential, int, int]:
 
 
 class SemanticCompressor(Network):
-    """EfficientNetV2-S features and a 1x1 convolution to 16 normalised channels (paper, section 3.1).
+    """EfficientNetV2-S features and a 1x1 convolution to 16 normalised channels (arXiv 2306.00637).
 
     Args:
         c_latent: Channels of the latents.

@@ -69,7 +69,7 @@ def layer_norm(c: int) -> nn.LayerNorm:
 
 
 class GlobalResponseNorm(nn.Module):
-    """Global response normalisation (ConvNeXt V2, equation 3), with the norm in float32.
+    """Global response normalisation (Woo et al., ConvNeXt V2), with the norm in float32.
 
     A channel's norm over all pixels passes 65504, float16's largest number, long before its values do, and the
     ``1e-6`` vanishes in half precision.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ... import UsageError
 from .. import diffusion
 from .base import Network, Presets
 from .layers import (
@@ -22,7 +23,7 @@ from .layers import (
 
 
 class Prior(Network):
-    """Würstchen's Stage C: residual, timestep and attention blocks in turn, at one resolution (paper, section 3.2).
+    """Würstchen's Stage C: residual, timestep and attention blocks in turn, at one resolution (arXiv 2306.00637).
 
     It works on the compressor's latents in a scale of its own (``normalize``), for which diffusers has the names
     ``latent_mean`` and ``latent_std``.
@@ -111,7 +112,14 @@ class Prior(Network):
 
         Returns:
             eps = (x - a) / (|1 - b| + 1e-5), in the dtype of ``x``.
+
+        Raises:
+            UsageError: The texts are no multiple of the batch.
         """
+        if text.shape[0] % x.shape[0]:
+            raise UsageError(
+                f"got {text.shape[0]} texts for {x.shape[0]} latents: give one, or the same number, for each"
+            )
         dtype = self.projection.weight.dtype
         cache = {} if cache is None else cache
         if "text" not in cache:

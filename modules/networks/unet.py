@@ -58,7 +58,7 @@ class Conditions:
 
 
 class StageBUNet(Network):
-    """Würstchen's Stage B (paper, section 3.2): U-Net with the compressor's latents injected at most levels.
+    """Würstchen's Stage B (arXiv 2306.00637): U-Net with the compressor's latents injected at most levels.
 
     Args:
         c_in: Channels of the noised latents.

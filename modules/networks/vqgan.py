@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ... import UsageError
 from .base import Network, Presets
 from .layers import Conv, ConvTranspose, Pointwise, Shuffle, Unshuffle, check_size, layer_norm
 
@@ -74,7 +75,7 @@ class VectorQuantizer(nn.Module):
 
 
 class VQGAN(Network):
-    """Würstchen's Stage A: images in [0, 1] to 4x smaller latents with four channels and back (paper, section 3.1).
+    """Würstchen's Stage A: images in [0, 1] to 4x smaller latents with four channels and back (arXiv 2306.00637).
 
     Args:
         in_channels: Of images.
@@ -198,6 +199,13 @@ class PatchDiscriminator(Network):
         self.logits = nn.Conv2d(widths[-1], 1, kernel_size=1)
 
     def forward(self, images: Float[Tensor, "batch c_image h w"]) -> Float[Tensor, "batch 1 h_patch w_patch"]:
-        """Judge each patch."""
+        """Judge each patch.
+
+        Raises:
+            UsageError: The image is no larger than one patch: InstanceNorm needs more.
+        """
+        h, w = images.shape[-2:]
+        if max(h, w) <= (patch := 2 ** self.config["depth"]):
+            raise UsageError(f"images of {h}x{w} are one patch of {patch} pixels: give larger ones or a smaller depth")
         logits: Tensor = self.logits(self.encoder(images))
         return logits

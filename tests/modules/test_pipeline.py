@@ -28,10 +28,24 @@ def _no_modules_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
 
-def tame(prior: Prior) -> Prior:
-    """Keep |1 - b| away from 0, where any rounding is blown up."""
-    prior.out[1].weight.data.mul_(0.02)
-    return prior
+def tame(network: nn.Module) -> nn.Module:
+    """Make predictions of a size that sampling keeps small and pictures that are grey rather than black and white."""
+    with torch.no_grad():
+        if isinstance(network, Prior):  # |1 - b| away from 0, where any rounding is blown up
+            network.get_parameter("out.1.weight").mul_(0.2)
+        elif isinstance(network, StageBUNet):  # b near 1; rows are channels, a before b, each with its 2x2 patch
+            network.get_parameter("clf.1.weight").mul_(0.3)
+            network.get_parameter("clf.1.bias")[16:] = 3.0
+        elif isinstance(network, VQGAN):
+            network.get_parameter("out_block.0.bias").fill_(0.5)
+    return network
+
+
+def check_same(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape
+    assert ((theirs > 0) & (theirs < 1)).mean() > 0.9, "clamped pictures would hide differences"
+    assert theirs.std() > 0.03
+    assert np.abs(ours - theirs).max() < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +62,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: P
                     tensor.uniform_(-0.15, 0.17)
                     if tensor_name.endswith("running_var"):
                         tensor.abs_().add_(0.5)
-            setattr(module, attribute, tame(network) if isinstance(network, Prior) else network)
+            setattr(module, attribute, tame(network))
         content = {"state_dict": module.state_dict(), "networks": describe(module)}
         if name != "a":
             content["text_encoder"] = str(text_encoder_folder)
@@ -102,10 +116,12 @@ class TestDiffusers:
         arguments = {"prompt": "a red circle", "height": 128, "width": 256, "prior_guidance_scale": guidance}
         arguments |= {"output_type": "np", "num_images_per_prompt": 2, "negative_prompt": "blue"} | FAST
         expected = theirs(**arguments, generator=Generator().manual_seed(7)).images
-        ours = array(TextToImage.from_folder(combined)(**arguments, generator=Generator().manual_seed(7)))
-        assert ours.shape == expected.shape == (2, 128, 256, 3)
-        assert expected.std() > 0.05
-        assert np.abs(ours - expected).max() < 1e-4
+        cascade = TextToImage.from_folder(combined)
+        ours = array(cascade(**arguments, generator=Generator().manual_seed(7)))
+        other = array(cascade(**arguments | {"prompt": "two"}, generator=Generator().manual_seed(7)))
+        assert np.abs(ours - other).max() > 1e-2, "the prompt should matter more than the tolerance"
+        assert ours.shape == (2, 128, 256, 3)
+        check_same(ours, expected)
 
     def test_other_compressions_draw_the_same_picture(self, pair: Path, pipeline: TextToImage) -> None:
         from diffusers import DiffusionPipeline
@@ -137,7 +153,7 @@ class TestDiffusers:
             output_type="np",
             **FAST,
         )
-        assert np.abs(array(ours) - expected).max() < 1e-4
+        check_same(array(ours), expected)
 
     def test_hub_layout(self, combined: Path, pair: Path, pipeline: TextToImage) -> None:
         """The hub keeps the decoder's pipeline and the prior's in two repositories."""

@@ -339,5 +339,11 @@ def test_sizes_that_do_not_fit() -> None:
     unet = StageBUNet.from_preset("tiny")
     with pytest.raises(UsageError, match="latents of 6x8 do not fit: height and width must be multiples of 4"):
         unet(*stage_b_inputs(6, 8))
+    with pytest.raises(
+        UsageError, match="images of 8x8 are one patch of 8 pixels: give larger ones or a smaller depth"
+    ):
+        PatchDiscriminator.from_preset("tiny")(torch.rand(2, 3, 8, 8))
+    with pytest.raises(UsageError, match="got 3 texts for 2 latents"):
+        Prior.from_preset("tiny")(torch.randn(2, 16, 4, 4), torch.rand(2), torch.randn(3, 7, 32))
     with pytest.raises(UsageError, match="images of 34x32 do not fit: height and width must be multiples of 4"):
         VQGAN.from_preset("tiny").encode(torch.rand(1, 3, 34, 32))
