@@ -115,6 +115,23 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration.
+
+    Raises:
+        UsageError: It is missing or no JSON object.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path.parent} holds no {path.name}: give a folder that rewurst or diffusers wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON ({error}): copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}: it should hold a JSON object")
+    return content
+
+
 def read_folder(folder: str | Path) -> dict[str, Tensor]:
     """Read a network's tensors from a folder in diffusers' format: one file, shards with an index, or .bin.
 
@@ -128,7 +145,7 @@ def read_folder(folder: str | Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     if not index.is_file():
         raise UsageError(f"{folder} holds no weights: {WEIGHTS}.safetensors is missing")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
     return {name: tensor for shard in shards for name, tensor in read_file(folder / Path(shard).name).items()}
 
 

@@ -1,7 +1,6 @@
 """What the networks have in common: their arguments on record, presets, folders."""
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
@@ -69,9 +68,7 @@ class Network(nn.Module):
             UsageError: A file is missing, the folder holds another network, or a weight is not finite.
         """
         path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise UsageError(f"{folder} holds no config.json: give a folder that save or diffusers wrote")
-        config = json.loads(path.read_text())
+        config = weights.read_json(path)
         if config.get("_class_name", cls.diffusers_class) not in (cls.diffusers_class, cls.__name__):
             raise UsageError(f"{path} describes a {config['_class_name']}: {cls.__name__} needs {cls.diffusers_class}")
         return cls.from_weights(config, weights.read_folder(folder), str(folder), dtype)

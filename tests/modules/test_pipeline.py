@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Generator, nn
 
 from rewurst import UsageError
-from rewurst.modules import folders, weights
+from rewurst.modules import weights
+from rewurst.modules.export import export_diffusers
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe
 from rewurst.modules.pipeline import TextToImage, reconstruct
 from rewurst.modules.prompts import read_prompts
@@ -84,14 +85,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: P
 def combined(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of the released compression: 42.67 pixels a latent."""
     out = tmp_path_factory.mktemp("combined") / "out"
-    return folders.export_diffusers(checkpoints["a"], checkpoints["b_large"], checkpoints["c"], out)
+    return export_diffusers(checkpoints["a"], checkpoints["b_large"], checkpoints["c"], out)
 
 
 @pytest.fixture(scope="module")
 def pair(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of 16 pixels a latent, as a prior's and a decoder's folder."""
     out = tmp_path_factory.mktemp("pair") / "out"
-    return folders.export_diffusers(checkpoints["a"], checkpoints["b"], checkpoints["c"], out)
+    return export_diffusers(checkpoints["a"], checkpoints["b"], checkpoints["c"], out)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ class TestDiffusers:
 
     def test_mean_of_two(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
         paths = [checkpoints[name] for name in ("a", "b", "c")]
-        folders.export_diffusers(*paths, tmp_path / "out", stage_c_mean=checkpoints["c2"])
+        export_diffusers(*paths, tmp_path / "out", stage_c_mean=checkpoints["c2"])
         one, two = (Prior.from_checkpoint(checkpoints[name]).state_dict() for name in ("c", "c2"))
         mean = weights.read_folder(tmp_path / "out" / "prior" / "prior")
         torch.testing.assert_close(mean, {name: (one[name] + two[name]) / 2 for name in mean})
@@ -350,7 +351,7 @@ class TestBadFolders:
             ("vqgan", "lacks its part vqgan"),
             ("prior_prior", "lacks its part prior_prior"),
             ("prior_tokenizer", "lacks its part prior_tokenizer"),
-            ("model_index.json", "holds no model_index.json: give a folder that `rewurst export diffusers` wrote"),
+            ("model_index.json", "holds no model_index.json: give a folder that rewurst or diffusers wrote"),
             ("decoder/config.json", "holds no config.json"),
             ("text_encoder/model.safetensors", "cannot be loaded as a CLIP text model"),
         ],
@@ -388,7 +389,7 @@ class TestBadFolders:
 class TestBadExports:
     def export(self, checkpoints: dict[str, Path], out: Path, **changes: Any) -> None:
         arguments = {"stage_a": checkpoints["a"], "stage_b": checkpoints["b"], "stage_c": checkpoints["c"], "out": out}
-        folders.export_diffusers(**(arguments | changes))
+        export_diffusers(**(arguments | changes))
 
     @pytest.mark.parametrize(
         ("changes", "message"),

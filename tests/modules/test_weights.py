@@ -160,6 +160,10 @@ def write(name: str) -> Any:
         (corrupt(folder) / "config.json").unlink()
         return folder
 
+    def broken_config(folder: Path) -> Path:
+        (corrupt(folder) / "config.json").write_text('{"c":')
+        return folder
+
     def no_weights(folder: Path) -> Path:
         (corrupt(folder) / "diffusion_pytorch_model.safetensors").unlink()
         return folder
@@ -207,7 +211,11 @@ def write(name: str) -> Any:
         ("pickled", "evil.pt holds "),
         ("bare_pickle", "evil.pkl "),
         ("truncated", "diffusion_pytorch_model.safetensors cannot be read as weights"),
-        ("no_config", "holds no config.json: give a folder that save or diffusers wrote"),
+        ("no_config", "holds no config.json: give a folder that rewurst or diffusers wrote"),
+        (
+            "broken_config",
+            "config.json is no JSON (Expecting value: line 1 column 6 (char 5)): copy or download it again",
+        ),
         ("no_weights", "holds no weights: diffusion_pytorch_model.safetensors is missing"),
         ("not_finite", "blocks.3.depthwise.bias has values that are not finite"),
         ("other_stage", "b.pt holds Stage B (StageBUNet): give a checkpoint of Stage C (Prior)"),
