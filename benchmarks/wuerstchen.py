@@ -119,7 +119,8 @@ def sample_ours(network: nn.Module, case: Case, noise: Tensor, conditions: Seque
 
 def sample_theirs(network: nn.Module, case: Case, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
     """Sample as diffusers' pipelines do, without what they do around the loop."""
-    scheduler, generator = DDPMWuerstchenScheduler(), torch.Generator().manual_seed(2)
+    scheduler: Any = DDPMWuerstchenScheduler()
+    generator = torch.Generator().manual_seed(2)
     scheduler.set_timesteps(case.steps, device=x.device)
     for t in scheduler.timesteps[:-1]:
         ratio = t.expand(1).to(x.dtype)

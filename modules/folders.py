@@ -49,7 +49,7 @@ def read_cascade(folder: str | Path, prior: str | Path | None, dtype: torch.dtyp
 
 
 def _pipelines(root: Path, prior: str | Path | None) -> tuple[Path, Path, str]:
-    """Return the decoder pipeline's folder, the prior pipeline's, and what the names of the latter's parts begin with."""
+    """Return the decoder pipeline's folder, the prior pipeline's, and how names of the latter's parts begin."""
     if (root / "prior" / "model_index.json").is_file():
         return root / "decoder", root / "prior", ""
     return (root, root, "prior_") if prior is None else (root, Path(prior), "")
