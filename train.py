@@ -23,7 +23,10 @@ usage: rewurst COMMAND [--help] ...
   prepare text SOURCE...            tokenize text into shards
   prepare verify FOLDER             compare shards with their index
   export hf CKPT OUT                write a checkpoint as a Hugging Face folder
+  export diffusers --stage_a ...    write Würstchen checkpoints as folders that diffusers loads
   generate text FOLDER PROMPT       continue a prompt
+  generate image FOLDER PROMPT      draw pictures
+  generate reconstruction FOLDER IMAGE   an image beside what Stage A, and Stage B from z, make of it
 
 `rewurst COMMAND --help` tells more. Errors are one line, exit status 2; REWURST_TRACEBACK=1 shows where they come from.
 """

@@ -1,5 +1,22 @@
-"""LightningModules."""
+"""LightningModules, and the pipeline from text to images.
 
-from .causal_lm import CausalLM
+Classes are imported when they are asked for: a language model needs no torchvision, an image model no tokenizer.
+"""
 
-__all__ = ["CausalLM"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .causal_lm import CausalLM
+    from .pipeline import TextToImage
+
+_MODULES = {"CausalLM": "causal_lm", "TextToImage": "pipeline"}
+
+__all__ = ["CausalLM", "TextToImage"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,10 +17,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info
 
 from . import UsageError
-from . import modules as _modules  # noqa: F401  # imported so that YAML may name the classes without a path
 from .callbacks import StepProgressBar
 from .callbacks.checkpoints import newest_checkpoint
-from .datamodules import text as _text  # noqa: F401
+from .datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
+from .modules import causal_lm as _causal_lm  # noqa: F401
 from .parser_errors import one_line
 
 

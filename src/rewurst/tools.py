@@ -1,4 +1,4 @@
-"""The commands beside LightningCLI's: prepare, export, generate."""
+"""The commands beside LightningCLI's: prepare, export, generate. What they run is imported when it is known."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def run(args: list[str]) -> None:
 def _parser() -> Parser:
     parser = Parser(prog="rewurst")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    _prepare(commands.add_parser("prepare", help="tokenizers and text into shards"))
+    _prepare(commands.add_parser("prepare", help="tokenizers, and text into shards"))
     _export(commands.add_parser("export", help="checkpoints into other layouts"))
-    _generate(commands.add_parser("generate", help="text from a model"))
+    _generate(commands.add_parser("generate", help="text and images from a model"))
     return parser
 
 
@@ -68,6 +68,13 @@ def _export(parser: Parser) -> None:
     hf.add_argument("out", type=Path, metavar="OUT", help="new folder")
     hf.add_argument("--tokenizer", type=Path, help="tokenizer's folder (default: the one the data was prepared with)")
     hf.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+    diffusers = _tool(what, "diffusers", "write a cascade as folders that diffusers loads", _run_export_diffusers)
+    for stage, name in (("a", "VQGAN"), ("b", "U-Net and Semantic Compressor"), ("c", "prior")):
+        diffusers.add_argument(f"--stage_{stage}", type=Path, required=True, metavar="CKPT", help=name)
+    diffusers.add_argument("--stage_c_mean", type=Path, metavar="CKPT", help="write the mean of this prior and that one")
+    diffusers.add_argument("--text_encoder", help="of Stage B, folder or hub name (default: the checkpoint's)")
+    diffusers.add_argument("--prior_text_encoder", help="of Stage C (default: its checkpoint's, or Stage B's)")
+    diffusers.add_argument("out", type=Path, metavar="OUT", help="new folder")
 
 
 def _generate(parser: Parser) -> None:
@@ -79,6 +86,27 @@ def _generate(parser: Parser) -> None:
     text.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     text.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest tokens of this probability")
     text.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    image = _tool(what, "image", "draw pictures for a prompt", _run_generate_image)
+    image.add_argument("folder", metavar="FOLDER", help="exported cascade, or its decoder folder (with --prior)")
+    image.add_argument("prompt", metavar="PROMPT", help="a prompt, or @FILE with one a line")
+    image.add_argument("--out", type=Path, required=True, help="image file; several become NAME-0, NAME-1, ...")
+    image.add_argument("--prior", help="folder of the prior, where it lies apart")
+    image.add_argument("--negative_prompt", help="what to guide away from")
+    image.add_argument("--images", type=int, default=1, help="pictures of each prompt")
+    image.add_argument("--height", type=int, default=512, help="pixels")
+    image.add_argument("--width", type=int, default=512, help="pixels")
+    image.add_argument("--prior_steps", type=int, default=60, help="steps of Stage C")
+    image.add_argument("--guidance", type=float, default=4.0, help="guidance of Stage C")
+    image.add_argument("--seed", type=int, help="seed of the first picture (default: a new one)")
+    image.add_argument("--device", default="cpu", help="such as cuda")
+    image.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the networks")
+    reconstruction = _tool(what, "reconstruction", "an image beside what A, and B from z, make of it", _run_reconstruct)
+    reconstruction.add_argument("folder", metavar="FOLDER", help="exported cascade with its compressor")
+    reconstruction.add_argument("image", metavar="IMAGE", help="image file")
+    reconstruction.add_argument("--out", type=Path, required=True, help="image file: original, A, B")
+    reconstruction.add_argument("--seed", type=int, default=0, help="seed of Stage B's noise")
+    for parser_of_images in (image, reconstruction):
+        parser_of_images.add_argument("--steps", type=int, default=12, help="steps of Stage B")
 
 
 def _tool(commands: Any, name: str, description: str, function: Callable[[Parsed], None]) -> Parser:
@@ -140,6 +168,62 @@ def _run_export_hf(args: Parsed) -> None:
 
     export_hugging_face(args.checkpoint, args.out, args.tokenizer, args.overwrite)
     print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained")
+
+
+def _run_export_diffusers(args: Parsed) -> None:
+    from .modules.export import export_diffusers
+
+    texts = {"text_encoder": args.text_encoder, "prior_text_encoder": args.prior_text_encoder}
+    export_diffusers(args.stage_a, args.stage_b, args.stage_c, args.out, args.stage_c_mean, **texts)
+    print(f"{args.out}: its README.md says how to load it")
+
+
+def _run_generate_image(args: Parsed) -> None:
+    import torch
+
+    from .modules.pipeline import TextToImage
+    from .modules.prompts import read_prompts
+
+    prompts = read_prompts(args.prompt)
+    pipeline = TextToImage.from_folder(args.folder, args.prior, getattr(torch, args.dtype), args.device)
+    pictures = pipeline(
+        prompts,
+        args.height,
+        args.width,
+        prior_num_inference_steps=args.prior_steps,
+        prior_guidance_scale=args.guidance,
+        num_inference_steps=args.steps,
+        negative_prompt=args.negative_prompt,
+        num_images_per_prompt=args.images,
+        seed=torch.seed() % 2**31 if args.seed is None else args.seed,
+        progress=True,
+    )
+    images = pictures.images  # type: ignore[union-attr]  # a tuple only with return_dict=False
+    for index, picture in enumerate(images):
+        out = args.out if len(images) == 1 else args.out.with_stem(f"{args.out.stem}-{index}")
+        _save_image(picture, out)
+
+
+def _run_reconstruct(args: Parsed) -> None:
+    from PIL import Image
+
+    from .modules.pipeline import reconstruct
+
+    images = reconstruct(args.folder, args.image, num_inference_steps=args.steps, seed=args.seed, progress=True)
+    width, height = images.original.size
+    row = Image.new("RGB", (3 * width, height))
+    for index, picture in enumerate(images):
+        row.paste(picture, (index * width, 0))
+    _save_image(row, args.out)
+
+
+def _save_image(picture: Any, out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(out)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{out} cannot be written: {error}") from error
+    print(out)
 
 
 def _run_generate_text(args: Parsed) -> None:

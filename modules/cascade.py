@@ -1,0 +1,173 @@
+"""The cascade's three stages, put together: sizes, Stage C and Stage B on text states, Stage A."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from .. import UsageError
+from . import diffusion
+from .folders import read_cascade
+from .networks import VQGAN, ConditionCache, Prior, SemanticCompressor, StageBUNet, TextEncoder, compile_blocks
+
+
+class Cascade:
+    """All networks of text to image. They run in their own dtype; what is sampled stays in float32.
+
+    Args:
+        vqgan: Stage A.
+        decoder: Stage B.
+        prior: Stage C.
+        text_encoder: Of Stage B.
+        prior_text_encoder: Of Stage C.
+        compressor: Needed only to reconstruct images.
+        resolution_multiple: Pixels on each side of a compressor latent.
+        latent_dim_scale: Stage A latents on each side of a compressor latent.
+        latent_mean: With ``latent_std`` it undoes Stage C's scale: z = x latent_mean - latent_std (diffusers' names).
+        latent_std: See ``latent_mean``.
+    """
+
+    def __init__(
+        self,
+        vqgan: VQGAN,
+        decoder: StageBUNet,
+        prior: Prior,
+        text_encoder: TextEncoder,
+        prior_text_encoder: TextEncoder,
+        compressor: SemanticCompressor | None = None,
+        resolution_multiple: float = 42.67,
+        latent_dim_scale: float = 10.67,
+        latent_mean: float = Prior.latent_mean,
+        latent_std: float = Prior.latent_std,
+    ) -> None:
+        self.vqgan, self.decoder, self.prior, self.compressor = vqgan, decoder, prior, compressor
+        self.text_encoder, self.prior_text_encoder = text_encoder, prior_text_encoder
+        self.resolution_multiple, self.latent_dim_scale = resolution_multiple, latent_dim_scale
+        self.latent_mean, self.latent_std = latent_mean, latent_std
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        prior: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        compile: bool = False,  # noqa: A002 - torch's word
+    ) -> Self:
+        """Load an export of ours, or the hub's two folders.
+
+        Args:
+            folder: What ``rewurst export diffusers`` wrote, a saved combined pipeline, or a decoder pipeline's folder.
+            prior: The prior pipeline's folder, where ``folder`` is a decoder's.
+            dtype: Of the networks, for example ``torch.bfloat16``.
+            device: To run on.
+            compile: Compile each block at its first use.
+
+        Raises:
+            UsageError: A part is missing or does not belong there.
+        """
+        pipeline = cls(**read_cascade(folder, prior, dtype))
+        for network in pipeline.networks():
+            network.to(device)
+            if compile:
+                compile_blocks(network)
+        return pipeline
+
+    def networks(self) -> list[torch.nn.Module]:
+        """Return the modules there are."""
+        networks = [self.vqgan, self.decoder, self.prior, self.text_encoder, self.prior_text_encoder, self.compressor]
+        return [network for network in networks if network is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline runs."""
+        return next(self.prior.parameters()).device
+
+    def fits(self, pixels: int) -> bool:
+        """Say whether a picture of this height or width comes out as asked for and passes Stage B's levels."""
+        latents = int(math.ceil(pixels / self.resolution_multiple) * self.latent_dim_scale)
+        return latents * self.vqgan.compression == pixels and latents % self.decoder.multiple == 0
+
+    def check_size(self, name: str, pixels: int) -> None:
+        """Refuse a height or width that does not fit.
+
+        Raises:
+            UsageError: Names the nearest sizes that do.
+        """
+        if pixels < 1 or not self.fits(pixels):
+            near = [p for p in range(1, 2 * max(pixels, 0) + 1024) if self.fits(p)]
+            sizes = " or ".join(str(p) for p in sorted(sorted(near, key=lambda p: abs(p - pixels))[:2]))
+            raise UsageError(f"{name}={pixels} does not fit this model's stages: the nearest that fit are {sizes}")
+
+    def draw_embeddings(
+        self,
+        text: Float[Tensor, "texts n c"],
+        size: tuple[int, int],
+        times: Sequence[float],
+        guidance_scale: float,
+        generator: diffusion.Randomness = None,
+        noise: Float[Tensor, "batch c_latent h w"] | None = None,
+        callback: Callable[[int, float, Tensor], Tensor | None] | None = None,
+    ) -> Float[Tensor, "batch c_latent h w"]:
+        """Run Stage C and undo its scale; with guidance ``text`` is the wanted states, then the unwanted ones."""
+        guided = guidance_scale > 1
+        shape = (text.shape[0] // (2 if guided else 1), self.prior.config["c_in"], *size)
+        if noise is not None and noise.shape != shape:
+            raise UsageError(f"latents have shape {tuple(noise.shape)}: this prompt and size need {shape}")
+        like = torch.empty(0, dtype=wide(self.prior), device=self.device)
+        x = diffusion.draw(shape, generator, like) if noise is None else noise.to(like)
+        cache: ConditionCache = {}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            eps: Tensor = self.prior(x, t, text, cache)
+            return diffusion.guide(eps, guidance_scale) if guided else eps
+
+        return diffusion.sample(predict, x, times, generator, callback=callback) * self.latent_mean - self.latent_std
+
+    def decode_embeddings(
+        self,
+        embeddings: Float[Tensor, "batch c_latent h w"],
+        text: Float[Tensor, "texts n c"],
+        times: Sequence[float],
+        guidance_scale: float = 0.0,
+        generator: diffusion.Randomness = None,
+        callback: Callable[[int, float, Tensor], Tensor | None] | None = None,
+    ) -> Float[Tensor, "batch c h_latent w_latent"]:
+        """Run Stage B; guidance is away from no embedding and the unwanted text."""
+        guided = guidance_scale > 1
+        size = [int(side * self.latent_dim_scale) for side in embeddings.shape[-2:]]
+        shape = (embeddings.shape[0], self.decoder.config["c_in"], *size)
+        x = diffusion.draw(shape, generator, torch.empty(0, dtype=wide(self.decoder), device=self.device))
+        effnet = torch.cat([embeddings, torch.zeros_like(embeddings)]) if guided else embeddings
+        cache: ConditionCache = {}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            if not guided:
+                eps: Tensor = self.decoder(x, t, effnet, text, cache)
+                return eps
+            return diffusion.guide(self.decoder(torch.cat([x, x]), t.repeat(2), effnet, text, cache), guidance_scale)
+
+        return diffusion.sample(predict, x, times, generator, callback=callback)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Decode Stage B's latents."""
+        return self.vqgan.to_images(latents.to(next(self.vqgan.parameters()).dtype))
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Cut the middle out of an image, to the largest size that fits within it."""
+        sides = [next((side for side in range(given, 0, -1) if self.fits(side)), 0) for given in image.size]
+        if 0 in sides:
+            smallest = next(side for side in range(1, 10**6) if self.fits(side))
+            raise UsageError(f"the image is {image.width}x{image.height} pixels: it needs at least {smallest} each way")
+        left, top = ((given - side) // 2 for given, side in zip(image.size, sides, strict=True))
+        return image.convert("RGB").crop((left, top, left + sides[0], top + sides[1]))
+
+
+def wide(network: torch.nn.Module) -> torch.dtype:
+    """Return the precision to sample in: the network's, but at least float32."""
+    return torch.promote_types(next(network.parameters()).dtype, torch.float32)

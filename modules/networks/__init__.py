@@ -1,0 +1,22 @@
+"""Würstchen's networks: ``nn.Module``s that know no Lightning."""
+
+from .base import Network, compile_blocks, describe
+from .encoders import SemanticCompressor, TextEncoder
+from .layers import ConditionCache
+from .prior import Prior
+from .unet import StageBUNet
+from .vqgan import VQGAN, PatchDiscriminator, Quantized
+
+__all__ = [
+    "VQGAN",
+    "ConditionCache",
+    "Network",
+    "PatchDiscriminator",
+    "Prior",
+    "Quantized",
+    "SemanticCompressor",
+    "StageBUNet",
+    "TextEncoder",
+    "compile_blocks",
+    "describe",
+]

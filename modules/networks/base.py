@@ -1,0 +1,154 @@
+"""What the networks have in common: their arguments on record, presets, folders."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias
+
+import torch
+from torch import nn
+
+from ... import UsageError
+from .. import weights
+
+Presets: TypeAlias = dict[str, dict[str, Any]]
+"""Arguments by name of the preset."""
+
+
+class Network(nn.Module):
+    """A network that knows the arguments it was built with.
+
+    Subclasses hand all their arguments to ``super().__init__``. A folder holds ``config.json`` and
+    ``diffusion_pytorch_model.safetensors``, in diffusers' format and with diffusers' names.
+    """
+
+    presets: ClassVar[Presets]
+    diffusers_class: ClassVar[str]
+    _no_split_modules: ClassVar[list[str]]
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
+        }
+
+    @classmethod
+    def from_preset(cls, preset: str, **changes: Any) -> Self:
+        """Build a fresh network with a preset's arguments, some of them changed.
+
+        Raises:
+            UsageError: No preset or no argument has that name.
+        """
+        if preset not in cls.presets:
+            raise UsageError(f"{cls.__name__} has no preset {preset!r}: choose one of {', '.join(cls.presets)}")
+        return cls.from_config({**cls.presets[preset], **changes})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build a fresh network; keys that start with an underscore (diffusers' notes) are skipped.
+
+        Raises:
+            UsageError: The class has no argument of that name.
+        """
+        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+        known = inspect.signature(cls.__init__).parameters
+        if unknown := sorted(set(arguments) - set(known)):
+            raise UsageError(f"{cls.__name__} has no argument {unknown[0]!r}: it has {', '.join(list(known)[1:])}")
+        return cls(**arguments)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Self:
+        """Load what ``save`` or diffusers' ``save_pretrained`` wrote, ready for inference.
+
+        Args:
+            folder: Holds ``config.json`` and the weights.
+            dtype: Convert the weights; by default they stay as they are stored.
+
+        Raises:
+            UsageError: A file is missing, the folder holds another network, or a weight is not finite.
+        """
+        path = Path(folder) / "config.json"
+        config = weights.read_json(path)
+        if config.get("_class_name", cls.diffusers_class) not in (cls.diffusers_class, cls.__name__):
+            raise UsageError(f"{path} describes a {config['_class_name']}: {cls.__name__} needs {cls.diffusers_class}")
+        return cls.from_weights(config, weights.read_folder(folder), str(folder), dtype)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, dtype: torch.dtype | None = None) -> Self:
+        """Load from a folder, a Lightning checkpoint of ours, the authors' file, or a file of bare tensors.
+
+        A Lightning checkpoint says under "networks" which attribute holds which network (``describe``). Where a file
+        has no arguments, the preset whose shapes fit is taken.
+
+        Raises:
+            UsageError: The file cannot be read or does not hold this network.
+        """
+        if Path(path).is_dir():
+            return cls.from_folder(path, dtype)
+        content = weights.read_file(path)
+        if "networks" in content:
+            for attribute, entry in content["networks"].items():
+                if entry["class"] == cls.__name__:
+                    prefix, state = f"{attribute}.", content["state_dict"]
+                    own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+                    return cls.from_weights(entry["config"], own, str(path), dtype)
+            held = ", ".join(entry["class"] for entry in content["networks"].values())
+            raise UsageError(f"{path} holds {held}: give a checkpoint with a {cls.__name__}")
+        key = weights.AUTHORS_FILES.get(cls.__name__, "state_dict")
+        nested = content.get(key, content.get("state_dict", content))
+        tensors = {name: value for name, value in nested.items() if isinstance(value, torch.Tensor)}
+        state = weights.from_authors(tensors)
+        return cls.from_weights(cls._fitting_preset(state), state, str(path), dtype)
+
+    @classmethod
+    def _fitting_preset(cls, state: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+        """Return the preset that fits best: tensors of the right shape first, then names."""
+
+        def fitting(preset: str) -> tuple[int, int]:
+            with torch.device("meta"):
+                expected = cls.from_preset(preset).state_dict()
+            alike = sum(name in state and state[name].shape == tensor.shape for name, tensor in expected.items())
+            return alike, -len(expected.keys() ^ state.keys())
+
+        return cls.presets[max(reversed(cls.presets), key=fitting)]
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: Mapping[str, Any],
+        state: Mapping[str, torch.Tensor],
+        where: str,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Build the network around given tensors, without initialising weights first, ready for inference.
+
+        Raises:
+            UsageError: Names, shapes or values do not fit; ``where`` says in the message where they came from.
+        """
+        with torch.device("meta"):
+            network = cls.from_config(config)
+        weights.check(state, network.state_dict(), cls.__name__, where)
+        network.load_state_dict(state, assign=True)
+        return network.to(dtype=dtype).eval()
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and the weights as diffusers does."""
+        config = {"_class_name": self.diffusers_class, **self.config}
+        weights.write_folder(folder, config, self.state_dict())
+
+
+def describe(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return which attributes of ``module`` are networks, and their arguments: the "networks" entry of a checkpoint."""
+    return {
+        name: {"class": type(child).__name__, "config": child.config}
+        for name, child in module.named_children()
+        if isinstance(child, Network)
+    }
+
+
+def compile_blocks(network: nn.Module, **options: Any) -> None:
+    """Compile each block of ``_no_split_modules`` in place: one compilation serves all blocks of a shape."""
+    names = getattr(network, "_no_split_modules", [])
+    for module in network.modules():
+        if type(module).__name__ in names:
+            module.compile(**options)

@@ -1,0 +1,140 @@
+"""Encoders: the Semantic Compressor, whose latents Stage C draws and Stage B starts from, and the text encoder."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import efficientnet_v2_s
+from torchvision.ops import Conv2dNormActivation
+
+from ... import UsageError
+from .base import Network, Presets
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, which EfficientNet's weights expect."""
+
+
+def small_backbone(widths: Sequence[int]) -> tuple[nn.Sequential, int, int]:
+    """Stack stride-2 convolutions for images that EfficientNet would shrink to nothing; return width and stride too."""
+    layers = [
+        Conv2dNormActivation(before, c, kernel_size=3, stride=2, activation_layer=nn.SiLU)
+        for before, c in zip([3, *widths], widths, strict=False)
+    ]
+    return nn.Sequential(*layers), widths[-1], 2 ** len(widths)
+
+
+class SemanticCompressor(Network):
+    """EfficientNetV2-S features and a 1x1 convolution to 16 normalised channels (arXiv 2306.00637).
+
+    Args:
+        c_latent: Channels of the latents.
+        backbone: "efficientnet_v2_s" (stride 32), or "small": stride-2 convolutions of the given widths.
+        widths: Of the small backbone; its stride is 2 to their number.
+        input_scale: Images are resized by it first: 0.75 makes stride 32 into 42.67 pixels a latent.
+    """
+
+    diffusers_class = "SemanticCompressor"
+    _no_split_modules: ClassVar[list[str]] = ["FusedMBConv", "MBConv", "Conv2dNormActivation"]
+    presets: ClassVar[Presets] = {
+        "tiny": {"backbone": "small", "widths": [16, 32, 64, 64], "input_scale": 1.0},
+        "small": {},
+        "paper": {},
+        "released": {},
+    }
+
+    def __init__(
+        self,
+        c_latent: int = 16,
+        backbone: str = "efficientnet_v2_s",
+        widths: Sequence[int] = (32, 64, 128, 256),
+        input_scale: float = 0.75,
+    ) -> None:
+        super().__init__(c_latent=c_latent, backbone=backbone, widths=widths, input_scale=input_scale)
+        self.input_scale = input_scale
+        if backbone == "efficientnet_v2_s":
+            self.backbone, c, self.stride = efficientnet_v2_s().features, 1280, 32
+        elif backbone == "small":
+            self.backbone, c, self.stride = small_backbone(widths)
+        else:
+            raise UsageError(f"backbone {backbone!r} is unknown: choose 'efficientnet_v2_s' or 'small'")
+        self.mapper = nn.Sequential(nn.Conv2d(c, c_latent, kernel_size=1, bias=False), nn.BatchNorm2d(c_latent))
+
+    @property
+    def pixels_per_latent(self) -> float:
+        """Image pixels on each side of a latent's square: 42.67 for the released sizes."""
+        return round(self.stride / self.input_scale, 2)
+
+    def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch c_latent h_latent w_latent"]:
+        """Compress images in [0, 1]."""
+        size = [round(side * self.input_scale) for side in images.shape[-2:]]
+        dtype = self.get_parameter("mapper.0.weight").dtype
+        mean, deviation = (torch.tensor(c, device=images.device)[:, None, None] for c in (MEAN, DEVIATION))
+        resized = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+        latents: Tensor = self.mapper(self.backbone(((resized - mean) / deviation).to(dtype)))
+        return latents
+
+
+class TextEncoder(nn.Module):
+    """A CLIP text model with its tokenizer.
+
+    Args:
+        model: A ``transformers.CLIPTextModel``.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, tokenizer: str | Path | None = None) -> "TextEncoder":
+        """Load from the hub or from folders; the tokenizer lies with the model, or beside it, or is given.
+
+        Raises:
+            UsageError: It is not there, or not a CLIP text model.
+        """
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        beside = Path(model).parent / Path(model).name.replace("text_encoder", "tokenizer")
+        if tokenizer is None:
+            alone = Path(model).is_dir() and not (Path(model) / "tokenizer_config.json").is_file()
+            tokenizer = beside if alone and beside.is_dir() else model
+        for part in (model, tokenizer):
+            if Path(part).is_absolute() and not Path(part).is_dir():
+                raise UsageError(f"{part} is no folder: it should hold the text encoder or its tokenizer")
+        try:
+            return TextEncoder(CLIPTextModel.from_pretrained(str(model)), AutoTokenizer.from_pretrained(str(tokenizer)))
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise UsageError(f"{model} cannot be loaded as a CLIP text model with tokenizer: {reason[0]}") from None
+
+    @property
+    def width(self) -> int:
+        """Channels of a text state."""
+        return int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Float[Tensor, "batch n c"]:
+        """Return all states of the last layer, padding included: that is what the stages are trained with."""
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        for text in texts:
+            if (count := len(self.tokenizer(text).input_ids)) > self.length:
+                warnings.warn(f"{text!r} has {count} tokens, of which {self.length} are used", stacklevel=2)
+        device = next(self.model.parameters()).device
+        out = self.model(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def save(self, model: str | Path, tokenizer: str | Path) -> None:
+        """Write both as transformers does."""
+        self.model.save_pretrained(model)
+        self.tokenizer.model_max_length = self.length
+        self.tokenizer.save_pretrained(tokenizer)

@@ -1,0 +1,230 @@
+"""Layers that Stages A, B and C share, all channels-last.
+
+Inside a network an image-shaped tensor is ``(batch, height, width, channels)`` and contiguous, so that norms and linear
+layers run on it as it lies, and convolutions see it, without a copy, as PyTorch's channels-last memory format. Weights
+keep the names and shapes of diffusers' classes, so that exchange needs no conversion.
+"""
+
+import math
+from collections.abc import MutableMapping
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ... import UsageError
+
+ConditionCache: TypeAlias = MutableMapping[str, tuple[Tensor, ...]]
+"""What a sampling run computes once, by block. Start each run with an empty dict and hand it to all of its steps."""
+
+
+class Unshuffle(nn.PixelUnshuffle):
+    """Pixel unshuffle from channels-first to channels-last: the way in."""
+
+    def forward(self, x: Float[Tensor, "batch c_in h_in w_in"]) -> Float[Tensor, "batch h w c"]:
+        """Fold patches into channels."""
+        return super().forward(x).permute(0, 2, 3, 1).contiguous()
+
+
+class Shuffle(nn.PixelShuffle):
+    """Pixel shuffle from channels-last to channels-first: the way out."""
+
+    def forward(self, x: Float[Tensor, "batch h w c"]) -> Float[Tensor, "batch c_out h_out w_out"]:
+        """Unfold channels into patches."""
+        return super().forward(x.permute(0, 3, 1, 2))
+
+
+class Conv(nn.Conv2d):
+    """``nn.Conv2d`` on channels-last tensors."""
+
+    def forward(self, x: Float[Tensor, "batch h w c"]) -> Float[Tensor, "batch h_out w_out c_out"]:
+        """Convolve; the permutations change strides only."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvTranspose(nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` on channels-last tensors."""
+
+    def forward(self, x: Float[Tensor, "batch h w c"], output_size: list[int] | None = None) -> Tensor:
+        """Convolve; the permutations change strides only."""
+        return super().forward(x.permute(0, 3, 1, 2), output_size).permute(0, 2, 3, 1)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution, which on channels-last tensors is a linear layer."""
+
+    def __init__(self, c_in: int, c_out: int, bias: bool = True) -> None:
+        super().__init__(c_in, c_out, kernel_size=1, bias=bias)
+
+    def forward(self, x: Float[Tensor, "batch h w c"]) -> Float[Tensor, "batch h w c_out"]:
+        """Map each pixel's channels."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+def layer_norm(c: int) -> nn.LayerNorm:
+    """Normalise over channels, without parameters of its own."""
+    return nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Global response normalisation (Woo et al., ConvNeXt V2), with the norm in float32.
+
+    A channel's norm over all pixels passes 65504, float16's largest number, long before its values do, and the
+    ``1e-6`` vanishes in half precision.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x: Float[Tensor, "batch h w c"]) -> Float[Tensor, "batch h w c"]:
+        """Scale each channel by its share of the response: gamma x n + beta + x, in one pass over x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = pixel_norm(x, wide)
+        scale = 1 + self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6))
+        return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
+
+
+def pixel_norm(x: Float[Tensor, "batch h w c"], dtype: torch.dtype) -> Float[Tensor, "batch 1 1 c"]:
+    """Return each channel's Euclidean norm over all pixels, computed in ``dtype``."""
+    if x.device.type == "cpu" and x.dtype == dtype and not torch.is_grad_enabled():
+        # PyTorch's norm over leading dimensions is not vectorised on CPUs: this takes a sixth of its time. The root's
+        # gradient is not finite where a channel is zero, so that training keeps to vector_norm.
+        return x.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
+    return norm
+
+
+class ResBlock(nn.Module):
+    """Depthwise convolution, then an MLP over channels with global response normalisation."""
+
+    def __init__(self, c: int, kernel_size: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.depthwise = Conv(c, c, kernel_size=kernel_size, padding=kernel_size // 2, groups=c)
+        self.norm = layer_norm(c)
+        self.channelwise = mlp(c, c, dropout)
+
+    def forward(self, x: Float[Tensor, "batch h w c"]) -> Float[Tensor, "batch h w c"]:
+        """Add the block's response to ``x``."""
+        y: Tensor = self.channelwise(self.norm(self.depthwise(x)))
+        return x + y
+
+
+def mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
+    """Return the residual blocks' MLP: ``c_in`` to ``4 c`` to ``c`` channels."""
+    return nn.Sequential(
+        nn.Linear(c_in, c * 4), nn.GELU(), GlobalResponseNorm(c * 4), nn.Dropout(dropout), nn.Linear(c * 4, c)
+    )
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift all channels by a linear map of the timestep's embedding."""
+
+    def __init__(self, c: int, c_timestep: int) -> None:
+        super().__init__()
+        self.mapper = nn.Linear(c_timestep, c * 2)
+
+    def forward(
+        self, x: Float[Tensor, "batch h w c"], embedding: Float[Tensor, "batch c_r"]
+    ) -> Float[Tensor, "batch h w c"]:
+        """Return ``x (1 + a) + b``."""
+        a, b = self.mapper(embedding)[:, None, None, :].chunk(2, dim=-1)
+        return torch.addcmul(b, x, 1 + a)
+
+
+class Attention(nn.Module):
+    """The projections of multi-head attention, named as in diffusers."""
+
+    def __init__(self, c: int, nhead: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if nhead < 1 or c % nhead:
+            raise UsageError(f"c is {c} and nhead is {nhead}: nhead must divide c")
+        self.nhead = nhead
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.Sequential(nn.Linear(c, c), nn.Dropout(dropout))
+
+    def heads(self, x: Float[Tensor, "batch n c"]) -> Float[Tensor, "batch heads n d"]:
+        """Split channels into heads."""
+        return x.view(*x.shape[:2], self.nhead, -1).transpose(1, 2)
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch heads n d"],
+        k: Float[Tensor, "batch heads m d"],
+        v: Float[Tensor, "batch heads m d"],
+    ) -> Float[Tensor, "batch n c"]:
+        """Attend with queries, keys and values that are already projected and split."""
+        out: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class AttnBlock(nn.Module):
+    """Attention of the pixels to themselves and to the text.
+
+    The text's keys and values do not depend on the image or the timestep: ``forward`` returns them, and takes them back
+    at the next step of a sampling run.
+    """
+
+    def __init__(self, c: int, c_cond: int, nhead: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = layer_norm(c)
+        self.attention = Attention(c, nhead, dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, c))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch h w c"],
+        text: Float[Tensor, "texts n c_cond"],
+        memory: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Float[Tensor, "texts h w c"], tuple[Tensor, ...]]:
+        """Attend; with several texts for each image (guidance) the batch becomes ``texts``.
+
+        Args:
+            x: Pixels. Until the first attention all texts share them, so a batch that is ``texts / k`` is repeated
+                ``k`` times here, after what it shares has been computed once.
+            text: Mapped text states.
+            memory: Keys and values of ``text`` that an earlier call returned.
+
+        Returns:
+            The pixels and the text's keys and values.
+        """
+        attention, tokens = self.attention, self.norm(x).flatten(1, 2)
+        q, k, v = (attention.heads(to(tokens)) for to in (attention.to_q, attention.to_k, attention.to_v))
+        if memory is None:
+            mapped = self.kv_mapper(text)
+            memory = tuple(attention.heads(to(mapped)).contiguous() for to in (attention.to_k, attention.to_v))
+        if (repeats := memory[0].shape[0] // x.shape[0]) > 1:
+            x, q, k, v = (y.repeat(repeats, 1, 1, 1) for y in (x, q, k, v))
+        # Concatenation lays keys and values out head by head, which attention on CPUs is a quarter faster on.
+        k, v = torch.cat([k, memory[0]], dim=2), torch.cat([v, memory[1]], dim=2)
+        return x + attention(q.contiguous(), k, v).view_as(x), memory
+
+
+def timestep_embedding(t: Float[Tensor, " batch"], c_r: int, dtype: torch.dtype) -> Float[Tensor, "batch c_r"]:
+    """Sines and cosines of ``t * 10000``, computed in at least float32: bfloat16 would merge neighbouring timesteps."""
+    half = c_r // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device).float() * (-math.log(10000) / (half - 1)))
+    angles = (t.to(torch.promote_types(t.dtype, torch.float32)) * 10000)[:, None] * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, c_r % 2)).to(dtype)
+
+
+def check_size(what: str, x: Float[Tensor, "batch c h w"], multiple: int) -> None:
+    """Refuse an image-shaped tensor that some level could not halve.
+
+    Raises:
+        UsageError: Names the size and what it must be a multiple of.
+    """
+    h, w = x.shape[-2:]
+    if h % multiple or w % multiple:
+        raise UsageError(f"{what} of {h}x{w} do not fit: height and width must be multiples of {multiple}")
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier weights and zero biases for linear layers and convolutions; for ``nn.Module.apply``."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

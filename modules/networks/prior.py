@@ -1,0 +1,138 @@
+"""Stage C: the text-conditional prior in the Semantic Compressor's latents."""
+
+import math
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ... import UsageError
+from .. import diffusion
+from .base import Network, Presets
+from .layers import (
+    AttnBlock,
+    ConditionCache,
+    Pointwise,
+    ResBlock,
+    TimestepBlock,
+    layer_norm,
+    timestep_embedding,
+    xavier,
+)
+
+
+class Prior(Network):
+    """Würstchen's Stage C: residual, timestep and attention blocks in turn, at one resolution (arXiv 2306.00637).
+
+    It works on the compressor's latents in a scale of its own (``normalize``), for which diffusers has the names
+    ``latent_mean`` and ``latent_std``.
+
+    Args:
+        c_in: Channels of the latents.
+        c: Width.
+        c_cond: Width of the text states.
+        c_r: Width of the timestep embedding.
+        depth: Blocks of each kind.
+        nhead: Attention heads; divides ``c``.
+        dropout: In MLPs and after attention.
+    """
+
+    diffusers_class = "WuerstchenPrior"
+    _no_split_modules: ClassVar[list[str]] = ["ResBlock", "AttnBlock"]
+    presets: ClassVar[Presets] = {
+        "tiny": {"c_in": 16, "c": 64, "c_cond": 32, "depth": 2, "nhead": 4, "dropout": 0.0},
+        "small": {"c_in": 16, "c": 768, "c_cond": 768, "depth": 12, "nhead": 12},
+        "paper": {"c_in": 16, "c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16},
+        "released": {"c_in": 16, "c": 1536, "c_cond": 1280, "depth": 32, "nhead": 24},
+    }
+
+    latent_mean: ClassVar[float] = 42.0
+    latent_std: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        c_in: int = 16,
+        c: int = 1280,
+        c_cond: int = 1024,
+        c_r: int = 64,
+        depth: int = 16,
+        nhead: int = 16,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(c_in=c_in, c=c, c_cond=c_cond, c_r=c_r, depth=depth, nhead=nhead, dropout=dropout)
+        self.c_r = c_r
+        self.projection = Pointwise(c_in, c)
+        self.cond_mapper = nn.Sequential(nn.Linear(c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            self.blocks.extend([ResBlock(c, dropout=dropout), TimestepBlock(c, c_r), AttnBlock(c, c, nhead, dropout)])
+        self.out = nn.Sequential(layer_norm(c), Pointwise(c, c_in * 2))
+        self.reset_parameters()
+
+    @classmethod
+    def normalize(cls, z: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        """Bring the compressor's latents to the scale that Stage C trains on: (z + 1) / 42."""
+        return (z + cls.latent_std) / cls.latent_mean
+
+    @classmethod
+    def denormalize(cls, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        """Undo ``normalize``."""
+        return x * cls.latent_mean - cls.latent_std
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as the authors do: Xavier, small inputs, no output and no timestep, residuals scaled by depth."""
+        self.apply(xavier)
+        for layer in ("projection", "cond_mapper.0", "cond_mapper.2"):
+            nn.init.normal_(self.get_parameter(f"{layer}.weight"), std=0.02)
+        nn.init.zeros_(self.get_parameter("out.1.weight"))
+        for block in self.blocks:
+            if isinstance(block, ResBlock):
+                block.get_parameter("channelwise.4.weight").mul_(math.sqrt(1 / self.config["depth"]))
+            elif isinstance(block, TimestepBlock):
+                nn.init.zeros_(block.mapper.weight)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch c_in h w"],
+        t: Float[Tensor, " batch"],
+        text: Float[Tensor, "texts n c_cond"],
+        cache: ConditionCache | None = None,
+    ) -> Float[Tensor, "texts c_in h w"]:
+        """Predict the noise in ``x``.
+
+        Args:
+            x: Noised latents, in the scale that ``normalize`` gives.
+            t: Timesteps in [0, 1].
+            text: Text states, padding included: all 77 of CLIP. ``k`` times the batch (guidance) is as if ``x`` and
+                ``t`` were repeated ``k`` times, and cheaper.
+            cache: The same dict for all steps of one sampling run, so that what depends on ``text`` alone is computed
+                at its first step only.
+
+        Returns:
+            eps = (x - a) / (|1 - b| + 1e-5), in the dtype of ``x``.
+
+        Raises:
+            UsageError: The texts are no multiple of the batch.
+        """
+        if text.shape[0] % x.shape[0]:
+            raise UsageError(
+                f"got {text.shape[0]} texts for {x.shape[0]} latents: give one, or the same number, for each"
+            )
+        dtype = self.projection.weight.dtype
+        cache = {} if cache is None else cache
+        if "text" not in cache:
+            cache["text"] = (self.cond_mapper(text.to(dtype)),)
+        mapped = cache["text"][0]
+        y = self.projection(x.to(dtype).permute(0, 2, 3, 1).contiguous())
+        embedding = timestep_embedding(t, self.c_r, dtype)
+        for index, block in enumerate(self.blocks):
+            if isinstance(block, AttnBlock):
+                y, cache[f"blocks.{index}"] = block(y, mapped, cache.get(f"blocks.{index}"))
+            elif isinstance(block, TimestepBlock):
+                y = block(y, embedding.repeat(y.shape[0] // x.shape[0], 1))
+            else:
+                y = block(y)
+        a, b = self.out(y).permute(0, 3, 1, 2).to(x.dtype).chunk(2, dim=1)
+        return diffusion.noise_from_prior(x.repeat(a.shape[0] // x.shape[0], 1, 1, 1), a, b).contiguous()

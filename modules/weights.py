@@ -1,0 +1,193 @@
+"""Weights of the Würstchen networks in files: ours and diffusers' (named alike), and the authors'.
+
+Reading never executes anything: safetensors, or ``torch.load(weights_only=True)``.
+"""
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import UsageError
+
+WEIGHTS = "diffusion_pytorch_model"
+"""Stem of diffusers' weight files."""
+
+MARKS = {
+    "vquantizer.embedding.weight": ("VQGAN", "Stage A"),
+    "clip_mapper.weight": ("StageBUNet", "Stage B"),
+    "cond_mapper.0.weight": ("Prior", "Stage C"),
+    "mapper.1.running_mean": ("SemanticCompressor", "the Semantic Compressor"),
+    "encoder.0.parametrizations.weight.original": ("PatchDiscriminator", "Stage A's discriminator"),
+}
+"""A name that only one network has, that network, and what to call it."""
+
+AUTHORS_FILES = {
+    "VQGAN": "state_dict",  # vqgan_f4_v1_500k.pt
+    "StageBUNet": "state_dict",  # model_v2_stage_b.pt
+    "SemanticCompressor": "effnet_state_dict",  # model_v2_stage_b.pt
+    "Prior": "ema_state_dict",  # model_v3_stage_c.pt
+}
+"""Where the authors' files keep each network."""
+
+AUTHORS_NAMES = {
+    "vquantizer.codebook.weight": "vquantizer.embedding.weight",
+    "attention.attn.out_proj.weight": "attention.to_out.0.weight",
+    "attention.attn.out_proj.bias": "attention.to_out.0.bias",
+}
+"""Ends of the authors' names and of ours; all names that are not here or below are alike."""
+
+AUTHORS_FUSED = {
+    f"attention.attn.in_proj_{kind}": [f"attention.to_{part}.{kind}" for part in "qkv"] for kind in ("weight", "bias")
+}
+"""Ends of the authors' names for three tensors of ours, stacked."""
+
+
+def _end(name: str, ends: Iterable[str]) -> str | None:
+    """Return which of ``ends`` the dotted name ends with."""
+    return next((end for end in ends if name == end or name.endswith(f".{end}")), None)
+
+
+def from_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the authors' tensors to ours and split their fused projections; our own names pass unchanged."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if end := _end(name, AUTHORS_NAMES):
+            ours[name.removesuffix(end) + AUTHORS_NAMES[end]] = tensor
+        elif end := _end(name, AUTHORS_FUSED):
+            parts = zip(AUTHORS_FUSED[end], tensor.chunk(3), strict=True)
+            ours |= {name.removesuffix(end) + new: part for new, part in parts}
+        else:
+            ours[name] = tensor
+    return ours
+
+
+def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename our tensors to the authors' and stack their projections."""
+    renamed = {ours: authors for authors, ours in AUTHORS_NAMES.items()}
+    stacked = {parts[0]: authors for authors, parts in AUTHORS_FUSED.items()}
+    rest = [part for parts in AUTHORS_FUSED.values() for part in parts[1:]]
+    authors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if end := _end(name, renamed):
+            authors[name.removesuffix(end) + renamed[end]] = tensor
+        elif end := _end(name, stacked):
+            stem, fused = name.removesuffix(end), stacked[end]
+            authors[stem + fused] = torch.cat([state[stem + part] for part in AUTHORS_FUSED[fused]])
+        elif not _end(name, rest):
+            authors[name] = tensor
+    return authors
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read a .safetensors, .pt, .bin or .ckpt file.
+
+    Raises:
+        UsageError: It is missing, broken, or holds pickled objects other than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} is no file: give a .safetensors, .pt or .ckpt file with weights")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, just before the error that says it in our words
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"a pickled {found[1]}" if found else "what only unpickling can read"
+        raise UsageError(f"{path} holds {what}, which is not loaded: give a file of tensors and plain values") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UsageError(f"{path} cannot be read as weights ({reason[0]}): copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}: give a file with a dictionary of tensors")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration.
+
+    Raises:
+        UsageError: It is missing or no JSON object.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path.parent} holds no {path.name}: give a folder that rewurst or diffusers wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON ({error}): copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}: it should hold a JSON object")
+    return content
+
+
+def read_folder(folder: str | Path) -> dict[str, Tensor]:
+    """Read a network's tensors from a folder in diffusers' format: one file, shards with an index, or .bin.
+
+    Raises:
+        UsageError: There are no weights, or a file cannot be read.
+    """
+    folder = Path(folder)
+    for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"):
+        if (path := folder / f"{WEIGHTS}{suffix}").is_file():
+            return read_file(path)
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    if not index.is_file():
+        raise UsageError(f"{folder} holds no weights: {WEIGHTS}.safetensors is missing")
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    return {name: tensor for shard in shards for name, tensor in read_file(folder / Path(shard).name).items()}
+
+
+def write_folder(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write ``config.json`` and one safetensors file, as diffusers does."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+
+
+def check(state: Mapping[str, Any], expected: Mapping[str, Tensor], network: str, where: str) -> None:
+    """Refuse tensors that are another network's, incomplete, misshapen or not finite.
+
+    Raises:
+        UsageError: Names the first such tensor.
+    """
+    label = next((stage for _, (name, stage) in MARKS.items() if name == network), network)
+    for mark, (other, stage) in MARKS.items():
+        if mark in state and mark not in expected:
+            raise UsageError(f"{where} holds {stage} ({other}): give a checkpoint of {label} ({network})")
+    if missing := next((name for name in expected if name not in state), None):
+        raise UsageError(f"{where} lacks {missing}: it is no complete {network}")
+    if surplus := next((name for name in state if name not in expected), None):
+        raise UsageError(f"{where} holds {surplus}, which {network} does not have: are its arguments right?")
+    for name in expected:
+        tensor = state[name]
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            raise UsageError(f"{where}: {name} has shape {shapes}: give {network} the arguments it was trained with")
+        if not bool(tensor.isfinite().all()):
+            raise UsageError(f"{where}: {name} has values that are not finite: give an earlier checkpoint")
+
+
+def mean(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Average checkpoints of one network with equal weights, in float32: the released Stage C is a mean of two."""
+    several = list(states)
+    first = several[0]
+    return {
+        name: torch.stack([state[name].float() for state in several]).mean(dim=0).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in first.items()
+    }

@@ -1,0 +1,418 @@
+"""The cascade: exports that diffusers loads, equal pictures, prompts, seeds, sizes, reconstruction, bad input."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Generator, nn
+
+from rewurst import UsageError
+from rewurst.modules import weights
+from rewurst.modules.export import export_diffusers
+from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe
+from rewurst.modules.pipeline import TextToImage, reconstruct
+from rewurst.modules.prompts import read_prompts
+
+FAST: dict[str, Any] = {"prior_num_inference_steps": 3, "num_inference_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def _no_modules_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers copies the one-line files that it executes; not to the user's cache here."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+def tame(network: nn.Module) -> nn.Module:
+    """Make predictions of a size that sampling keeps small and pictures that are grey rather than black and white."""
+    with torch.no_grad():
+        if isinstance(network, Prior):  # |1 - b| away from 0, where any rounding is blown up
+            network.get_parameter("out.1.weight").mul_(0.2)
+        elif isinstance(network, StageBUNet):  # b near 1; rows are channels, a before b, each with its 2x2 patch
+            network.get_parameter("clf.1.weight").mul_(0.3)
+            network.get_parameter("clf.1.bias")[16:] = 3.0
+        elif isinstance(network, VQGAN):
+            network.get_parameter("out_block.0.bias").fill_(0.5)
+    return network
+
+
+def check_same(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape
+    assert ((theirs > 0) & (theirs < 1)).mean() > 0.9, "clamped pictures would hide differences"
+    assert theirs.std() > 0.03
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Path) -> dict[str, Path]:
+    """Checkpoints as the LightningModules write them, of the released compression and of another."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(1)
+
+    def write(name: str, **networks: nn.Module) -> Path:
+        module = nn.Module()
+        for attribute, network in networks.items():
+            for tensor_name, tensor in network.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.uniform_(-0.15, 0.17)
+                    if tensor_name.endswith("running_var"):
+                        tensor.abs_().add_(0.5)
+            setattr(module, attribute, tame(network))
+        content = {"state_dict": module.state_dict(), "networks": describe(module)}
+        if name != "a":
+            content["text_encoder"] = str(text_encoder_folder)
+        torch.save(content, folder / f"{name}.ckpt")
+        return folder / f"{name}.ckpt"
+
+    tiny = SemanticCompressor.from_preset("tiny")
+    large = SemanticCompressor.from_preset("tiny", widths=[8, 8, 8, 8, 8], input_scale=0.75)
+    return {
+        "a": write("a", vqgan=VQGAN.from_preset("tiny")),
+        "b": write("b", unet=StageBUNet.from_preset("tiny"), compressor=tiny),
+        "b_large": write("b_large", unet=StageBUNet.from_preset("tiny"), compressor=large),
+        "c": write("c", prior=Prior.from_preset("tiny")),
+        "c2": write("c2", prior=Prior.from_preset("tiny")),
+    }
+
+
+@pytest.fixture(scope="module")
+def combined(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the released compression: 42.67 pixels a latent."""
+    out = tmp_path_factory.mktemp("combined") / "out"
+    return export_diffusers(checkpoints["a"], checkpoints["b_large"], checkpoints["c"], out)
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of 16 pixels a latent, as a prior's and a decoder's folder."""
+    out = tmp_path_factory.mktemp("pair") / "out"
+    return export_diffusers(checkpoints["a"], checkpoints["b"], checkpoints["c"], out)
+
+
+@pytest.fixture(scope="module")
+def pipeline(pair: Path) -> TextToImage:
+    return TextToImage.from_folder(pair)
+
+
+def array(pictures: Any) -> np.ndarray:
+    images = pictures.images
+    assert isinstance(images, np.ndarray)
+    return images
+
+
+class TestDiffusers:
+    @pytest.mark.parametrize("guidance", [4.0, 0.0])
+    def test_combined_draws_the_same_picture(self, combined: Path, guidance: float) -> None:
+        from diffusers import AutoPipelineForText2Image
+
+        theirs = AutoPipelineForText2Image.from_pretrained(combined, trust_remote_code=True)
+        for part in (theirs, theirs.prior_pipe, theirs.decoder_pipe):
+            part.set_progress_bar_config(disable=True) if part is not theirs else None
+        arguments = {"prompt": "a red circle", "height": 128, "width": 256, "prior_guidance_scale": guidance}
+        arguments |= {"output_type": "np", "num_images_per_prompt": 2, "negative_prompt": "blue"} | FAST
+        expected = theirs(**arguments, generator=Generator().manual_seed(7)).images
+        cascade = TextToImage.from_folder(combined)
+        ours = array(cascade(**arguments, generator=Generator().manual_seed(7)))
+        other = array(cascade(**arguments | {"prompt": "two"}, generator=Generator().manual_seed(7)))
+        assert np.abs(ours - other).max() > 1e-2, "the prompt should matter more than the tolerance"
+        assert ours.shape == (2, 128, 256, 3)
+        check_same(ours, expected)
+
+    def test_other_compressions_draw_the_same_picture(self, pair: Path, pipeline: TextToImage) -> None:
+        from diffusers import DiffusionPipeline
+
+        above = DiffusionPipeline.from_pretrained(pair / "prior", trust_remote_code=True)
+        below = DiffusionPipeline.from_pretrained(pair / "decoder", trust_remote_code=True)
+        assert above.config.resolution_multiple == 16
+        assert below.config.latent_dim_scale == 4
+        above.set_progress_bar_config(disable=True)
+        below.set_progress_bar_config(disable=True)
+        generator = Generator().manual_seed(7)
+        drawn = above(
+            "a red circle", height=64, width=48, num_inference_steps=3, guidance_scale=4.0, generator=generator
+        )
+        expected = below(
+            drawn.image_embeddings,
+            "a red circle",
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            generator=generator,
+            output_type="np",
+        ).images
+        ours = pipeline(
+            "a red circle",
+            64,
+            48,
+            decoder_guidance_scale=2.0,
+            generator=Generator().manual_seed(7),
+            output_type="np",
+            **FAST,
+        )
+        check_same(array(ours), expected)
+
+    def test_hub_layout(self, combined: Path, pair: Path, pipeline: TextToImage) -> None:
+        """The hub keeps the decoder's pipeline and the prior's in two repositories."""
+        ours = TextToImage.from_folder(pair / "decoder", prior=pair / "prior")
+        assert ours.resolution_multiple == 16
+        drawn = [array(one("x", 64, 64, seed=1, output_type="np", **FAST)) for one in (ours, pipeline)]
+        assert np.array_equal(*drawn)
+
+    def test_readme_says_how(self, combined: Path, pair: Path) -> None:
+        assert (
+            "AutoPipelineForText2Image.from_pretrained(FOLDER, trust_remote_code=True)"
+            in (combined / "README.md").read_text()
+        )
+        assert 'DiffusionPipeline.from_pretrained(FOLDER + "/prior"' in (pair / "README.md").read_text()
+
+    def test_mean_of_two(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+        paths = [checkpoints[name] for name in ("a", "b", "c")]
+        export_diffusers(*paths, tmp_path / "out", stage_c_mean=checkpoints["c2"])
+        one, two = (Prior.from_checkpoint(checkpoints[name]).state_dict() for name in ("c", "c2"))
+        mean = weights.read_folder(tmp_path / "out" / "prior" / "prior")
+        torch.testing.assert_close(mean, {name: (one[name] + two[name]) / 2 for name in mean})
+
+
+class TestCall:
+    def test_output_types(self, pipeline: TextToImage) -> None:
+        arguments = {"prompt": ["a circle", "a square"], "height": 32, "width": 48, "seed": 3} | FAST
+        pil = pipeline(**arguments).images
+        assert [image.size for image in pil] == [(48, 32)] * 2
+        tensor = pipeline(**arguments, output_type="pt").images
+        assert tensor.shape == (2, 3, 32, 48)
+        assert 0 <= tensor.min() < tensor.max() <= 1
+        assert np.array_equal(np.asarray(pil[1]), (tensor[1].permute(1, 2, 0) * 255).round().byte().numpy())
+        assert pipeline(**arguments, output_type="latent", return_dict=False)[0].shape == (2, 4, 8, 12)
+
+    def test_the_same_seed_gives_the_same_picture(self, pipeline: TextToImage) -> None:
+        one, same, other = (array(pipeline("x", 32, 32, seed=seed, output_type="np", **FAST)) for seed in (5, 5, 6))
+        assert np.array_equal(one, same)
+        assert not np.allclose(one, other, atol=1e-3)
+
+    def test_batches_equal_singles(self, pipeline: TextToImage) -> None:
+        arguments = {"height": 32, "width": 32, "output_type": "np", "decoder_guidance_scale": 1.5} | FAST
+        prompts, negatives = ["a red circle", "two"], ["", "green"]
+        together = array(
+            pipeline(prompts, negative_prompt=negatives, num_images_per_prompt=2, seed=[4, 9, 1, 2], **arguments)
+        )
+        for index, seed in enumerate([4, 9, 1, 2]):
+            prompt, negative = prompts[index // 2], negatives[index // 2]
+            alone = array(pipeline(prompt, negative_prompt=negative, seed=seed, **arguments))
+            assert np.abs(alone[0] - together[index]).max() < 1e-4
+
+    def test_one_seed_counts_up(self, pipeline: TextToImage) -> None:
+        two = array(pipeline("x", 32, 32, num_images_per_prompt=2, seed=5, output_type="np", **FAST))
+        second = array(pipeline("x", 32, 32, seed=6, output_type="np", **FAST))
+        assert np.abs(two[1] - second[0]).max() < 1e-4
+
+    def test_prompt_embeds(self, pipeline: TextToImage) -> None:
+        states = pipeline.prior_text_encoder.encode(["a circle"])
+        arguments = {"height": 32, "width": 32, "output_type": "np", "seed": 1} | FAST
+        one = array(pipeline(prompt_embeds=states, **arguments))
+        assert one.shape == (1, 32, 32, 3)
+        changed = array(pipeline(prompt_embeds=-states, **arguments))
+        assert not np.array_equal(one, changed)
+
+    def test_latents_and_timesteps(self, pipeline: TextToImage) -> None:
+        noise = torch.randn(1, 16, 2, 2)
+        arguments = {"prompt": "x", "height": 32, "width": 32, "latents": noise, "output_type": "np", "seed": 1}
+        schedules = {"prior_timesteps": [1.0, 0.6, 0.0], "decoder_timesteps": [1.0, 0.0]}
+        assert np.array_equal(array(pipeline(**arguments, **schedules)), array(pipeline(**arguments, **schedules)))
+
+    def test_callbacks_and_progress(self, pipeline: TextToImage, capsys: pytest.CaptureFixture[str]) -> None:
+        seen: list[tuple[str, int]] = []
+
+        def above(pipe: Any, step: int, time: float, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            seen.append(("c", step))
+            return {"latents": tensors["latents"] * 0}
+
+        def below(pipe: Any, step: int, time: float, tensors: dict[str, torch.Tensor]) -> None:
+            assert pipe is pipeline
+            seen.append(("b", step))
+
+        pipeline("x", 32, 32, prior_callback_on_step_end=above, callback_on_step_end=below, progress=True, **FAST)
+        assert seen == [("c", 0), ("c", 1), ("c", 2), ("b", 0), ("b", 1)]
+        bars = capsys.readouterr().err
+        assert "Stage C: 100%" in bars
+        assert "Stage B: 100%" in bars
+
+    def test_bfloat16_is_close(self, pair: Path, pipeline: TextToImage) -> None:
+        half = TextToImage.from_folder(pair, dtype=torch.bfloat16)
+        assert all(parameter.dtype == torch.bfloat16 for part in half.networks() for parameter in part.parameters())
+        latents = half("x", 32, 32, seed=1, output_type="latent", **FAST).images
+        assert isinstance(latents, torch.Tensor)
+        assert latents.dtype == torch.float32
+        drawn = [array(one("x", 32, 32, seed=1, output_type="np", **FAST)) for one in (half, pipeline)]
+        assert np.abs(drawn[0] - drawn[1]).mean() < 0.1
+
+    def test_long_prompts_say_so(self, pipeline: TextToImage) -> None:
+        with pytest.warns(UserWarning, match="has 42 tokens, of which 16 are used"):
+            pipeline("z" * 40, 32, 32, **FAST)
+
+
+def test_released_sizes() -> None:
+    with torch.device("meta"):
+        networks = [network.from_preset("released") for network in (VQGAN, StageBUNet, Prior)]
+    released = TextToImage(*networks, text_encoder=nn.Module(), prior_text_encoder=nn.Module())  # type: ignore[arg-type]
+    assert [pixels for pixels in range(1, 2049) if released.fits(pixels)] == list(range(128, 2049, 128))
+
+
+class TestReconstruct:
+    def test_sizes(self, pair: Path, tmp_path: Path) -> None:
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)).save(tmp_path / "x.png")
+        result = reconstruct(pair, tmp_path / "x.png", num_inference_steps=2, seed=1)
+        assert [image.size for image in result] == [(48, 64)] * 3
+        again = reconstruct(pair, tmp_path / "x.png", num_inference_steps=2, seed=1)
+        assert all(np.array_equal(one, other) for one, other in zip(result, again, strict=True))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("none.png", "none.png cannot be read as an image: give a .png, .jpg or .webp file"),
+            ("text.png", "text.png cannot be read as an image"),
+            ("small.png", "the image is 9x9 pixels: it needs at least 16 each way"),
+        ],
+    )
+    def test_bad_images(self, name: str, message: str, pair: Path, tmp_path: Path) -> None:
+        (tmp_path / "text.png").write_text("no image")
+        Image.new("RGB", (9, 9)).save(tmp_path / "small.png")
+        with pytest.raises(UsageError) as error:
+            reconstruct(pair, tmp_path / name, num_inference_steps=1)
+        assert message in str(error.value)
+
+    def test_without_compressor(self, pipeline: TextToImage) -> None:
+        bare = copy.copy(pipeline)
+        bare.compressor = None
+        with pytest.raises(UsageError, match="this model has no compressor"):
+            bare.reconstruct(Image.new("RGB", (32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"prompt": "x", "height": 50},
+            "height=50 does not fit this model's stages: the nearest that fit are 48 or 64",
+        ),
+        ({"prompt": "x", "width": -1}, "width=-1 does not fit this model's stages: the nearest that fit are 16 or 32"),
+        ({}, "give either prompt or prompt_embeds"),
+        ({"prompt": []}, "prompt=[] is no text: give a string or a list of strings"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "got 2 negative prompts for 3 prompts"),
+        ({"prompt": "x", "num_images_per_prompt": 0}, "num_images_per_prompt=0 is too few: give at least 1"),
+        ({"prompt": "x", "prompt_embeds": torch.zeros(1, 16, 32)}, "give either prompt or prompt_embeds"),
+        (
+            {"prompt_embeds": torch.zeros(1, 16, 8)},
+            "text states have shape (1, 16, 8): this call and model need (1, 16, 32)",
+        ),
+        ({"prompt": "x", "negative_prompt_embeds": torch.zeros(2, 16, 32)}, "text states have shape (2, 16, 32)"),
+        ({"prompt": "x", "seed": [1, 2]}, "got 2 seeds for 1 images"),
+        ({"prompt": "x", "seed": 1, "generator": Generator()}, "give either seed or generator"),
+        ({"prompt": "x", "output_type": "jpg"}, "output_type='jpg' is unknown"),
+        ({"prompt": "x", "prior_num_inference_steps": 0}, "prior_num_inference_steps=0 is too few"),
+        ({"prompt": "x", "prior_timesteps": [0.0, 1.0]}, "timesteps [0.0, 1.0] are wrong"),
+        (
+            {"prompt": "x", "latents": torch.zeros(1, 16, 9, 9)},
+            "latents have shape (1, 16, 9, 9): this prompt and size",
+        ),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str, pipeline: TextToImage) -> None:
+    with pytest.raises(UsageError) as error:
+        pipeline(**{"height": 32, "width": 32, **FAST, **arguments})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n\n two dogs \n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert read_prompts("a cat") == ["a cat"]
+    assert read_prompts(f"@{tmp_path / 'p.txt'}") == ["a cat", "two dogs"]
+    for name, message in (("none", "cannot be read"), ("empty", "holds no prompt"), ("binary", "cannot be read")):
+        with pytest.raises(UsageError, match=f"{name}.txt {message}.*: give a text file with one prompt a line"):
+            read_prompts(f"@{tmp_path / name}.txt")
+
+
+@pytest.fixture
+def broken(combined: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(combined, tmp_path / "broken"))
+
+
+class TestBadFolders:
+    @pytest.mark.parametrize(
+        ("part", "message"),
+        [
+            ("vqgan", "lacks its part vqgan"),
+            ("prior_prior", "lacks its part prior_prior"),
+            ("prior_tokenizer", "lacks its part prior_tokenizer"),
+            ("model_index.json", "holds no model_index.json: give a folder that rewurst or diffusers wrote"),
+            ("decoder/config.json", "holds no config.json"),
+            ("text_encoder/model.safetensors", "cannot be loaded as a CLIP text model"),
+        ],
+    )
+    def test_missing_part(self, part: str, message: str, broken: Path) -> None:
+        shutil.rmtree(broken / part) if (broken / part).is_dir() else (broken / part).unlink()
+        with pytest.raises(UsageError) as error:
+            TextToImage.from_folder(broken)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_decoder_without_prior(self, pair: Path) -> None:
+        with pytest.raises(
+            UsageError, match="holds a WuerstchenDecoderPipeline only: give the prior pipeline's folder"
+        ):
+            TextToImage.from_folder(pair / "decoder")
+
+    def test_parts_that_do_not_belong_together(self, broken: Path) -> None:
+        Prior.from_preset("tiny", c_in=8).save(broken / "prior_prior")
+        with pytest.raises(UsageError, match="Stage B's effnet_embd is 16 but Stage C's c_in is 8"):
+            TextToImage.from_folder(broken)
+
+    def test_another_scheduler(self, broken: Path) -> None:
+        (broken / "scheduler" / "scheduler_config.json").write_text(json.dumps({"scaler": 2.0, "s": 0.008}))
+        with pytest.raises(UsageError, match=r"asks for scaler 2\.0"):
+            TextToImage.from_folder(broken)
+
+    def test_nothing_in_a_folder_is_executed(self, broken: Path, tmp_path: Path) -> None:
+        for file in broken.rglob("wuerstchen.py"):
+            file.write_text(f"open({str(tmp_path / 'trace')!r}, 'w').write('executed')")
+        TextToImage.from_folder(broken)
+        assert not (tmp_path / "trace").exists()
+
+
+class TestBadExports:
+    def export(self, checkpoints: dict[str, Path], out: Path, **changes: Any) -> None:
+        arguments = {"stage_a": checkpoints["a"], "stage_b": checkpoints["b"], "stage_c": checkpoints["c"], "out": out}
+        export_diffusers(**(arguments | changes))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"stage_a": "b"}, "holds StageBUNet, SemanticCompressor: give a checkpoint with a VQGAN"),
+            ({"stage_c": "a"}, "holds VQGAN: give a checkpoint with a Prior"),
+            ({"text_encoder": Path("/nowhere")}, "/nowhere is no folder"),
+        ],
+    )
+    def test_wrong_stage(self, changes: Any, message: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+        named = {key: checkpoints.get(value, value) for key, value in changes.items()}
+        with pytest.raises(UsageError) as error:
+            self.export(checkpoints, tmp_path / "out", **named)
+        assert message in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+    def test_taken_folder(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(UsageError, match="exists already: give a new folder"):
+            self.export(checkpoints, tmp_path)
+
+    def test_no_text_encoder(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+        StageBUNet.from_preset("tiny").save(tmp_path / "b")
+        Prior.from_preset("tiny").save(tmp_path / "c")
+        with pytest.raises(UsageError, match="names no text encoder: give text_encoder, a hub name or a folder"):
+            self.export(checkpoints, tmp_path / "out", stage_b=tmp_path / "b", stage_c=tmp_path / "c")
