@@ -19,6 +19,7 @@ usage: rewurst COMMAND [--help] ...
 
   fit | validate | test | predict   LightningCLI over all modules and data modules: --config FILE [--config MORE]
                                     [--ckpt_path FILE | auto | auto:FOLDER]
+  schedule --config ... --out FILE  draw the learning rate and the replay share before anything is trained
   prepare tokenizer SOURCE...       train a byte-level BPE tokenizer
   prepare text SOURCE...            tokenize text into shards
   prepare verify FOLDER             compare shards with their index
@@ -58,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _command(name: str) -> Command:
     commands = {**dict.fromkeys(("fit", "validate", "test", "predict"), _lightning)}
     commands |= dict.fromkeys(("prepare", "export", "generate"), _tool)
+    commands["schedule"] = _schedule
     if name not in commands:
         nearest = get_close_matches(name, commands, 1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(commands)}"
@@ -67,6 +69,12 @@ def _command(name: str) -> Command:
 
 def _lightning(args: list[str]) -> None:
     from rewurst.cli import run
+
+    run(args)
+
+
+def _schedule(args: list[str]) -> None:
+    from rewurst.schedule_plot import run
 
     run(args)
 

@@ -1,5 +1,6 @@
 """Callbacks for any Lightning project: they import neither networks nor data."""
 
+from .forgetting import Forgetting
 from .lr_rewarming import LRRewarming
 from .progress_bar import StepProgressBar
 from .replay import ReplayScheduler, ReplaySource
@@ -13,6 +14,7 @@ from .schedule_types import (
     WarmupLinear,
     WarmupStableDecay,
 )
+from .schedule_use import chain, lambda_lr
 from .schedules import (
     constant,
     cosine,
@@ -30,6 +32,7 @@ from .schedules import (
 
 __all__ = [
     "Constant",
+    "Forgetting",
     "InfiniteCosine",
     "InfiniteInverseSqrt",
     "LRRewarming",
@@ -41,12 +44,14 @@ __all__ = [
     "WarmupInverseSqrt",
     "WarmupLinear",
     "WarmupStableDecay",
+    "chain",
     "constant",
     "cosine",
     "exponential",
     "infinite_cosine",
     "infinite_inverse_sqrt",
     "inverse_square_root",
+    "lambda_lr",
     "linear",
     "piecewise",
     "warmup_cosine",

@@ -93,14 +93,7 @@ class LRRewarming(Callback):
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         dataset = self._settle_dataset(getattr(datamodule, "dataset", None))
-        length, extension, anneal = self._asked
-        run = DatasetRun(
-            dataset,
-            self.schedule,
-            in_steps(length, datamodule),
-            0 if extension is None else in_steps(extension, datamodule, "constant_extension"),
-            None if anneal is None else in_steps(anneal, datamodule, "anneal_length"),
-        )
+        run = self._as_run(dataset, datamodule)
         if self._run is not None and self._run.dataset == dataset:  # a second fit in one process goes on
             run.start, run.continues, run.anneal_start = self._run.start, self._run.continues, self._run.anneal_start
         self._run = run
@@ -159,6 +152,22 @@ class LRRewarming(Callback):
         """Counts a step where any optimizer stepped: several optimizers and accumulation count a global batch once."""
         self.step += self._stepped
         self._stepped = False
+
+    def planned(self, datamodule: Any) -> DatasetRun:
+        """The schedule as it would run from step 0, with the data module's tokens a step: for looking at it."""
+        run = self._as_run(str(self._argument or getattr(datamodule, "dataset", "")), datamodule)
+        run.start = 0
+        return run
+
+    def _as_run(self, dataset: str, datamodule: Any) -> DatasetRun:
+        length, extension, anneal = self._asked
+        return DatasetRun(
+            dataset,
+            self.schedule,
+            in_steps(length, datamodule),
+            0 if extension is None else in_steps(extension, datamodule, "constant_extension"),
+            None if anneal is None else in_steps(anneal, datamodule, "anneal_length"),
+        )
 
     def _settle_dataset(self, of_data: str | None) -> str:
         if of_data is not None and self._argument is not None and of_data != self._argument:

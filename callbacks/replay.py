@@ -62,7 +62,7 @@ class ReplayScheduler(Callback):
         elif not 0 <= share <= 1:
             raise UsageError(f"share {share} must lie between 0 and 1: 0.05 replays 5 %")
         self.share = share
-        self._length = length
+        self.length = length
         self._source: ReplaySource | None = None
         self._function: Share = 0.0
 
@@ -80,9 +80,9 @@ class ReplayScheduler(Callback):
             raise UsageError(f"dataset {source.dataset!r} has no corpus to replay: mark the old ones with replay: true")
         self._source = source
         if isinstance(self.share, Schedule):
-            assert self._length is not None
+            assert self.length is not None
             # A partial of a method, not a lambda: loader workers may have to unpickle it.
-            self._function = partial(self.share.value, length=in_steps(self._length, source))
+            self._function = partial(self.share.value, length=in_steps(self.length, source))
         else:
             self._function = self.share
         source.set_replay_share(self._function)
@@ -120,7 +120,7 @@ class ReplayScheduler(Callback):
 
     def _describe(self) -> str:
         if isinstance(self.share, Schedule):
-            return f"{self.share.describe()} over {self._length}"
+            return f"{self.share.describe()} over {self.length}"
         return str(self.share)
 
     def _rows_of_all_ranks(self, trainer: Trainer) -> dict[str, int]:

@@ -135,6 +135,25 @@ def test_validate_export_and_generate(
     assert main(["prepare", "verify", str(workspace / "code" / "train")]) == 0
 
 
+def test_a_schedule_is_drawn_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configs = [ROOT / "configs/continual" / name for name in ("demo.yaml", "demo_replay.yaml")]
+    out = tmp_path / "figures" / "lr.png"
+    arguments = [option for path in configs for option in ("--config", str(path))]
+    assert main(["schedule", *arguments, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "learning rate: step 0: 0, step 8: 0.002, step 400: 0.0002" in said
+    assert "replay share: step 0: 0.05, step 400: 0.05" in said
+    assert out.read_bytes().startswith(b"\x89PNG")
+    for wrong, message in (
+        (arguments, "the following arguments are required: --out FILE"),
+        ([*arguments, "--trainer.callbacks", "null", "--out", str(out)], "has no LRRewarming callback"),
+        ([*arguments, "--out", str(out.with_suffix(".xyz"))], "lr.xyz cannot be written"),
+        ([*arguments, "--trainer.max_stepz", "3", "--out", str(out)], "did you mean 'trainer.max_steps'?"),
+    ):
+        assert main(["schedule", *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 def overlay(text: str) -> Callable[[Path], list[str]]:
     def write(folder: Path) -> list[str]:
         (folder / "overlay.yaml").write_text(text)

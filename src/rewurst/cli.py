@@ -13,7 +13,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from . import UsageError
@@ -31,19 +31,15 @@ def run(args: list[str]) -> None:
         warnings.filterwarnings("ignore", message=what)
     _check_yaml(args)
     with _lightning_errors():
-        CLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=args,
-            parser_class=Parser,
-            save_config_callback=SaveConfigCallback,
-            trainer_defaults={"use_distributed_sampler": False},  # the data modules give every rank its rows
-            load_from_checkpoint_support=False,  # a checkpoint's hyper-parameters would win over the YAML
-            seed_everything_default=0,
-            auto_configure_optimizers=False,  # modules make their own, over the right parameter groups
-        )
+        CLI(args)
+
+
+def parse(args: list[str]) -> dict[str, Any]:
+    """The config that a command line means; nothing is made of it."""
+    _check_yaml(args)
+    with _lightning_errors():
+        config: dict[str, Any] = _ParseOnly(args).config[args[0]].as_dict()
+    return config
 
 
 _SAID_ALREADY = (
@@ -67,6 +63,20 @@ class CLI(LightningCLI):
     ``auto`` is the newest whole checkpoint under the run's folder, and nothing where there is none yet;
     ``auto:FOLDER`` falls back on the newest one under another folder, the run that this one continues.
     """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            parser_class=Parser,
+            trainer_defaults={"use_distributed_sampler": False},  # the data modules give every rank its rows
+            load_from_checkpoint_support=False,  # a checkpoint's hyper-parameters would win over the YAML
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # modules make their own, over the right parameter groups
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the given arguments; the process's own do not matter when ``main`` is called in process."""
@@ -130,6 +140,17 @@ class CLI(LightningCLI):
             "a larger --trainer.max_steps goes on"
         )
         return True
+
+
+class _ParseOnly(CLI):
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _set_seed(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def _run_folders(trainer: Trainer) -> list[Path]:

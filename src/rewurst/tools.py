@@ -71,7 +71,9 @@ def _export(parser: Parser) -> None:
     diffusers = _tool(what, "diffusers", "write a cascade as folders that diffusers loads", _run_export_diffusers)
     for stage, name in (("a", "VQGAN"), ("b", "U-Net and Semantic Compressor"), ("c", "prior")):
         diffusers.add_argument(f"--stage_{stage}", type=Path, required=True, metavar="CKPT", help=name)
-    diffusers.add_argument("--stage_c_mean", type=Path, metavar="CKPT", help="write the mean of this prior and that one")
+    diffusers.add_argument(
+        "--stage_c_mean", type=Path, metavar="CKPT", help="write the mean of this prior and that one"
+    )
     diffusers.add_argument("--text_encoder", help="of Stage B, folder or hub name (default: the checkpoint's)")
     diffusers.add_argument("--prior_text_encoder", help="of Stage C (default: its checkpoint's, or Stage B's)")
     diffusers.add_argument("out", type=Path, metavar="OUT", help="new folder")

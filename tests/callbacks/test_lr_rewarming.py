@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +357,60 @@ def test_constant_and_validation_only() -> None:
 class _Validating(Foreign):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         pass
+
+
+DDP = """
+import json, sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from rewurst.callbacks import LRRewarming, WarmupCosine
+
+folder, begin = Path(sys.argv[1]), int(sys.argv[2])
+
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.rates = torch.nn.Linear(2, 1), []
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+module = Module()
+callback = LRRewarming(WarmupCosine(1e-2, 1e-3, 0.1), 10, "new" if begin else "old")
+trainer = Trainer(
+    accelerator="cpu", strategy="ddp", devices=2, max_steps=begin + 10, max_epochs=-1, callbacks=[callback],
+    accumulate_grad_batches=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False,
+)
+ckpt_path = folder / "a.ckpt" if begin else None
+trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(200, 2)), ckpt_path=ckpt_path, weights_only=True)
+trainer.save_checkpoint(folder / "a.ckpt")
+(folder / f"{begin}-{trainer.global_rank}.json").write_text(json.dumps([module.rates, callback.run.start]))
+"""
+
+
+def test_two_processes_use_the_same_rates_and_rewarm_together(tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    for begin in (0, 10):
+        command = [sys.executable, str(script), str(tmp_path), str(begin)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_TWO})
+        assert result.returncode == 0, result.stderr
+        for rank in (0, 1):
+            rates, start = json.loads((tmp_path / f"{begin}-{rank}.json").read_text())
+            assert start == begin
+            assert rates == expected(COSINE, 10, range(10))
+
+
+_TWO = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,11 +21,13 @@ from rewurst.callbacks import (
     WarmupInverseSqrt,
     WarmupLinear,
     WarmupStableDecay,
+    chain,
     cosine,
     exponential,
     infinite_cosine,
     infinite_inverse_sqrt,
     inverse_square_root,
+    lambda_lr,
     linear,
     warmup_cosine,
     warmup_inverse_sqrt,
@@ -178,3 +181,25 @@ def test_numbers_that_make_no_schedule(build: Any, message: str) -> None:
         build()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_chain_rewarms_at_every_dataset() -> None:
+    parts = [(WarmupCosine(3e-4, 3e-5), 1000), (WarmupCosine(1.5e-4, 1.5e-5), 500), (Constant(2e-5), 100)]
+    values = chain(np.arange(1600), parts)
+    expected = [schedule.value(step, length) for schedule, length in parts for step in range(length)]
+    assert values.tolist() == expected
+    assert chain(1599, parts) == 2e-5
+
+
+def test_lambda_lr_follows_the_schedule_in_a_plain_loop() -> None:
+    schedule, weights = WarmupCosine(3e-4, 3e-5, 0.1), torch.nn.Parameter(torch.zeros(2))
+    bias = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [weights]}, {"params": [bias], "lr": 0.02}], lr=0.01)
+    scheduler = lambda_lr(optimizer, schedule, 20)
+    for step in range(25):
+        expected = schedule.value(step, 20)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected, 2 * expected], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(UsageError, match="has a learning rate of 0"):
+        lambda_lr(torch.optim.SGD([bias], lr=0.0), schedule, 20)

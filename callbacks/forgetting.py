@@ -1,0 +1,115 @@
+"""What a model unlearns and learns on a new dataset, against where it stood when the dataset began."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from .. import UsageError
+
+
+class Forgetting(Callback):
+    """Validates at the start of a dataset and logs from then on how far each corpus has moved.
+
+    Logs after every validation ``forgetting/<corpus>`` (loss now minus loss at the start) of old corpora,
+    ``adaptation/<corpus>`` (loss at the start minus loss now) of new ones, and ``forgetting/average`` and
+    ``adaptation/average``. The starting losses are part of the checkpoint: a run that is stopped and goes on compares
+    with the same start, and only another dataset (see :class:`~rewurst.callbacks.LRRewarming`) begins anew.
+
+    Works with every module that logs a named loss for each validation corpus.
+
+    Args:
+        old: Corpora learnt before.
+        new: Corpora being learnt.
+        metric: Name that the module logs a corpus's loss under.
+        dataset: Name of what is being learnt, where the data module has no attribute ``dataset``.
+
+    Raises:
+        UsageError: No corpus is named, a corpus is both, or a loss is not logged.
+
+    Example::
+
+        Trainer(callbacks=[Forgetting(old=["prose"], new=["code"])])
+    """
+
+    def __init__(
+        self,
+        old: Sequence[str] = (),
+        new: Sequence[str] = (),
+        metric: str = "val/loss/{corpus}",
+        dataset: str | None = None,
+    ) -> None:
+        both = sorted(set(old) & set(new))
+        if both:
+            raise UsageError(f"Forgetting: corpus {both[0]!r} is both old and new")
+        if not old and not new:
+            raise UsageError("Forgetting: name the corpora, such as old=['prose'], new=['code']")
+        if "{corpus}" not in metric:
+            raise UsageError(f"Forgetting: metric {metric!r} must hold {{corpus}}, as val/loss/{{corpus}} does")
+        self.old, self.new, self.metric = list(old), list(new), metric
+        self._argument = dataset
+        self._dataset: str | None = None
+        self._start: dict[str, float] = {}
+
+    @property
+    def start(self) -> dict[str, float]:
+        """Loss of every corpus when the dataset began."""
+        return dict(self._start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The dataset and the losses that it began with."""
+        return {"dataset": self._dataset, "start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over where the dataset began."""
+        self._dataset, self._start = state_dict["dataset"], state_dict["start"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validates before the first step of a dataset."""
+        of_data = getattr(trainer.datamodule, "dataset", None)  # type: ignore[attr-defined]
+        dataset = of_data or self._argument or ""
+        if dataset == self._dataset and self._start:
+            return
+        self._dataset, self._start = dataset, {}
+        if not trainer.enable_validation:
+            raise UsageError("Forgetting: the run validates nothing, so nothing can be compared")
+        self._validate(trainer)
+        found = ", ".join(f"{corpus} {loss:.4f}" for corpus, loss in self._start.items())
+        rank_zero_info(f"dataset {dataset!r} begins with losses {found}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the first losses of a dataset, and logs the distance of later ones."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        losses = {corpus: self._loss(trainer, corpus) for corpus in (*self.old, *self.new)}
+        if not self._start:
+            self._start = losses
+        moved = {corpus: loss - self._start[corpus] for corpus, loss in losses.items()}
+        metrics = {f"forgetting/{corpus}": moved[corpus] for corpus in self.old}
+        metrics |= {f"adaptation/{corpus}": -moved[corpus] for corpus in self.new}
+        for name, corpora, sign in (("forgetting", self.old, 1), ("adaptation", self.new, -1)):
+            if corpora:
+                metrics[f"{name}/average"] = sign * sum(moved[corpus] for corpus in corpora) / len(corpora)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _validate(self, trainer: Trainer) -> None:
+        """A whole validation between two training steps, as the training loop runs it."""
+        connector = trainer._logger_connector
+        first = connector._first_loop_iter
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first
+
+    def _loss(self, trainer: Trainer, corpus: str) -> float:
+        name = self.metric.format(corpus=corpus)
+        if name not in trainer.callback_metrics:
+            nearest = get_close_matches(name, list(trainer.callback_metrics), 1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise UsageError(f"Forgetting: the module logs no {name!r}{hint}")
+        return float(trainer.callback_metrics[name])
