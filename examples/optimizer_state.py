@@ -87,16 +87,17 @@ def draw(runs: dict[str, Curves], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    begin = next(iter(runs.values()))
     for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
-        for panel, curve in zip(panels, (run.rates, run.train, run.val), strict=True):
+        joined = run.val if run is begin else {max(begin.val): begin.val[max(begin.val)], **run.val}
+        for panel, curve in zip(panels, (run.rates, run.train, joined), strict=True):
             panel.plot(list(curve), list(curve.values()), color=colour, label=name, linewidth=1.2)
     for panel, label in zip(panels, ("learning rate", "training loss (nats a token)", "held-out loss"), strict=True):
         panel.set(xlabel="step", ylabel=label)
         panel.grid(alpha=0.3)
-    panels[1].set_xlim(230, 300)
-    panels[1].set_title("around the restore", fontsize=10)
-    panels[2].set_ylim(4.3, 5.3)
-    panels[0].legend()
+    panels[1].set(xlim=(230, 300), ylim=(3.9, 4.8), title="around the restore")
+    panels[2].set(xlim=(150, 505), ylim=(4.15, 4.95))
+    panels[2].legend()
     figure.savefig(out, dpi=100)
 
 
