@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("REWURST_TRACEBACK"):
             raise
         print(f"rewurst {args[0]}: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         return 1
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -188,8 +188,3 @@ class CausalLM(LightningModule):
         locate: Callable[[Batch], str] | None = getattr(self.trainer.datamodule, "locate", None)  # type: ignore[attr-defined]
         where = f" at {locate(batch)}" if locate is not None and batch is not None else ""
         return f"{what} is {value.item()} at optimizer step {self.trainer.global_step}{where}"
-
-
-def count_parameters(modules: Iterable[nn.Module]) -> int:
-    """Number of parameters, shared ones once."""
-    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
