@@ -10,7 +10,6 @@ are medians. Memory is the peak of a process of its own for each side. Text enco
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -183,11 +182,27 @@ def peak(case: Case, side: str, device: str, dtype: torch.dtype) -> dict[str, in
     else:
         assert isinstance(network, Network)
         noise, conditions = inputs(case, network, device, dtype)
-    on_gpu = noise.is_cuda
-    before = torch.cuda.memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = reset_peak(noise.is_cuda)
     (sample_ours if side == "ours" else sample_theirs)(network, case, noise, conditions)
-    after = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    after = peak_bytes(noise.is_cuda)
     return {"peak": after, "sampling": after - before}
+
+
+def reset_peak(on_gpu: bool) -> int:
+    """Forget the peak of building the network and return what is held now, in bytes."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+    return peak_bytes(on_gpu)
+
+
+def peak_bytes(on_gpu: bool) -> int:
+    """Return the peak since the last reset; getrusage would begin at what the parent held when it forked."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def memory(index: int, arguments: argparse.Namespace) -> dict[str, Any]:

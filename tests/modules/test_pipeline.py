@@ -18,6 +18,7 @@ from rewurst.modules.export import export_diffusers
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe
 from rewurst.modules.pipeline import TextToImage, reconstruct
 from rewurst.modules.prompts import read_prompts
+from rewurst.train import main
 
 FAST: dict[str, Any] = {"prior_num_inference_steps": 3, "num_inference_steps": 2}
 
@@ -416,3 +417,49 @@ class TestBadExports:
         Prior.from_preset("tiny").save(tmp_path / "c")
         with pytest.raises(UsageError, match="names no text encoder: give text_encoder, a hub name or a folder"):
             self.export(checkpoints, tmp_path / "out", stage_b=tmp_path / "b", stage_c=tmp_path / "c")
+
+
+class TestCommandLine:
+    def test_export_draw_and_reconstruct(
+        self, checkpoints: dict[str, Path], pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "exported"
+        stages = [f"--stage_{stage}={checkpoints[stage]}" for stage in "abc"]
+        assert main(["export", "diffusers", *stages, str(out)]) == 0
+        assert capsys.readouterr().out.strip().endswith("its README.md says how to load it")
+        exported = sorted(path.relative_to(out) for path in out.rglob("*.safetensors"))
+        assert exported == sorted(path.relative_to(pair) for path in pair.rglob("*.safetensors"))
+
+        size = ["--height", "64", "--width", "96", "--prior_steps", "3", "--steps", "2", "--seed", "5"]
+        drawn = tmp_path / "pictures" / "a.png"
+        assert main(["generate", "image", str(out), "a red circle", "--images", "2", *size, "--out", str(drawn)]) == 0
+        expected = TextToImage.from_folder(pair)("a red circle", 64, 96, num_images_per_prompt=2, seed=5, **FAST)
+        for index, picture in enumerate(expected.images):  # type: ignore[union-attr]
+            with Image.open(drawn.with_stem(f"a-{index}")) as image:
+                assert np.array_equal(np.asarray(image), np.asarray(picture))
+
+        row = tmp_path / "row.png"
+        image = str(drawn.with_stem("a-0"))
+        assert main(["generate", "reconstruction", str(out), image, "--steps", "2", "--out", str(row)]) == 0
+        with Image.open(row) as opened:
+            assert opened.size == (3 * 96, 64)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["export", "diffusers", "--stage_a=a", "--stage_b=b", "--stage_c=no.ckpt", "out"], "no.ckpt is no file"),
+            (["export", "diffusers", "--stage_a=a", "out"], "arguments are required: --stage_b, --stage_c"),
+            (["generate", "image", "nowhere", "a", "--out", "a.png"], "nowhere"),
+            (["generate", "image", "nowhere", "@no.txt", "--out", "a.png"], "no.txt cannot be read"),
+            (["generate", "reconstruction", "nowhere", "a.png", "--out", "b.png"], "nowhere"),
+        ],
+    )
+    def test_wrong_use(
+        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "\n" not in error
+        assert list(tmp_path.iterdir()) == []
