@@ -206,23 +206,27 @@ def peak_bytes(on_gpu: bool) -> int:
 
 
 def memory(index: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure each side in a process of its own."""
+    """Measure each side in processes of its own, in turns; the numbers are medians."""
     case = SUITES[arguments.suite][index]
     command = [sys.executable, __file__, "--suite", arguments.suite, "--device", arguments.device]
     command += ["--dtype", arguments.dtype, "--threads", str(arguments.threads)]
-    sides = []
-    for side in ("ours", "theirs"):
-        done = subprocess.run([*command, "--peak", str(index), side], check=True, stdout=subprocess.PIPE, text=True)
-        sides.append(json.loads(done.stdout.splitlines()[-1]))
+    found: dict[str, list[dict[str, int]]] = {"ours": [], "theirs": []}
+    for _ in range(arguments.runs):
+        for side, peaks in found.items():
+            done = subprocess.run([*command, "--peak", str(index), side], check=True, stdout=subprocess.PIPE, text=True)
+            peaks.append(json.loads(done.stdout.splitlines()[-1]))
+    ours, theirs = (statistics.median(run["peak"] for run in peaks) for peaks in found.values())
     return {
         "what": case.what,
         "peer": "diffusers",
-        "ours": sides[0]["peak"],
-        "theirs": sides[1]["peak"],
-        "ratio": sides[0]["peak"] / sides[1]["peak"],
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": ours / theirs,
         "unit": "bytes",
-        "sampling_ours": sides[0]["sampling"],
-        "sampling_theirs": sides[1]["sampling"],
+        "peaks_ours": [run["peak"] for run in found["ours"]],
+        "peaks_theirs": [run["peak"] for run in found["theirs"]],
+        "sampling_ours": statistics.median(run["sampling"] for run in found["ours"]),
+        "sampling_theirs": statistics.median(run["sampling"] for run in found["theirs"]),
     }
 
 

@@ -141,7 +141,7 @@ def test_runs_go_to_folders_of_their_own(parse: Parse) -> None:
     alone = [path for path in RECIPES if path.parent.name in ("ibrahim", "pythia_70m") and path.stem != "one_gpu"]
     grid = [path for path in RECIPES if path.parent.name == "gupta" and path.stem.startswith(("w", "peak", "constant"))]
     folders = [run_folder(parse(name(path))) for path in [*alone, *grid]]
-    assert len(folders) == 36 and len(set(folders)) == len(folders)
+    assert len(set(folders)) == len(folders)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
