@@ -31,7 +31,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
+	$(BIN)/python benchmarks/wuerstchen.py --out benchmarks/results/wuerstchen.json
 
 reproduce: $(STAMP)
 	$(BIN)/python examples/demo.py --runs all

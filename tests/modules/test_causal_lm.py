@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,3 +302,59 @@ def test_a_saved_checkpoint_loads_without_executing_anything(
     run.fit(CausalLM(tiny_config), data())
     content: dict[str, Tensor] = torch.load(tmp_path / "saved" / "a.ckpt", weights_only=True)
     assert content["model_config"]["model_type"] == "gpt_neox"
+
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from rewurst.callbacks import LRRewarming, ReplayScheduler, WarmupCosine
+from rewurst.datamodules import Corpus, TextDataModule
+from rewurst.modules import CausalLM
+
+settings = json.loads(Path(sys.argv[1]).read_text())
+corpora = {"code": Corpus(settings["code"]), "prose": Corpus(settings["prose"], replay=True)}
+val = {"prose": settings["prose"], "code": settings["code"]}
+data = TextDataModule("code", corpora, val, 8, 2, 8)
+torch.manual_seed(0)
+module = CausalLM(settings["model"])
+trainer = Trainer(
+    accelerator="cpu", devices=settings["devices"], strategy="ddp" if settings["devices"] > 1 else "auto",
+    max_steps=6, max_epochs=-1, val_check_interval=6 * 4 // settings["devices"], check_val_every_n_epoch=None,
+    num_sanity_val_steps=0, log_every_n_steps=1, use_distributed_sampler=False, logger=CSVLogger(settings["folder"]),
+    callbacks=[LRRewarming(WarmupCosine(1e-2, 1e-3, 0.1), 6), ReplayScheduler(0.3)],
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(module, data)
+if trainer.is_global_zero:
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    weights = {name: value.double().sum().item() for name, value in module.state_dict().items()}
+    Path(settings["folder"], "result.json").write_text(json.dumps([metrics, weights]))
+"""
+
+
+def test_two_processes_train_and_validate_as_one(
+    tiny_config: dict[str, Any], write_corpus: Callable[..., str], tmp_path: Path
+) -> None:
+    prose, code = write_corpus("prose", 23), write_corpus("code", 30, seed=1)
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    results = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        settings = {"prose": prose, "code": code, "model": tiny_config, "devices": devices, "folder": str(folder)}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        command = [sys.executable, str(tmp_path / "script.py"), str(folder / "settings.json")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((folder / "result.json").read_text()))
+    (metrics, weights), (metrics_of_two, weights_of_two) = results
+    names = ["train/loss", "tokens", "replay/share_read", "replay/rows/prose", "val/loss/prose", "val/loss/code"]
+    assert {name: metrics_of_two[name] for name in names} == pytest.approx({n: metrics[n] for n in names}, rel=1e-5)
+    assert metrics["tokens"] == 6 * 8 * 8
+    assert metrics["replay/rows/prose"] == int(0.3 * 48)
+    assert weights_of_two == pytest.approx(weights, rel=1e-4, abs=1e-4)
