@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint types bench reproduce clean
+.PHONY: install demo test test-slow soak lint types bench reproduce clean
 
 install: $(STAMP)
 
@@ -22,6 +22,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/test_kill.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

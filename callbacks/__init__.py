@@ -1,9 +1,12 @@
 """Callbacks for any Lightning project: they import neither networks nor data."""
 
+from .atomic_checkpoint import AtomicCheckpointIO
+from .exact_resume import ExactResume
 from .forgetting import Forgetting
 from .lr_rewarming import LRRewarming
 from .progress_bar import StepProgressBar
 from .replay import ReplayScheduler, ReplaySource
+from .save_on_signal import SaveOnSignal
 from .schedule_types import (
     Constant,
     InfiniteCosine,
@@ -31,13 +34,16 @@ from .schedules import (
 )
 
 __all__ = [
+    "AtomicCheckpointIO",
     "Constant",
+    "ExactResume",
     "Forgetting",
     "InfiniteCosine",
     "InfiniteInverseSqrt",
     "LRRewarming",
     "ReplayScheduler",
     "ReplaySource",
+    "SaveOnSignal",
     "Schedule",
     "StepProgressBar",
     "WarmupCosine",

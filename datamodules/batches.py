@@ -110,7 +110,8 @@ class Positions(Sampler[int]):
 def loader(dataset: Dataset[Batch], sampler: Sampler[int] | None, num_workers: int) -> DataLoader[Batch]:
     """A DataLoader of whole batches."""
     pinned = torch.cuda.is_available()
-    return _Loader(dataset, batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=pinned)
+    own = torch.Generator()  # beginning an iteration draws a seed for workers; not from the state that dropout uses
+    return _Loader(dataset, batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=pinned, generator=own)
 
 
 class _Loader(DataLoader[Batch]):

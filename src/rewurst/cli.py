@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -17,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from . import UsageError
-from .callbacks import StepProgressBar
+from .callbacks import AtomicCheckpointIO, StepProgressBar
 from .callbacks.checkpoints import newest_checkpoint
 from .datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
 from .modules import causal_lm as _causal_lm  # noqa: F401
@@ -91,6 +93,8 @@ class CLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             callbacks = [*callbacks, StepProgressBar()]
+        if not _saves_by_itself(config.get("strategy")):
+            config["plugins"] = _with_atomic_checkpoints(config.get("plugins"))
         return super()._instantiate_trainer(config, callbacks)
 
     def fit(self, ckpt_path: str | None = None, weights_only: bool | None = None, **kwargs: Any) -> None:
@@ -151,6 +155,17 @@ class _ParseOnly(CLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def _saves_by_itself(strategy: Any) -> bool:
+    """Sharded strategies write folders of their own kind and take no CheckpointIO."""
+    named = strategy if isinstance(strategy, str) else type(strategy).__name__
+    return bool(re.search("fsdp|deepspeed|model_?parallel", named, re.IGNORECASE))
+
+
+def _with_atomic_checkpoints(plugins: Any) -> list[Any]:
+    listed = plugins if isinstance(plugins, list) else [plugins] if plugins else []
+    return listed if any(isinstance(plugin, CheckpointIO) for plugin in listed) else [*listed, AtomicCheckpointIO()]
 
 
 def _run_folders(trainer: Trainer) -> list[Path]:

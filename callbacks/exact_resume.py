@@ -1,0 +1,106 @@
+"""Random states of every rank in the checkpoint, so that a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import distributed
+
+from .. import UsageError
+
+Randomness = dict[str, Any]
+
+
+class ExactResume(Callback):
+    """Saves and restores the random states of Python, NumPy, PyTorch and the device, of every rank.
+
+    Lightning saves none: a resumed run draws other dropout masks than the one that was never stopped. Validation is
+    kept from touching them too, since a run that was stopped between a save and a validation leaves that one out.
+
+    What this cannot restore is the position of a loader: that is the data module's (``TextDataModule`` has it).
+    Saving is a collective operation where there are several processes, as saving a checkpoint is.
+
+    Raises:
+        UsageError: The checkpoint is of another number of processes. Set ``world_size_may_change`` where nothing in
+            training draws from these states, or where an exact continuation is not wanted.
+
+    Args:
+        world_size_may_change: With another number of processes keep the states there are, and warn, instead of
+            refusing.
+    """
+
+    def __init__(self, world_size_may_change: bool = False) -> None:
+        self.world_size_may_change = world_size_may_change
+        self._restored: list[Randomness] | None = None
+        self._after_batch: Randomness | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states by rank: tensors, numbers and tuples, nothing that would need unpickling."""
+        own = randomness()
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return {"ranks": [own]}
+        ranks: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(ranks, own)
+        return {"ranks": ranks}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the states until training starts: set-up and the sanity check draw from them."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if trainer.state.fn != TrainerFn.FITTING or state is None:
+            return
+        ranks = state["ranks"]
+        if len(ranks) == trainer.world_size:
+            self._restored = ranks
+        elif self.world_size_may_change:
+            rank_zero_warn(f"random states of {len(ranks)} processes are not used by {trainer.world_size}")
+        else:
+            raise UsageError(
+                f"the checkpoint holds random states of {len(ranks)} processes and this run has {trainer.world_size}: "
+                "use as many, or ExactResume(world_size_may_change=True)"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the restored states in place."""
+        if self._restored is not None:
+            restore_randomness(self._restored[trainer.global_rank])
+            self._restored = None
+        self._after_batch = randomness()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Remembers the states before any validation."""
+        self._after_batch = randomness()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Undoes what validation drew."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._after_batch is not None:
+            restore_randomness(self._after_batch)
+
+
+def randomness() -> Randomness:
+    """The random states of this process, as plain values and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: Randomness = {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["cuda"] = torch.cuda.get_rng_state()  # a process trains on its current device
+    return states
+
+
+def restore_randomness(states: Randomness) -> None:
+    """Puts states of :func:`randomness` back."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

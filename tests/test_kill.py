@@ -1,0 +1,151 @@
+"""kill -9 at any moment: the same command again ends in the same losses, bit for bit, nothing read twice or lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STEPS, DEADLINE_SECONDS = 120, 120
+
+LOG = """
+import os
+
+from lightning.pytorch import Callback
+
+
+class Log(Callback):
+    def __init__(self, path: str) -> None:
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        rows = ",".join(f"{c}:{r}" for c, r in zip(batch["corpus"].tolist(), batch["row"].tolist()))
+        loss = float(outputs["loss"])
+        os.write(self.file, f"{trainer.global_step} {batch_idx} {loss.hex()} {rows}\\n".encode())
+"""
+
+
+@pytest.fixture
+def start(write_corpus: Callable[..., str], tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts a run with dropout, replay, accumulation and frequent checkpoints and validations."""
+    (tmp_path / "kill_log.py").write_text(LOG.replace("\\\\n", "\\n"))
+    prose, code = write_corpus("prose", 40), write_corpus("code", 60, seed=1)
+
+    def begin(name: str, workers: int) -> subprocess.Popen[bytes]:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        config = {
+            "seed_everything": 0,
+            "ckpt_path": "auto",
+            "model": {"class_path": "CausalLM", "init_args": {"model": {
+                "model_type": "gpt_neox", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 16,
+                "hidden_dropout": 0.1, "attention_dropout": 0.1,
+            }}},
+            "data": {"class_path": "TextDataModule", "init_args": {
+                "dataset": "code", "val": {"prose": prose}, "sequence_length": 8, "micro_batch_size": 4,
+                "global_batch_size": 8, "num_workers": workers,
+                "corpora": {"code": {"path": code}, "prose": {"path": prose, "replay": True}},
+            }},
+            "trainer": {
+                "accelerator": "cpu", "devices": 1, "max_steps": STEPS, "max_epochs": -1, "val_check_interval": 14,
+                "check_val_every_n_epoch": None, "num_sanity_val_steps": 1, "log_every_n_steps": 1,
+                "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder),
+                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "run"}},
+                "callbacks": [
+                    {"class_path": "LRRewarming", "init_args": {"length": STEPS, "schedule": {
+                        "class_path": "WarmupCosine", "init_args": {"peak": 1e-2, "minimum": 1e-3, "warmup": 0.1}}}},
+                    {"class_path": "ReplayScheduler", "init_args": {"share": 0.3}},
+                    {"class_path": "ExactResume"},
+                    {"class_path": "kill_log.Log", "init_args": {"path": str(folder / "log.txt")}},
+                    {"class_path": "ModelCheckpoint", "init_args": {
+                        "filename": "{step}", "every_n_train_steps": 3, "save_top_k": 1, "save_last": True}},
+                ],
+            },
+        }  # fmt: skip
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(folder / "config.yaml")]
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        with (folder / "said.txt").open("ab") as said:
+            return subprocess.Popen(command, stdout=said, stderr=said, env={**environment, "OMP_NUM_THREADS": "1"})
+
+    return begin
+
+
+def lines(folder: Path) -> list[str]:
+    path = folder / "log.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> bool:
+    """Kills the process as soon as something has happened; whether it was still running then."""
+    for _ in range(DEADLINE_SECONDS * 500):
+        if reached():
+            process.kill()
+        try:
+            process.wait(timeout=0.002)
+            return process.returncode == -9
+        except subprocess.TimeoutExpired:
+            continue
+    process.kill()
+    raise AssertionError("the run neither ended nor came to where it was to be killed")
+
+
+def survive(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, kills: int, seed: int) -> None:
+    reference = start("whole", workers=0)
+    assert reference.wait(timeout=DEADLINE_SECONDS) == 0, (tmp_path / "whole/said.txt").read_text()[-2000:]
+    whole = lines(tmp_path / "whole")
+    assert len(whole) == 2 * STEPS
+
+    chance, folder = random.Random(seed), tmp_path / "killed"
+    for number in range(kills):
+        seen = len(lines(folder))
+        target = seen + chance.randint(15, max(16, 2 * STEPS // (kills + 1)))
+        within_save = number % 3 == 1
+
+        def reached(target: int = target, within_save: bool = within_save) -> bool:
+            if len(lines(folder)) < target:
+                return False
+            return not within_save or any(folder.rglob(".*.tmp"))
+
+        newest = newest_step(folder)
+        if not kill_when(start("killed", workers=2 * (number % 2)), reached):
+            break  # it came to its end first
+        first = first_step_since(folder, seen)
+        assert first is None or number == 0 or first > 0
+        assert first is None or first >= newest, "it began before the last whole checkpoint"
+    last = start("killed", workers=0)
+    assert last.wait(timeout=DEADLINE_SECONDS) == 0, (folder / "said.txt").read_text()[-2000:]
+    assert set(lines(folder)) == set(whole), "a step that was done twice gave the same loss from the same rows"
+    assert lines(folder)[-1] == whole[-1]
+
+
+def newest_step(folder: Path) -> int:
+    from rewurst.callbacks.checkpoints import newest_checkpoint
+
+    path = newest_checkpoint([folder])
+    return 0 if path is None else int(torch.load(path, weights_only=True)["global_step"])
+
+
+def first_step_since(folder: Path, seen: int) -> int | None:
+    """Completed steps before the first batch of the last run."""
+    since = lines(folder)[seen:]
+    return (int(since[0].split()[1])) // 2 if since else None
+
+
+def test_killed_three_times(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    survive(start, tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_twenty_times(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, seed: int) -> None:
+    survive(start, tmp_path, kills=5, seed=seed + 1)
