@@ -23,9 +23,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Use: ``Trainer(plugins=[AtomicCheckpointIO()])``; the command line has it built in.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Saves a checkpoint, whole or not at all.
 
         Raises:

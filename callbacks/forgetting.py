@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -98,13 +99,21 @@ class Forgetting(Callback):
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _validate(self, trainer: Trainer) -> None:
-        """A whole validation between two training steps, as the training loop runs it."""
-        connector = trainer._logger_connector
+        """A whole validation before the first step, as the training loop runs it between two.
+
+        A restored loop believes that it stands where the checkpoint's validation stood, and would begin there; what
+        it believes is put back afterwards, since the training loop goes by it.
+        """
+        loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+        believed = (loop.restarting, loop._has_run, copy.deepcopy(loop.batch_progress.state_dict()))
         first = connector._first_loop_iter
+        loop.restarting = False
         trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
+        loop.run()
         trainer.training = True
         connector._first_loop_iter = first
+        loop.restarting, loop._has_run, progress = believed
+        loop.batch_progress.load_state_dict(progress)
 
     def _loss(self, trainer: Trainer, corpus: str) -> float:
         name = self.metric.format(corpus=corpus)

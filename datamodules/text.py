@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from .. import UsageError
@@ -134,7 +135,7 @@ class TextDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Opens the corpora and settles accumulation."""
-        training = [(name, corpus.path) for name, corpus in self.corpora.items()]
+        training = [(name, corpus.path) for name, corpus in self.corpora.items()] if stage == "fit" else []
         for name, path in [*training, *self.val.items()]:
             if path not in self._opened:
                 self._opened[path] = self._open(name, path)
@@ -189,6 +190,8 @@ class TextDataModule(LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues the same dataset where it was, or begins another one at the restored step."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # validation needs no position, and its corpora may be anybody's
         if state["dataset"] != self.dataset:
             self.progress.restore(step=state["step"], start=state["step"])
             return

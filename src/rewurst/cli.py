@@ -136,8 +136,10 @@ class CLI(LightningCLI):
     def _is_complete(self, path: str) -> bool:
         """Whether typing the same command again finds its work done, which is no error."""
         under_run = any(Path(path).is_relative_to(folder) for folder in _run_folders(self.trainer))
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        if not under_run or not 0 < self.trainer.max_steps <= step:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        step, data = content["global_step"], content.get(type(self.datamodule).__qualname__, {})
+        another = data.get("dataset") != getattr(self.datamodule, "dataset", None)  # then fit says what it needs
+        if another or not under_run or not 0 < self.trainer.max_steps <= step:
             return False
         print(
             f"complete: {path} is at step {step} of max_steps {self.trainer.max_steps}; "

@@ -24,14 +24,17 @@ class Drifting(LightningModule):
         super().__init__()
         self.step = nn.Parameter(torch.zeros(()))
         self.name = name
+        self.seen: list[tuple[int, int]] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return -self.step  # SGD with a learning rate of 1 makes it count steps
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        pass
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.seen.append((dataloader_idx, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
+        assert self.trainer.sanity_checking or self.seen == [(loader, batch) for loader in (0, 1) for batch in range(3)]
+        self.seen = []
         self.log(f"{self.name}prose", 2.0 + 0.5 * self.step.detach())
         self.log(f"{self.name}wiki", 1.0 + 0.25 * self.step.detach())
         self.log(f"{self.name}code", 4.0 - 0.25 * self.step.detach())
@@ -50,10 +53,15 @@ def fit(
         callbacks=[callback, ModelCheckpoint(folder / f"to{steps}", "{step}", every_n_train_steps=1, save_top_k=-1)],
         **options,
     )  # fmt: skip
-    loader = DataLoader([torch.zeros(1)] * 100)  # type: ignore[arg-type]
-    trainer.fit(Drifting(), loader, DataLoader([torch.zeros(1)]), ckpt_path=ckpt_path, weights_only=True)  # type: ignore[arg-type]
+    trainer.fit(Drifting(), *loaders(), ckpt_path=ckpt_path, weights_only=True)
     header, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     return [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+
+
+def loaders() -> tuple[DataLoader[Tensor], list[DataLoader[Tensor]]]:
+    """Training batches, and two validation loaders of three batches."""
+    train: Any = [torch.zeros(1)] * 100
+    return DataLoader(train), [DataLoader(train[:3]), DataLoader(train[:3])]
 
 
 def column(rows: list[dict[str, str]], name: str) -> list[float]:
@@ -105,7 +113,7 @@ def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
             enable_model_summary=False, val_check_interval=2, check_val_every_n_epoch=None, enable_checkpointing=False,
             callbacks=[*callbacks, rows],
         )  # fmt: skip
-        trainer.fit(Drifting(), DataLoader([torch.zeros(1)] * 100), DataLoader([torch.zeros(1)]))  # type: ignore[arg-type]
+        trainer.fit(Drifting(), *loaders())
         seen.append(rows.seen)
     assert seen[0] == seen[1] == [(step, step, True) for step in range(5)]
 

@@ -277,3 +277,23 @@ def test_a_share_that_changes_resumes_where_it_was(make: Callable[..., TextDataM
     whole = run()
     begun = run(SaveAt(10, path))
     assert begun.rows + run(ckpt_path=path).rows == whole.rows
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_validation_needs_neither_the_training_corpora_nor_their_position(
+    make: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.ckpt"
+    fit(make(), 4, SaveAt(4, path))
+    elsewhere = make(corpora={"code": Corpus("corpora/not/on/this/machine")}, seed=3)
+    trainer = Trainer(accelerator="cpu", logger=False, **{**_QUIET, "max_epochs": None})
+    trainer.validate(Reader(), elsewhere, ckpt_path=path, weights_only=True, verbose=False)
+    assert trainer.state.finished
+
+
+def test_lengths_in_tokens_are_those_of_the_data(make: Callable[..., TextDataModule]) -> None:
+    from rewurst.callbacks import LRRewarming, WarmupCosine
+
+    rewarming = LRRewarming(WarmupCosine(0.1, 0.01), length="650 tokens")
+    fit(make(), 3, rewarming)
+    assert rewarming.run.length == 11  # 64 tokens a step
