@@ -1,6 +1,7 @@
 """The order of samples as a pure function: counter of a corpus -> epoch and index -> permuted row.
 
-1. A corpus is read by a counter that never restarts: ``epoch = counter // rows``, ``index = counter % rows``.
+1. A corpus is read by a counter that never restarts: ``epoch = counter // rows``, ``index = counter % rows``. In replay
+   the counter repeats the first reading.
 2. Each epoch permutes the rows by a keyed Feistel network with cycle walking. There is no table and no generator
    state: any position costs the same, and the keys are hashes of (seed, corpus, epoch).
 3. ``"full"`` permutes all rows. ``"window"`` permutes blocks of neighbouring rows, then rows within a window of
@@ -63,6 +64,7 @@ class CorpusOrder:
         shuffle: ``"full"`` over all rows, or ``"window"`` for streams.
         block: Rows in a block of the window shuffle.
         window: Blocks in a window of the window shuffle.
+        first_reading: Rows that were read when the corpus was learnt; replay repeats these, in their order.
     """
 
     corpus: str
@@ -71,6 +73,7 @@ class CorpusOrder:
     shuffle: Literal["full", "window"] = "full"
     block: int = 256
     window: int = 64
+    first_reading: int | None = None
 
     def row(self, counters: Rows) -> Rows:
         """Row of each counter; every row comes once an epoch.
@@ -78,6 +81,8 @@ class CorpusOrder:
         Args:
             counters: Samples of this corpus read before, ``(n,)``.
         """
+        if self.first_reading is not None:
+            counters = counters % self.first_reading
         epochs, index = np.divmod(counters, self.rows)
         result = np.empty_like(index)
         for epoch in np.unique(epochs):

@@ -7,7 +7,8 @@ The chain, each link a pure function of the step (no generator, sampler or worke
 3. :mod:`.shards`: row -> tokens, by memory map.
 4. A map-style dataset over micro-batches, read by a stock DataLoader. Rank r takes a contiguous slice of the batch.
 
-What is kept in a checkpoint is the step, the step at which the dataset began and the running sum of the replay share.
+What is kept in a checkpoint is the step, the step at which the dataset began, the running sum of the replay share, and
+how far each corpus was read when it was learnt (:mod:`.ledger`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from .. import UsageError
 from .batches import Batch, EvaluationRows, MicroBatches, Positions, Source, loader
+from .ledger import Ledger, Reading
 from .mixture import Mixture, RunningShare
 from .order import CorpusOrder
 from .progress import Progress
@@ -99,6 +101,8 @@ class TextDataModule(LightningDataModule):
         self._share: Any = None
         self._opened: dict[str, TokenShards] = {}
         self._restored_sum = (0, 0)
+        self._ledger = Ledger()
+        self._mixed: Mixture | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -146,7 +150,7 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step to ``max_steps``, or of one pass over the new corpora."""
         assert self.trainer is not None
-        mixture = self._mixture()
+        mixture = self._mixed = self._mixture()
         if self.trainer.is_global_zero and not self.progress.rows.any():
             self.progress.rows = mixture.read_before(self.dataset_step)  # what was read before a restore, told once
         slots = range(self.global_batch_size)
@@ -177,13 +181,16 @@ class TextDataModule(LightningDataModule):
         return "; ".join(places)
 
     def state_dict(self) -> dict[str, Any]:
-        """Dataset, steps, the running sum of the share, and a fingerprint of all that decides the order."""
-        share = self._running_share()
+        """Dataset, steps, the running sum of the share, the ledger, and a fingerprint of all that decides the order."""
+        mixture = self._mixed or self._mixture()
+        read = dict(zip(mixture.names, mixture.read_before(self.dataset_step).tolist(), strict=True))
+        readings = [(name, self._reading(name, read[name])) for name in mixture.new]
         return {
             "dataset": self.dataset,
             "start": self.progress.start,
             "step": self.progress.step,
-            "share_sum": share.total(self.dataset_step),
+            "share_sum": mixture.share.total(self.dataset_step),
+            "ledger": self._ledger.with_readings(readings).state(),
             "fingerprint": self._fingerprint(),
             "tokenizer": self.tokenizer_folder,
         }
@@ -192,6 +199,7 @@ class TextDataModule(LightningDataModule):
         """Continues the same dataset where it was, or begins another one at the restored step."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # validation needs no position, and its corpora may be anybody's
+        self._ledger = Ledger(state["ledger"])
         if state["dataset"] != self.dataset:
             self.progress.restore(step=state["step"], start=state["step"])
             return
@@ -237,8 +245,19 @@ class TextDataModule(LightningDataModule):
         return sorted(self.corpora, key=lambda name: self.corpora[name].replay)
 
     def _sources(self) -> list[Source]:
-        opened = {name: self._opened[self.corpora[name].path] for name in self._order_of_names()}
-        return [(CorpusOrder(name, len(rows), self.seed, self.shuffle), rows) for name, rows in opened.items()]
+        sources = []
+        for name in self._order_of_names():
+            rows = self._opened[self.corpora[name].path]
+            order = CorpusOrder(name, len(rows), self.seed, self.shuffle)
+            reading = self._ledger.reading(name, rows.fingerprint()) if self.corpora[name].replay else None
+            if reading is not None:
+                order = replace(order, seed=reading.seed, shuffle=reading.shuffle, first_reading=reading.rows)
+            sources.append((order, rows))
+        return sources
+
+    def _reading(self, name: str, rows: int) -> Reading:
+        fingerprint = self._opened[self.corpora[name].path].fingerprint()
+        return Reading(self.seed, self.shuffle, rows, fingerprint[:16])
 
     def _running_share(self) -> RunningShare:
         return RunningShare(self._share if self.replay_corpora else 0.0, *self._restored_sum)

@@ -117,12 +117,50 @@ def test_rows_are_those_of_the_shards(make: Callable[..., TextDataModule]) -> No
         assert (shards[corpus].read(np.array([row]))[0] == read).all()
 
 
-def test_old_data_comes_in_the_order_of_its_first_reading(make: Callable[..., TextDataModule]) -> None:
-    data = make()
-    first = fit(make(dataset="prose", corpora={"prose": Corpus(data.corpora["prose"].path)}), 2)
-    replayed = [row for corpus, row in fit(data, 6, share=0.3).rows if corpus == 1]
-    assert replayed == [row for _, row in first.rows][: len(replayed)]
-    assert len(replayed) == int(0.3 * 48)
+@pytest.mark.parametrize(
+    ("seed", "shuffle", "steps"), [(0, "full", 5), (7, "full", 2), (7, "window", 2), (3, "full", 1)]
+)
+def test_replay_repeats_the_first_reading(
+    make: Callable[..., TextDataModule], tmp_path: Path, seed: int, shuffle: str, steps: int
+) -> None:
+    """In its order and as far as it went, whatever seed and shuffle the new dataset has."""
+    path = tmp_path / "a.ckpt"
+    prose = {"prose": Corpus(make().corpora["prose"].path)}
+    first = fit(make(dataset="prose", corpora=prose, seed=seed, shuffle=shuffle), steps, SaveAt(2 * steps, path))
+    read = [row for _, row in first.rows]
+    replayed = [row for corpus, row in fit(make(), steps + 9, ckpt_path=path).rows if corpus == 1]
+    assert len(replayed) == int(0.3 * 72)
+    assert replayed == [read[counter % len(read)] for counter in range(len(replayed))]
+
+
+def test_the_ledger_goes_through_several_datasets(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    one, two = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
+    prose, code = (make().corpora[name].path for name in ("prose", "code"))
+    first = fit(make(dataset="prose", corpora={"prose": Corpus(prose)}, seed=5), 2, SaveAt(4, one)).rows
+    second = fit(make(seed=6), 4, SaveAt(8, two), ckpt_path=one).rows
+    corpora = {"val": Corpus(make().val["val"]), "prose": Corpus(prose, replay=True), "code": Corpus(code, replay=True)}
+    third = fit(make(dataset="third", corpora=corpora, seed=9), 12, ckpt_path=two, share=0.5).rows
+    new_code = [row for corpus, row in second if corpus == 0]
+    replayed = {corpus: [row for number, row in third if number == corpus] for corpus in (1, 2)}
+    assert replayed[1] == [first[counter % 16][1] for counter in range(len(replayed[1]))]
+    assert replayed[2] == [new_code[counter % len(new_code)] for counter in range(len(replayed[2]))]
+    assert len(replayed[1]) == len(replayed[2]) == 16
+    state = torch.load(two, weights_only=True)["TextDataModule"]
+    assert {name: entry["rows"] for name, entry in state["ledger"].items()} == {"prose": 16, "code": len(new_code)}
+    import json
+
+    assert len(json.dumps({key: value for key, value in state.items() if key != "tokenizer"})) < 1024
+
+
+def test_a_corpus_that_changed_since_it_was_learnt_is_not_replayed(
+    make: Callable[..., TextDataModule], write_corpus: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.ckpt"
+    prose = {"prose": Corpus(make().corpora["prose"].path)}
+    fit(make(dataset="prose", corpora=prose), 2, SaveAt(4, path))
+    changed = {"prose": Corpus(write_corpus("changed", 21, seed=8), replay=True), "code": make().corpora["code"]}
+    with pytest.raises(UsageError, match="corpus 'prose' is not the one that was learnt: its shards have changed"):
+        fit(make(corpora=changed), 4, ckpt_path=path)
 
 
 @pytest.mark.parametrize("stop", [2, 5, 8, 11, 23])
