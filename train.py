@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 
 from rewurst import UsageError, __version__
+from rewurst.hints import closest
 
 HELP = f"""rewurst {__version__}: training large models without wasting compute
 
@@ -61,9 +61,8 @@ def _command(name: str) -> Command:
     commands |= dict.fromkeys(("prepare", "export", "generate"), _tool)
     commands["schedule"] = _schedule
     if name not in commands:
-        nearest = get_close_matches(name, commands, 1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(commands)}"
-        raise UsageError(f"no command {name!r}; {hint}")
+        hint = closest(name, commands) or f"; there are {', '.join(commands)}"
+        raise UsageError(f"no command {name!r}{hint}")
     return commands[name]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from .. import UsageError
+from ..hints import closest
 
 
 class Forgetting(Callback):
@@ -118,7 +118,5 @@ class Forgetting(Callback):
     def _loss(self, trainer: Trainer, corpus: str) -> float:
         name = self.metric.format(corpus=corpus)
         if name not in trainer.callback_metrics:
-            nearest = get_close_matches(name, list(trainer.callback_metrics), 1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise UsageError(f"Forgetting: the module logs no {name!r}{hint}")
+            raise UsageError(f"Forgetting: the module logs no {name!r}{closest(name, trainer.callback_metrics)}")
         return float(trainer.callback_metrics[name])

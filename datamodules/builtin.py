@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import UsageError
-from .corpus_index import nearest
+from ..hints import nearest
 
 PREFIX = "builtin:"
 # Tests and tools, packages of third parties, generated tables; ``pydoc_data`` is the language reference itself.

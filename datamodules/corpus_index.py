@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from .. import UsageError
+from ..hints import did_you_mean
 
 INDEX_FILE = "index.json"
 VERSION = 1
@@ -172,24 +172,6 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def nearest(name: str, names: list[str]) -> list[str]:
-    """Up to three of ``names`` that are spelt most like ``name``, best first."""
-    return difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
-
-
-def did_you_mean(path: Path) -> str:
-    """``"; did you mean data/prose?"`` for a path of which a part does not exist, or nothing where nothing is near."""
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if existing == path or not existing.is_dir():
-        return ""
-    missing, *rest = path.relative_to(existing).parts
-    near = [existing.joinpath(name, *rest) for name in nearest(missing, os.listdir(existing))]
-    found = [str(candidate) for candidate in near if candidate.exists()]
-    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _why_absent(folder: Path) -> str:

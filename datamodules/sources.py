@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import UsageError
+from ..hints import did_you_mean
 from . import builtin
-from .corpus_index import did_you_mean
 from .streams import COMPRESSIONS, lines, text_pieces
 
 PIECE_CHARS = 2**16  # an encoding takes about 150 bytes a token, and a character can be four tokens

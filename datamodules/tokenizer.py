@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from .. import UsageError
-from .corpus_index import did_you_mean, write_atomically, writing
+from ..hints import did_you_mean
+from .corpus_index import write_atomically, writing
 from .folders import TOKENIZER_FILES, TOKENIZER_LAYOUT, make_folder
 from .sources import Skipped, expand, read
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .. import UsageError
-from .initial_weights import build, lightning_state, load_checkpoint
+from .initial_weights import build, lightning_state
+from .weights import read_file
 
 
 def export_hugging_face(checkpoint: Path, out: Path, tokenizer: Path | None = None, overwrite: bool = False) -> None:
@@ -26,7 +27,7 @@ def export_hugging_face(checkpoint: Path, out: Path, tokenizer: Path | None = No
     Raises:
         UsageError: No checkpoint of a causal language model, the tokenizer is gone, ``out`` exists.
     """
-    content = load_checkpoint(checkpoint)
+    content = read_file(checkpoint)
     if "model_config" not in content:
         raise UsageError(f"{checkpoint} holds no causal language model: it was not saved by rewurst's CausalLM")
     if out.exists() and not (overwrite and (out / "config.json").is_file()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import UsageError
+from ..hints import closest, did_you_mean
+from .weights import read_file
 
 State = Mapping[str, Tensor]
 
@@ -44,9 +45,9 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
     """
     path = Path(source)
     if path.suffix == ".ckpt":
-        state = lightning_state(load_checkpoint(path), path)
+        state = lightning_state(read_file(path), path)
     elif path.suffix == ".safetensors":
-        state = _safetensors(path)
+        state = read_file(path)
     else:
         state = build(source).state_dict()
     _copy(model, state, source)
@@ -58,20 +59,6 @@ def lightning_state(checkpoint: Mapping[str, Any], path: Path) -> State:
         raise UsageError(f"{path} is no Lightning checkpoint: it holds {_some(sorted(checkpoint))}, not state_dict")
     state: dict[str, Tensor] = checkpoint["state_dict"]
     return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint file, mapped into memory; a pickle that would execute anything is refused.
-
-    Raises:
-        UsageError: No such file, or it is not whole.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist{_nearest(path)}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
-    except Exception as error:  # torch raises a dozen kinds for a file that is not whole
-        raise UsageError(f"{path} is no whole checkpoint: {_first_line(error)}") from error
 
 
 def _copy(model: nn.Module, state: State, source: str) -> None:
@@ -91,18 +78,6 @@ def _copy(model: nn.Module, state: State, source: str) -> None:
     model.load_state_dict(dict(state), strict=False)
 
 
-def _safetensors(path: Path) -> State:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist{_nearest(path)}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UsageError(f"{path} is no whole safetensors file: {_first_line(error)}") from error
-
-
 def _config(settings: dict[str, Any]) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -110,16 +85,13 @@ def _config(settings: dict[str, Any]) -> Any:
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        nearest = get_close_matches(str(model_type), list(CONFIG_MAPPING), 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; gpt_neox and llama are two that exist"
+        hint = closest(str(model_type), CONFIG_MAPPING) or "; gpt_neox and llama are two that exist"
         raise UsageError(f"model_type {model_type!r} is unknown to transformers{hint}")
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *default.attribute_map}  # GPT-2 calls num_hidden_layers n_layer, and knows both
     for name in settings:
         if name not in known:
-            nearest = get_close_matches(name, known, 1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise UsageError(f"model setting {name!r} is unknown to {model_type}{hint}")
+            raise UsageError(f"model setting {name!r} is unknown to {model_type}{closest(name, known)}")
     return AutoConfig.for_model(model_type, **settings)
 
 
@@ -128,14 +100,7 @@ def _require_folder_or_name(model: str) -> None:
     path = Path(model)
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     if looks_local and not path.expanduser().is_dir():
-        raise UsageError(f"model folder {model} does not exist{_nearest(path)}")
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f": nor does {path.parent}"
-    nearest = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1)
-    return f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+        raise UsageError(f"model folder {model} does not exist{did_you_mean(path)}")
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:

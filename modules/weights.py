@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import UsageError
+from ..hints import did_you_mean
 
 WEIGHTS = "diffusion_pytorch_model"
 """Stem of diffusers' weight files."""
@@ -96,7 +97,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"{path} is no file: give a .safetensors, .pt or .ckpt file with weights")
+        hint = did_you_mean(path) or ": give a .safetensors, .pt or .ckpt file with weights"
+        raise UsageError(f"{path} is no file{hint}")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))

@@ -214,7 +214,10 @@ def test_wrong_use_is_one_line_and_status_2(
         (["prepare", "text", "a", "--tokeniser", "b", "--out", "c"], "--tokenizer"),
         (["prepare", "text", "builtin:pros", "--tokenizer", "b", "--out", "c"], "builtin:prose"),
         (["prepare", "verify", "nowhere"], "no corpus at nowhere"),
-        (["export", "hf", "nowhere.ckpt", "out"], "nowhere.ckpt does not exist"),
+        (
+            ["export", "hf", "nowhere.ckpt", "out"],
+            "nowhere.ckpt is no file: give a .safetensors, .pt or .ckpt file with weights",
+        ),
         (["generate", "text", "./nowhere", "a"], "model folder ./nowhere does not exist"),
     ],
 )

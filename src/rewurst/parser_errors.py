@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
 from .callbacks import Schedule
+from .hints import closest, did_you_mean
 
 _BASES: tuple[type, ...] = (LightningModule, LightningDataModule, Callback, Logger, Strategy, Optimizer, Schedule)
 _LONGEST = 400
@@ -57,9 +58,7 @@ def _wrong_type(match: re.Match[str], parser: Any) -> str:
 
 def _no_such_file(match: re.Match[str], parser: Any) -> str:
     path = Path(match[1])
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    best = get_close_matches(path.name, siblings, 1)
-    return f"{path} does not exist" + (f"; did you mean {path.parent / best[0]}?" if best else "")
+    return f"{path} does not exist{did_you_mean(path)}"
 
 
 _PATTERNS: list[tuple[str, Callable[[re.Match[str], Any], str]]] = [
@@ -86,8 +85,7 @@ def _nearest_option(name: str, known: set[str]) -> str:
 
 
 def _nearest(name: str, known: set[str]) -> str:
-    best = get_close_matches(name, known, 1)
-    return f"; did you mean {best[0]!r}?" if best else "; a class outside rewurst and Lightning needs its full path"
+    return closest(name, known) or "; a class outside rewurst and Lightning needs its full path"
 
 
 def _options(parser: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,24 @@ def test_every_part_is_named_by_a_recipe() -> None:
     assert set(PARTS) <= named
 
 
+def test_every_folder_of_configs_is_packaged() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["setuptools"]
+    folders = {".".join(["rewurst", *path.parent.relative_to(ROOT).parts]) for path in CONFIGS}
+    assert folders <= set(setuptools["packages"])
+    assert folders <= {folder for folder, patterns in setuptools["package-data"].items() if "*.yaml" in patterns}
+
+
+def test_readme_names_what_exists() -> None:
+    readme = (ROOT / "configs" / "continual" / "README.md").read_text(encoding="utf8")
+    files = re.findall(r"[`,]((?:models|ibrahim|gupta|pythia_70m)/[\w.-]+)(?=[`,])", readme)
+    assert len(set(files)) > 10
+    for file in files:
+        assert (ROOT / "configs" / "continual" / f"{file}.yaml").is_file(), file
+    for folder in ("models", "ibrahim", "gupta", "pythia_70m"):
+        for path in (ROOT / "configs" / "continual" / folder).glob("*.yaml"):
+            assert path.stem.rpartition("_")[2] in readme, path
+
+
 def test_runs_go_to_folders_of_their_own(parse: Parse) -> None:
     alone = [path for path in RECIPES if path.parent.name in ("ibrahim", "pythia_70m") and path.stem != "one_gpu"]
     grid = [path for path in RECIPES if path.parent.name == "gupta" and path.stem.startswith(("w", "peak", "constant"))]
@@ -191,8 +210,8 @@ def test_pile_has_the_check_values(parse: Parse) -> None:
 
 
 def test_batches_are_the_papers(parse: Parse) -> None:
-    assert data(parse("ibrahim/pile")).tokens_per_step == 2_260_992
-    assert data(parse("gupta/warmup_1")).tokens_per_step == 1024 * 2048
+    for recipe in ("ibrahim/pile", "ibrahim/10b_pile", "ibrahim/german_replay_25", "gupta/warmup_1"):
+        assert data(parse(recipe)).tokens_per_step == 1104 * 2048 == 2_260_992
 
 
 @pytest.mark.parametrize(
@@ -203,7 +222,7 @@ def test_batches_are_the_papers(parse: Parse) -> None:
         ("ibrahim/pile_slimpajama", 264_732, 598.6e9, 0.001),
         ("ibrahim/german", OF_GERMAN, 200e9, 0.001),
         ("ibrahim/infinite_cosine_split_3", OF_SPLIT, 100e9, 0.001),
-        ("gupta/warmup_1", 131_296, 297e9, 0.08),
+        ("gupta/warmup_1", 131_296, 297e9, 0.001),
         ("pythia_70m/pile", 5_300, 3e9, 0.002),
     ],
 )
@@ -343,6 +362,6 @@ def test_batches_divide_over_devices(devices: int, parse: Parse) -> None:
         source = data(parse(recipe))
         rows = source.micro_batch_size * devices
         assert source.global_batch_size % rows == 0
-        if devices == parse(recipe)["trainer"]["devices"] or devices == 8:
+        if devices == 8 or recipe == "pythia_70m/pile":
             interval = parse(recipe)["trainer"]["val_check_interval"]
-            assert interval % (source.global_batch_size // rows) == 0
+            assert interval % (source.global_batch_size // rows) == 0  # validates where a step ends
