@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,8 +151,6 @@ def test_the_ledger_goes_through_several_datasets(make: Callable[..., TextDataMo
     assert len(replayed[1]) == len(replayed[2]) == 16
     state = torch.load(two, weights_only=True)["TextDataModule"]
     assert {name: entry["rows"] for name, entry in state["ledger"].items()} == {"prose": 16, "code": len(new_code)}
-    import json
-
     assert len(json.dumps({key: value for key, value in state.items() if key != "tokenizer"})) < 1024
 
 
@@ -335,3 +337,81 @@ def test_lengths_in_tokens_are_those_of_the_data(make: Callable[..., TextDataMod
     rewarming = LRRewarming(WarmupCosine(0.1, 0.01), length="650 tokens")
     fit(make(), 3, rewarming)
     assert rewarming.run.length == 11  # 64 tokens a step
+
+
+WORLD = """
+import json, sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rewurst.callbacks import ExactResume, ReplayScheduler
+from rewurst.datamodules import Corpus, TextDataModule
+
+settings = json.loads(Path(sys.argv[1]).read_text())
+
+
+class Reader(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.read = torch.nn.Parameter(torch.zeros(1)), []
+
+    def training_step(self, batch, batch_idx):
+        rows = list(zip(batch["corpus"].tolist(), batch["row"].tolist()))
+        self.read.append([self.trainer.datamodule.progress.step, rows])
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Save(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.fit_loop.total_batch_idx + 1 == settings["stop"]:
+            trainer.save_checkpoint(settings["save"])
+            trainer.should_stop = True
+
+
+corpora = {"code": Corpus(settings["code"]), "prose": Corpus(settings["prose"], replay=True)}
+data = TextDataModule("code", corpora, {}, 8, settings["micro"], 8, num_workers=settings["workers"])
+module = Reader()
+trainer = Trainer(
+    accelerator="cpu", devices=settings["devices"], strategy="ddp" if settings["devices"] > 1 else "auto", max_steps=12,
+    max_epochs=-1, use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False, callbacks=[ReplayScheduler(0.3), ExactResume(world_size_may_change=True), Save()],
+)
+trainer.fit(module, data, ckpt_path=settings["load"], weights_only=True)
+total = trainer.strategy.reduce(torch.tensor(list(data.rows_read().values()), dtype=torch.float64), reduce_op="sum")
+Path(f"{settings['out']}-{trainer.global_rank}.json").write_text(json.dumps([module.read, total.tolist()]))
+"""
+
+
+def test_global_batches_survive_other_numbers_of_processes(write_corpus: Callable[..., str], tmp_path: Path) -> None:
+    """1 -> 2 -> 1 processes, other micro-batches and workers, stopped within a global batch too."""
+    folders = {name: write_corpus(name, 21 + 9 * seed, seed) for seed, name in enumerate(("prose", "code"))}
+    (tmp_path / "world.py").write_text(WORLD)
+
+    def run(name: str, devices: int, micro: int, stop: int | None, load: str | None, workers: int = 0) -> Any:
+        settings = {**folders, "devices": devices, "micro": micro, "stop": stop, "workers": workers, "load": load}
+        settings |= {"out": str(tmp_path / name), "save": str(tmp_path / f"{name}.ckpt")}
+        (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, str(tmp_path / "world.py"), str(tmp_path / f"{name}.json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        batches: dict[int, list[list[int]]] = {}
+        for rank in range(devices):
+            read, total = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            for step, rows in read:
+                batches.setdefault(step, []).extend(rows)
+        return {step: sorted(rows) for step, rows in batches.items()}, total
+
+    whole, total = run("whole", 1, 8, None, None)
+    one, _ = run("one", 1, 2, 4 * 4 + 3, None)  # stops after 4 global batches and 3 of 4 micro-batches
+    two, _ = run("two", 2, 2, 2 * 8, str(tmp_path / "one.ckpt"), workers=1)
+    three, total_of_three = run("three", 1, 4, None, str(tmp_path / "two.ckpt"))
+    del one[4]  # not complete, so it was read again
+    assert {step: len(rows) for step, rows in whole.items()} == dict.fromkeys(range(12), 8)
+    assert {**one, **two, **three} == whole
+    assert [*one, *two, *three] == list(range(12)), "nothing is read twice or left out"
+    assert total_of_three == total == [96 - int(0.3 * 96), int(0.3 * 96)]

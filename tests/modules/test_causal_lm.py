@@ -287,7 +287,7 @@ class TestInitFrom:
 
         torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
         with pytest.raises(
-            UsageError, match="bomb.ckpt holds a pickled getattr, which is not loaded: give a file of tensors"
+            UsageError, match=r"bomb.ckpt holds a pickled getattr, which is not loaded: give a file of tensors"
         ):
             CausalLM(tiny_config, init_from=str(tmp_path / "bomb.ckpt"))
         assert not (tmp_path / "executed").exists()
