@@ -126,6 +126,8 @@ class LRRewarming(Callback):
         if trainer.lr_scheduler_configs:
             name = type(trainer.lr_scheduler_configs[0].scheduler).__name__
             raise UsageError(f"{name} beside LRRewarming: two owners of the learning rate, take one of them out")
+        if trainer.global_step == 0:  # also where this object has been through another run before
+            self.step, self.run.start, self._scales = 0, None, None
         if self.run.start is None:
             self._begin(trainer)
         if self._scales is None or len(self._scales) != len(trainer.optimizers):

@@ -40,9 +40,9 @@ class Progress(Callback):
         if self not in trainer.callbacks:  # type: ignore[attr-defined]
             trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
 
-    def restore(self, step: int, start: int) -> None:
+    def restore(self, step: int, start: int, restored: bool = True) -> None:
         """Takes over what a checkpoint knows. A global batch that was not complete is read again from its start."""
-        self.step, self.start, self._micro_batches, self._restored = step, start, 0, True
+        self.step, self.start, self._micro_batches, self._restored = step, start, 0, restored
         self.rows[:] = 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

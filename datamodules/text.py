@@ -145,7 +145,14 @@ class TextDataModule(LightningDataModule):
                 self._opened[path] = self._open(name, path)
         if stage == "fit" and self.trainer is not None:
             self._settle_accumulation()
+            if self.trainer.global_step == 0:  # a fresh run, or one whose checkpoint is about to be loaded
+                self._begin_anew()
             self.progress.attach(self.trainer, self.accumulation, len(self.corpora))
+
+    def _begin_anew(self) -> None:
+        """Forgets an earlier run that this object has been through."""
+        self.progress.restore(step=0, start=0, restored=False)
+        self._restored_sum, self._ledger, self._mixed = (0, 0), Ledger(), None
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step to ``max_steps``, or of one pass over the new corpora."""

@@ -415,3 +415,16 @@ def test_global_batches_survive_other_numbers_of_processes(write_corpus: Callabl
     assert {**one, **two, **three} == whole
     assert [*one, *two, *three] == list(range(12)), "nothing is read twice or left out"
     assert total_of_three == total == [96 - int(0.3 * 96), int(0.3 * 96)]
+
+
+def test_the_same_objects_in_a_fresh_trainer_begin_anew(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    from rewurst.callbacks import LRRewarming, WarmupCosine
+
+    data, rewarming = make(), LRRewarming(WarmupCosine(0.1, 0.01), length=20)
+    first = fit(data, 5, rewarming)
+    second = fit(data, 5, rewarming)
+    assert first.rows == second.rows
+    assert (rewarming.run.start, rewarming.step, data.progress.step) == (0, 5, 5)
+    path = tmp_path / "a.ckpt"
+    fit(make(), 5, SaveAt(6, path))
+    assert fit(data, 5, ckpt_path=path).rows == first.rows[24:], "and a checkpoint loads into them"
