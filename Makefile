@@ -34,6 +34,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
+	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/wuerstchen.py --out benchmarks/results/wuerstchen.json
 
 reproduce: $(STAMP)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .mixture import Mixture
@@ -15,7 +14,7 @@ from .order import CorpusOrder
 from .progress import Progress
 from .shards import TokenShards
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Source = tuple[CorpusOrder, TokenShards]
 
 
@@ -48,11 +47,8 @@ class MicroBatches(Dataset[Batch]):
             if mine.any():
                 rows[mine] = order.row(counter[mine])
                 tokens[mine] = shards.read(rows[mine])
-        return {
-            "input_ids": torch.from_numpy(tokens),
-            "corpus": torch.from_numpy(corpus),
-            "row": torch.from_numpy(rows),
-        }
+        # What only the host reads stays NumPy: each tensor costs a worker a shared memory file, and a copy to a device.
+        return {"input_ids": torch.from_numpy(tokens), "corpus": corpus, "row": rows}
 
 
 class EvaluationRows(Dataset[Batch]):
@@ -111,7 +107,20 @@ def loader(dataset: Dataset[Batch], sampler: Sampler[int] | None, num_workers: i
     """A DataLoader of whole batches."""
     pinned = torch.cuda.is_available()
     own = torch.Generator()  # beginning an iteration draws a seed for workers; not from the state that dropout uses
-    return _Loader(dataset, batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=pinned, generator=own)
+    return _Loader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=as_is,  # type: ignore[arg-type]  # typed for lists; without batching it gets one sample
+        pin_memory=pinned,
+        generator=own,
+    )
+
+
+def as_is(batch: Batch) -> Batch:
+    """The loader's own conversion would make a tensor, and so a shared memory file, of every array."""
+    return batch
 
 
 class _Loader(DataLoader[Batch]):

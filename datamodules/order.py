@@ -126,8 +126,10 @@ def _feistel(value: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) -> 
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
-    with np.errstate(over="ignore"):
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit.
+
+    Products wrap around, which NumPy does silently for arrays (and with a warning for scalars).
+    """
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
-from torch import Tensor
 
 
 class Progress(Callback):
@@ -69,11 +67,11 @@ class Progress(Callback):
         progress["is_last_batch"] = False
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         """Counts the batch and its rows."""
         self._micro_batches += 1
-        self.rows += torch.bincount(batch["corpus"].cpu(), minlength=len(self.rows)).numpy()
+        self.rows += np.bincount(batch["corpus"], minlength=len(self.rows))
         if self._micro_batches == self.accumulation:
             self.step += 1
             self._micro_batches = 0

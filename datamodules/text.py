@@ -50,9 +50,10 @@ class Corpus:
 class TextDataModule(LightningDataModule):
     """Rows of tokens from named corpora, with replay of old ones, as the same global batches on any machine.
 
-    A batch is a dict of ``input_ids`` (rows, sequence_length + 1), ``corpus`` (rows,), an index into
-    ``corpora``, and ``row`` (rows,), the row in that corpus; validation batches have ``valid`` (rows,) too, which is 0
-    for rows that only fill up. Validation loaders are a dict by corpus.
+    A training batch is a dict of ``input_ids`` (rows, sequence_length + 1), a tensor, and of NumPy arrays (rows,) that
+    say where they come from: ``corpus``, numbered with the new corpora first, and ``row`` in it. Validation batches are
+    tensors: ``input_ids``, ``row`` and ``valid`` (rows,), which is 0 for rows that only fill up. Validation loaders are
+    a dict by corpus.
 
     Args:
         dataset: Name of what is being learnt; another name later means another dataset.

@@ -300,6 +300,15 @@ def test_peaks_and_a_tenth_of_them(recipe: str, peak: float, parse: Parse) -> No
     assert values[-1] == pytest.approx(peak / 10, rel=1e-12)
 
 
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name in ("ibrahim", "pythia_70m")], ids=name)
+def test_peak_is_the_models_unless_the_name_says_another(path: Path, parse: Parse) -> None:
+    usual = 1e-3 if path.parent.name == "pythia_70m" else 1.2e-4 if path.stem.startswith("10b") else 3e-4
+    named = re.search(r"_peak_(.+)", path.stem)
+    numbers = schedule(parse(name(path)))[0].numbers()
+    assert numbers["peak"] == (float(named[1]) if named else usual)
+    assert numbers["warmup"] == 0.01
+
+
 @pytest.mark.parametrize("kind", ["cosine", "inverse_sqrt"])
 def test_infinite_splits_follow_one_another_in_the_constant_phase(kind: str, parse: Parse) -> None:
     ends = []

@@ -1,0 +1,193 @@
+"""Tokens a second from disk, side by side: ours, a raw memory map (nanoGPT's way), and webdataset on the same rows.
+
+Every contender hands over int64 batches of 32 rows of 2,049 tokens through a DataLoader, in turns, in one run. Wall
+time leaves out the first batches; CPU time is that of the process and its workers over all batches. The data is made
+first and is in the page cache, so that what is measured is the work of each loader, not the disk.
+
+    python benchmarks/stream.py --out benchmarks/results/stream.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rewurst.datamodules.batches import MicroBatches, as_is
+from rewurst.datamodules.mixture import Mixture, RunningShare
+from rewurst.datamodules.order import CorpusOrder
+from rewurst.datamodules.shards import TokenShards, TokenWriter
+
+LENGTH, BATCH, ROWS = 2048, 32, 16384
+WARM_UP = 20
+
+Contender = Callable[[int], Iterable[Any]]
+
+
+class Crops(Dataset[Tensor]):
+    """Random crops of one flat file, as nanoGPT reads it."""
+
+    def __init__(self, path: Path, batches: int) -> None:
+        self.tokens, self.batches = np.memmap(path, dtype=np.uint16, mode="r"), batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, number: int) -> Tensor:
+        begins = torch.randint(len(self.tokens) - LENGTH - 1, (BATCH,))
+        rows = [torch.from_numpy(self.tokens[begin : begin + LENGTH + 1].astype(np.int64)) for begin in begins]
+        return torch.stack(rows)
+
+
+class Counted(Dataset[Any]):
+    """The first batches of a dataset that has no end."""
+
+    def __init__(self, inner: MicroBatches, batches: int) -> None:
+        self.inner, self.batches = inner, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, number: int) -> Any:
+        return self.inner[number]
+
+
+def make_data(folder: Path) -> None:
+    """Two corpora of ours, the same rows one a member for webdataset, and a flat file."""
+    random = np.random.default_rng(0)
+    for name in ("new", "old"):
+        tokens = random.integers(50_000, size=ROWS * LENGTH + 1, dtype=np.uint16)
+        with TokenWriter(folder / name, name=name, sequence_length=LENGTH, vocab_size=50_000) as writer:
+            writer.append(tokens)
+            writer.close()
+        if name == "new":
+            tokens.tofile(folder / "flat.bin")
+            with wds.TarWriter(str(folder / "single.tar")) as single:
+                for row in range(ROWS):
+                    part = tokens[row * LENGTH : (row + 1) * LENGTH + 1]
+                    single.write({"__key__": f"{row:06d}", "npy": part})
+
+
+def ours(folder: Path, batches: int, shuffle: Literal["full", "window"], share: float) -> Contender:
+    """Global batches of one micro-batch, with or without replay."""
+    shards = {name: TokenShards(folder / name) for name in (("new", "old") if share else ("new",))}
+    orders = [(CorpusOrder(name, len(rows), 0, shuffle), rows) for name, rows in shards.items()]
+    mixture = Mixture(BATCH, {"new": 1.0}, {"old": 1.0} if share else {}, RunningShare(share))
+    data = Counted(MicroBatches(mixture, orders, range(BATCH), 1, 0), batches)
+    return lambda workers: DataLoader(data, batch_size=None, num_workers=workers, collate_fn=as_is)
+
+
+def memmap(folder: Path, batches: int) -> Contender:
+    """Random crops of a flat file."""
+    return lambda workers: DataLoader(Crops(folder / "flat.bin", batches), batch_size=None, num_workers=workers)
+
+
+def webdataset(folder: Path, batches: int, rows_per_member: int) -> Contender:
+    """Its usual pipeline: decode members, shuffle rows in a buffer of 1,000, batch."""
+    tar = str(folder / "single.tar") if rows_per_member == 1 else str(folder / "new" / "new-000000.tar")
+
+    def load(workers: int) -> Iterable[Any]:
+        data = wds.WebDataset([tar] * max(1, workers), shardshuffle=False).decode().to_tuple("npy")
+        if rows_per_member > 1:
+            data = data.compose(split_rows)
+        data = data.shuffle(1000).batched(BATCH).repeat()
+        return take(DataLoader(data, batch_size=None, num_workers=workers), batches)
+
+    return load
+
+
+def split_rows(samples: Iterable[tuple[np.ndarray]]) -> Iterator[tuple[np.ndarray]]:
+    """One sample a row."""
+    for (rows,) in samples:
+        yield from ((row,) for row in rows)
+
+
+def take(batches: Iterable[Any], number: int) -> Iterator[Any]:
+    """The first ones, as int64 tensors."""
+    for _, batch in zip(range(number), batches, strict=False):
+        yield torch.as_tensor(np.asarray(batch[0]).astype(np.int64))
+
+
+def measure(contender: Contender, batches: int, workers: int) -> tuple[float, float]:
+    """Tokens a second of wall time after the first batches, and tokens a second of CPU time over all."""
+    before, begin, seen = _cpu(), 0.0, 0
+    for number, _batch in enumerate(contender(workers)):
+        if number == WARM_UP:
+            begin = time.perf_counter()
+        seen = number + 1
+    wall = time.perf_counter() - begin
+    assert seen == batches, (seen, batches)
+    tokens = BATCH * LENGTH
+    return (batches - WARM_UP - 1) * tokens / wall, batches * tokens / (_cpu() - before)
+
+
+def _cpu() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def compare(folder: Path, batches: int, rounds: int, workers: int) -> list[dict[str, Any]]:
+    """Every contender in turns; one row for each of ours against each peer and unit."""
+    mine: dict[str, Contender] = {
+        "full shuffle": ours(folder, batches, "full", 0.0),
+        "window shuffle": ours(folder, batches, "window", 0.0),
+        "5 % replay": ours(folder, batches, "full", 0.05),
+    }
+    peers: dict[str, tuple[str, Contender]] = {
+        "flat file": ("memmap", memmap(folder, batches)),
+        "256 rows a member": ("webdataset", webdataset(folder, batches, 256)),
+        "one row a member": ("webdataset", webdataset(folder, batches, 1)),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in (*mine, *peers)}
+    for _ in range(rounds):
+        for name, contender in [*mine.items(), *((name, peer) for name, (_, peer) in peers.items())]:
+            found[name].append(measure(contender, batches, workers))
+    results = []
+    for name in mine:
+        for layout, (peer, _) in peers.items():
+            for index, unit in enumerate(("tokens/s", "tokens/cpu-s")):
+                a, b = (statistics.median(run[index] for run in found[key]) for key in (name, layout))
+                what = f"{name}, {workers} workers, {layout}"
+                row = {"what": what, "peer": peer, "ours": a, "theirs": b, "ratio": a / b, "unit": unit}
+                spread = {
+                    "runs_ours": [r[index] for r in found[name]],
+                    "runs_theirs": [r[index] for r in found[layout]],
+                }
+                results.append(row | spread)
+                print(f"{what}, {unit}: {a:.3g} against {b:.3g}, ratio {a / b:.2f}", flush=True)
+    return results
+
+
+def main() -> None:
+    """Makes the data, compares, writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stream.json"))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=420)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    setting = {"torch": torch.__version__, "webdataset": wds.__version__, "device": platform.machine()}
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_data(Path(folder))
+        for workers in (0, 2):
+            results += compare(Path(folder), arguments.batches, arguments.runs, workers)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps([row | setting for row in results], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
