@@ -104,10 +104,17 @@ class DatasetRun:
             UsageError: A schedule that never ends would have to go on from outside its constant phase.
         """
         self.start, self.anneal_start = None, None
-        never_ending = state is not None and state["schedule"]["name"] == type(self.schedule).__name__
-        self.continues = self.schedule.never_ends and never_ending
-        if self.continues and state is not None:
-            _require_constant_phase(state, step, f"dataset {self.dataset!r}")
+        self.continues = False
+        if state is None or not isinstance(self.schedule, InfiniteCosine) or "constant_until" not in state["schedule"]:
+            return
+        self.continues = True
+        _require_constant_phase(state, step, f"dataset {self.dataset!r}")
+        kept = state["schedule"]["constant"]
+        if kept != self.schedule.constant:
+            raise UsageError(
+                f"dataset {self.dataset!r}: constant {self.schedule.constant} differs from the {kept} of "
+                f"{state['dataset']!r}: a schedule that never ends leaves the value where it is"
+            )
 
     def _extend(self, state: State, step: int) -> None:
         kept = state["constant_extension"]

@@ -73,6 +73,7 @@ class LRRewarming(Callback):
         self._run: DatasetRun | None = None
         self._scales: list[list[float]] | None = None
         self._stepped = False
+        self._restored = False
 
     @property
     def run(self) -> DatasetRun:
@@ -94,9 +95,14 @@ class LRRewarming(Callback):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         dataset = self._settle_dataset(getattr(datamodule, "dataset", None))
         run = self._as_run(dataset, datamodule)
-        if self._run is not None and self._run.dataset == dataset:  # a second fit in one process goes on
-            run.start, run.continues, run.anneal_start = self._run.start, self._run.continues, self._run.anneal_start
-        self._run = run
+        self._restored = False
+        before, self._run = self._run, run
+        if before is None or trainer.global_step == 0:
+            return
+        if before.dataset == dataset:  # a second fit in one process goes on
+            run.start, run.continues, run.anneal_start = before.start, before.continues, before.anneal_start
+        else:
+            run.follow(before.state(), self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Dataset, start step, step, schedule and length: plain values only."""
@@ -108,9 +114,9 @@ class LRRewarming(Callback):
             return
         state = checkpoint["callbacks"].get(self.state_key)
         if state is not None:
-            self.step, self._scales = state["step"], state["scales"]
+            self.step, self._scales, self._restored = state["step"], state["scales"], True
         same = state is not None and state["dataset"] == self.run.dataset
-        self._refuse_no_step(trainer, checkpoint["global_step"], same)
+        self._refuse_no_step(trainer, checkpoint, same)
         if same:
             self.run.resume(state, self.step)
             return
@@ -126,7 +132,7 @@ class LRRewarming(Callback):
         if trainer.lr_scheduler_configs:
             name = type(trainer.lr_scheduler_configs[0].scheduler).__name__
             raise UsageError(f"{name} beside LRRewarming: two owners of the learning rate, take one of them out")
-        if trainer.global_step == 0:  # also where this object has been through another run before
+        if trainer.global_step == 0 and not self._restored:  # this object may have been through another run before
             self.step, self.run.start, self._scales = 0, None, None
         if self.run.start is None:
             self._begin(trainer)
@@ -179,11 +185,20 @@ class LRRewarming(Callback):
             raise UsageError('the data module names no dataset: say what is being learnt, LRRewarming(dataset="...")')
         return dataset
 
-    def _refuse_no_step(self, trainer: Trainer, global_step: int, same: bool) -> None:
+    def _refuse_no_step(self, trainer: Trainer, checkpoint: dict[str, Any], same: bool) -> None:
+        global_step = checkpoint["global_step"]
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if trainer.max_steps < 0 and trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+            raise UsageError(
+                f"dataset {self.run.dataset!r} would do no step: the checkpoint has finished {epochs} epochs and "
+                f"trainer.max_epochs {trainer.max_epochs} is absolute; set it to a larger value"
+            )
         if not 0 <= trainer.max_steps <= global_step:
             return
+        optimizers = max(len(checkpoint.get("optimizer_states", [])), 1)  # max_steps counts each one's steps
         what = "is complete" if same else "would do no step"
-        more = "a larger value" if same else f"{global_step + self.run.length} for {self.run.length} more steps"
+        more = f"{global_step + self.run.length * optimizers} for {self.run.length} more steps"
+        more = "a larger value" if same else more
         raise UsageError(
             f"dataset {self.run.dataset!r} {what}: the checkpoint is at step {global_step} and trainer.max_steps "
             f"{trainer.max_steps} is absolute; set it to {more}"

@@ -28,11 +28,22 @@ class Progress(Callback):
         self.accumulation = 1
         self.rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._micro_batches = 0
+        self._epoch_steps = 1
         self._restored = False
 
-    def attach(self, trainer: Trainer, accumulation: int, corpora: int) -> None:
-        """Joins the trainer's callbacks, in front, so that a checkpoint saved by one of them sees the batch counted."""
-        self.accumulation = accumulation
+    def attach(self, trainer: Trainer, accumulation: int, corpora: int, epoch_steps: int) -> None:
+        """Joins the trainer's callbacks, in front, so that a checkpoint saved by one of them sees the batch counted.
+
+        Args:
+            trainer: Whose batches are counted; another data module's count leaves it.
+            accumulation: Micro-batches in a global batch.
+            corpora: Number of corpora.
+            epoch_steps: Steps of an epoch, where the trainer has no ``max_steps``.
+        """
+        self.accumulation, self._epoch_steps = accumulation, epoch_steps
+        others = [c for c in trainer.callbacks if isinstance(c, Progress) and c is not self]  # type: ignore[attr-defined]
+        for other in others:
+            trainer.callbacks.remove(other)  # type: ignore[attr-defined]
         if len(self.rows) != corpora:
             self.rows = np.zeros(corpora, dtype=np.int64)
         if self not in trainer.callbacks:  # type: ignore[attr-defined]
@@ -54,17 +65,20 @@ class Progress(Callback):
         if not self._restored:  # a checkpoint of another data module: Lightning counts every optimizer's steps
             step = checkpoint["global_step"] // max(len(checkpoint["optimizer_states"]), 1)
             self.restore(step=step, start=step)
-        if trainer.max_steps <= 0:
-            return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done = self.step * self.accumulation
-        current = progress["current"]
+        current, last = progress["current"], progress["is_last_batch"]
+        done = self.step if trainer.max_steps > 0 else (self.step - self.start) % self._epoch_steps
+        if trainer.max_steps <= 0 and last and done == 0 and self.step > self.start:
+            done = self._epoch_steps  # the epoch is complete: Lightning begins the next one itself
+        else:
+            last = last and current["ready"] == done * self.accumulation
+        done *= self.accumulation
         if current["ready"] in (done, 0):
             return
         # As saved at the end of a batch: everything counted but `completed`, which Lightning adds at restart.
         for counts in (current, progress["total"]):
-            counts.update(ready=done, started=done, processed=done, completed=done - 1)
-        progress["is_last_batch"] = False
+            counts.update(ready=done, started=done, processed=done, completed=max(done - 1, 0))
+        progress["is_last_batch"] = last
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int

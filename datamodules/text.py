@@ -144,11 +144,14 @@ class TextDataModule(LightningDataModule):
         for name, path in [*training, *self.val.items()]:
             if path not in self._opened:
                 self._opened[path] = self._open(name, path)
+        if self.trainer is not None and self.trainer.world_size > 1:
+            # Every rank gets its own rows here; Lightning's sampler would take a part of that part.
+            self.trainer._accelerator_connector.use_distributed_sampler = False
         if stage == "fit" and self.trainer is not None:
             self._settle_accumulation()
             if self.trainer.global_step == 0:  # a fresh run, or one whose checkpoint is about to be loaded
                 self._begin_anew()
-            self.progress.attach(self.trainer, self.accumulation, len(self.corpora))
+            self.progress.attach(self.trainer, self.accumulation, len(self.corpora), self._epoch_steps())
 
     def _begin_anew(self) -> None:
         """Forgets an earlier run that this object has been through."""
@@ -165,7 +168,7 @@ class TextDataModule(LightningDataModule):
         of_rank = len(slots) // self.trainer.world_size  # contiguous: a strided slice could hold every old row
         slots = slots[self.trainer.global_rank * of_rank :][:of_rank]
         rows = MicroBatches(mixture, self._sources(), slots, self.accumulation, self.progress.start)
-        total = self._steps(mixture) * self.accumulation
+        total = self._steps() * self.accumulation
         return loader(rows, Positions(self.progress, total, self.trainer.max_steps > 0), self.num_workers)
 
     def val_dataloader(self) -> dict[str, DataLoader[Batch]]:
@@ -240,7 +243,9 @@ class TextDataModule(LightningDataModule):
                 f"{self.micro_batch_size} times {self.trainer.world_size} devices"
             )
         self.accumulation = self.global_batch_size // rows
-        if self.trainer.accumulate_grad_batches not in (1, self.accumulation):
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        before = [c.accumulation for c in callbacks if isinstance(c, Progress)]  # set by us, not by the user
+        if self.trainer.accumulate_grad_batches not in (1, self.accumulation, *before):
             raise UsageError(
                 f"accumulate_grad_batches {self.trainer.accumulate_grad_batches} contradicts global_batch_size "
                 f"{self.global_batch_size} / ({self.micro_batch_size} x {self.trainer.world_size}) = "
@@ -280,20 +285,22 @@ class TextDataModule(LightningDataModule):
         old = {name: corpus.weight for name, corpus in self.corpora.items() if corpus.replay}
         return Mixture(self.global_batch_size, new, old, self._running_share())
 
-    def _steps(self, mixture: Mixture) -> int:
-        """Absolute ``max_steps`` where it is set, else the steps of one pass over the new corpora."""
+    def _steps(self) -> int:
+        """Absolute ``max_steps`` where it is set, else the steps of an epoch."""
         assert self.trainer is not None
-        if self.trainer.max_steps > 0:
-            return int(self.trainer.max_steps)
-        rows = sum(len(self._opened[self.corpora[name].path]) for name in mixture.new)
+        return int(self.trainer.max_steps) if self.trainer.max_steps > 0 else self._epoch_steps()
+
+    def _epoch_steps(self) -> int:
+        """Steps of one pass over the new corpora."""
+        rows = sum(len(self._opened[corpus.path]) for corpus in self.corpora.values() if not corpus.replay)
         return max(1, rows // self.global_batch_size)
 
     def _fingerprint(self) -> str:
         parts = {
-            "corpora": {
-                name: [self._opened[corpus.path].fingerprint(), corpus.weight, corpus.replay]
+            "corpora": [  # their order numbers them, so it decides which slots they fill
+                [name, self._opened[corpus.path].fingerprint(), corpus.weight, corpus.replay]
                 for name, corpus in self.corpora.items()
-            },
+            ],
             "order": [self.seed, self.shuffle, self.global_batch_size],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

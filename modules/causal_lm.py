@@ -61,7 +61,7 @@ class CausalLM(LightningModule):
         super().__init__()
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise UsageError(f"max_grad_norm {max_grad_norm} must be above 0, or null for no clipping")
-        self.model: nn.Module = build(model)
+        self.model: nn.Module = build(model).train()  # from_pretrained leaves it in evaluation mode, without dropout
         if init_from is not None:
             load_initial_weights(self.model, init_from)
         self.optimizer = optimizer
@@ -124,9 +124,11 @@ class CausalLM(LightningModule):
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        limit = gradient_clip_val or self.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
-        if not torch.isfinite(norm):
+        limit = self.max_grad_norm if gradient_clip_val is None else gradient_clip_val
+        norm = nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))  # Lightning's 0 is no clipping
+        # With a loss scaler a norm that overflows is no accident: the scaler leaves that step out and scales less.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not scaled and not torch.isfinite(norm):
             raise FloatingPointError(self._not_finite("gradient norm", norm, None))
         self.log("train/grad_norm", norm, batch_size=1)
 

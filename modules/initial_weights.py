@@ -50,7 +50,8 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
         state = read_file(path)
     else:
         state = build(source).state_dict()
-    _copy(model, state, source)
+    check_weights(model.state_dict(), state, f"init_from {source}")
+    model.load_state_dict(dict(state), strict=False)
 
 
 def lightning_state(checkpoint: Mapping[str, Any], path: Path) -> State:
@@ -61,21 +62,22 @@ def lightning_state(checkpoint: Mapping[str, Any], path: Path) -> State:
     return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
 
 
-def _copy(model: nn.Module, state: State, source: str) -> None:
-    own = model.state_dict()
+def check_weights(own: State, state: State, where: str) -> None:
+    """Compares names and shapes, which tied tensors may leave out.
+
+    Raises:
+        UsageError: Names of the tensors that are missing, unexpected or of another shape; it begins with ``where``.
+    """
     tied = {name for name, tensor in own.items() if any(tensor is not t and _shares(tensor, t) for t in own.values())}
     missing = sorted(own.keys() - state.keys() - tied)
     unexpected = sorted(state.keys() - own.keys())
     if missing or unexpected:
-        raise UsageError(
-            f"init_from {source}: weights of another model, missing {_some(missing)}, unexpected {_some(unexpected)}"
-        )
+        raise UsageError(f"{where}: weights of another model, missing {_some(missing)}, unexpected {_some(unexpected)}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise UsageError(
-                f"init_from {source}: {name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+                f"{where}: {name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
             )
-    model.load_state_dict(dict(state), strict=False)
 
 
 def _config(settings: dict[str, Any]) -> Any:

@@ -145,13 +145,63 @@ def test_a_schedule_is_drawn_before_anything_is_trained(tmp_path: Path, capsys: 
     assert "replay share: step 0: 0.05, step 400: 0.05" in said
     assert out.read_bytes().startswith(b"\x89PNG")
     for wrong, message in (
-        (arguments, "the following arguments are required: --out FILE"),
+        (arguments, "the following arguments are required: --out"),
         ([*arguments, "--trainer.callbacks", "null", "--out", str(out)], "has no LRRewarming callback"),
         ([*arguments, "--out", str(out.with_suffix(".xyz"))], "lr.xyz cannot be written"),
         ([*arguments, "--trainer.max_stepz", "3", "--out", str(out)], "did you mean 'trainer.max_steps'?"),
     ):
         assert main(["schedule", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_help_of_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["schedule", "--help"])
+    assert ended.value.code == 0
+    assert "--out FILE" in capsys.readouterr().out
+
+
+def test_checkpoints_that_cannot_be_gone_on_from(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["validate", "--config", str(config)]) == 2
+    assert "ckpt_path auto: there is no whole checkpoint under" in capsys.readouterr().err
+    assert main(["fit", "--config", str(config)]) == 0
+    checkpoint = tmp_path / "runs/start/version_0/checkpoints/last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    only_weights = {key: value for key, value in content.items() if key != "optimizer_states"}
+    torch.save(only_weights, tmp_path / "weights.ckpt")
+    torch.save({"state_dict": content["state_dict"]}, tmp_path / "foreign.ckpt")
+    capsys.readouterr()
+    for options, message in (
+        (["--ckpt_path", "weights.ckpt"], "holds weights only, no run to go on: begin with them by --model.init_from"),
+        (["--ckpt_path", "foreign.ckpt"], "foreign.ckpt is no Lightning checkpoint"),
+        (["--ckpt_path", "runs"], "ckpt_path runs is a folder: give a .ckpt file, or auto:runs for its newest"),
+        (["--model.model.hidden_size", "32"], "has shape (320, 16), the model's is (320, 32)"),
+        (["--model.model.num_hidden_layers", "3"], "weights of another model, missing model.gpt_neox.layers.2"),
+    ):
+        assert main(["fit", "--config", str(config), *options]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("rewurst fit: error: ")
+        assert message in line
+
+
+def test_auto_does_not_take_somebody_elses_checkpoint(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", str(config)]) == 0
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["logger"] = False
+    del content["trainer"]["callbacks"][1]  # the monitor needs a logger
+    config.write_text(yaml.safe_dump(content))
+    capsys.readouterr()
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "3"]) == 0
+    assert "complete" not in capsys.readouterr().out
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 3
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "3"]) == 0
+    assert "complete" in capsys.readouterr().out
 
 
 def overlay(text: str) -> Callable[[Path], list[str]]:

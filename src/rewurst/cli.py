@@ -15,7 +15,8 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from . import UsageError
@@ -23,6 +24,8 @@ from .callbacks import AtomicCheckpointIO, StepProgressBar
 from .callbacks.checkpoints import newest_checkpoint
 from .datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
 from .modules import causal_lm as _causal_lm  # noqa: F401
+from .modules.initial_weights import check_weights
+from .modules.weights import read_file
 from .parser_errors import one_line
 
 
@@ -59,6 +62,15 @@ class Parser(LightningArgumentParser):
         raise UsageError(one_line(message, self)) from ex
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves the config in the logger's folder. Without a logger that would be the working directory, over any file."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Saves it once."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
 class CLI(LightningCLI):
     """LightningCLI whose ``ckpt_path`` may be ``auto``, and which loads checkpoints without executing anything.
 
@@ -74,6 +86,7 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             args=args,
             parser_class=Parser,
+            save_config_callback=SaveConfig,
             trainer_defaults={"use_distributed_sampler": False},  # the data modules give every rank its rows
             load_from_checkpoint_support=False,  # a checkpoint's hyper-parameters would win over the YAML
             seed_everything_default=0,
@@ -99,12 +112,14 @@ class CLI(LightningCLI):
 
     def fit(self, ckpt_path: str | None = None, weights_only: bool | None = None, **kwargs: Any) -> None:
         """``Trainer.fit`` from the checkpoint that ``ckpt_path`` means."""
-        path = self._resolve(ckpt_path)
+        path = self._resolve(ckpt_path, must_exist=False)
+        safe = _safe(weights_only)
+        content = self._checked(path, safe)
         if path is not None and str(ckpt_path).startswith("auto"):
             rank_zero_info(f"going on from {path}")
-            if self._is_complete(path):
+            if self._is_complete(path, content):
                 return
-        self.trainer.fit(ckpt_path=path, weights_only=_safe(weights_only), **kwargs)
+        self.trainer.fit(ckpt_path=path, weights_only=safe, **kwargs)
 
     def validate(self, ckpt_path: str | None = None, weights_only: bool | None = None, **kwargs: Any) -> None:
         """``Trainer.validate`` with the checkpoint that ``ckpt_path`` means."""
@@ -118,26 +133,49 @@ class CLI(LightningCLI):
         """``Trainer.predict`` with the checkpoint that ``ckpt_path`` means."""
         self.trainer.predict(ckpt_path=self._resolve(ckpt_path), weights_only=_safe(weights_only), **kwargs)
 
-    def _resolve(self, ckpt_path: str | None) -> str | None:
+    def _resolve(self, ckpt_path: str | None, must_exist: bool = True) -> str | None:
         if ckpt_path is None or ckpt_path in ("best", "last", "hpc"):
             return ckpt_path
         if ckpt_path == "auto" or ckpt_path.startswith("auto:"):
-            newest = newest_checkpoint(_run_folders(self.trainer))
-            other = ckpt_path.removeprefix("auto").removeprefix(":")
-            if newest is None and other:
-                newest = newest_checkpoint([other])
-                if newest is None:
-                    raise UsageError(f"ckpt_path {ckpt_path}: there is no whole checkpoint under {other}")
-            return None if newest is None else str(newest)
-        if not Path(ckpt_path).exists():
+            return self._newest(ckpt_path, must_exist)
+        path = Path(ckpt_path)
+        if not path.exists():
             raise UsageError(f"ckpt_path {ckpt_path} does not exist; `auto` takes the newest of the run's folder")
+        if path.is_dir() and not _saves_by_itself(self.trainer.strategy):
+            raise UsageError(
+                f"ckpt_path {ckpt_path} is a folder: give a .ckpt file, or auto:{ckpt_path} for its newest"
+            )
         return ckpt_path
 
-    def _is_complete(self, path: str) -> bool:
+    def _newest(self, ckpt_path: str, must_exist: bool) -> str | None:
+        folders = _run_folders(self.trainer)
+        newest = newest_checkpoint(folders)
+        other = ckpt_path.removeprefix("auto").removeprefix(":")
+        if newest is None and other:
+            folders = [Path(other)]
+            newest = newest_checkpoint(folders)
+        if newest is None and (must_exist or other):
+            raise UsageError(f"ckpt_path {ckpt_path}: there is no whole checkpoint under {folders[0]}")
+        return None if newest is None else str(newest)
+
+    def _checked(self, path: str | None, safe: bool) -> dict[str, Any]:
+        """A checkpoint file that is whole, Lightning's, and this model's: Lightning's own errors are pages long."""
+        if path is None or not Path(path).is_file():
+            return {}
+        content = read_file(path) if safe else torch.load(path, map_location="cpu", weights_only=False)
+        if "global_step" not in content:
+            raise UsageError(f"{path} is no Lightning checkpoint; weights of other layouts: --model.init_from {path}")
+        if "optimizer_states" not in content:
+            raise UsageError(f"{path} holds weights only, no run to go on: begin with them by --model.init_from {path}")
+        own = self.model.state_dict()
+        if own and self.model.strict_loading:
+            check_weights(own, content["state_dict"], path)
+        return content
+
+    def _is_complete(self, path: str, content: dict[str, Any]) -> bool:
         """Whether typing the same command again finds its work done, which is no error."""
         under_run = any(Path(path).is_relative_to(folder) for folder in _run_folders(self.trainer))
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, data = content["global_step"], content.get(type(self.datamodule).__qualname__, {})
+        step, data = content.get("global_step", 0), content.get(type(self.datamodule).__qualname__, {})
         another = data.get("dataset") != getattr(self.datamodule, "dataset", None)  # then fit says what it needs
         if another or not under_run or not 0 < self.trainer.max_steps <= step:
             return False
@@ -171,11 +209,16 @@ def _with_atomic_checkpoints(plugins: Any) -> list[Any]:
 
 
 def _run_folders(trainer: Trainer) -> list[Path]:
-    """Where this run's checkpoints lie: its logger's folder over all versions, and explicit folders of callbacks."""
-    folders = [Path(str(getattr(logger, "root_dir", None) or logger.save_dir)) for logger in trainer.loggers]
+    """Where this run's checkpoints lie: its loggers' folders over all versions, and explicit folders of callbacks."""
+    folders = [_logger_folder(logger) for logger in trainer.loggers]
     explicit = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     folders += [Path(str(folder)) for folder in explicit if folder]
-    return folders or [Path(trainer.default_root_dir)]
+    return folders or [Path(trainer.default_root_dir) / "checkpoints"]  # where Lightning saves without a logger
+
+
+def _logger_folder(logger: Logger) -> Path:
+    root = getattr(logger, "root_dir", None)
+    return Path(str(root)) if root else Path(str(logger.save_dir)) / str(logger.name)
 
 
 def _safe(weights_only: bool | None) -> bool:

@@ -48,7 +48,7 @@ def _unknown_class(match: re.Match[str], parser: Any) -> str:
 def _unknown_options(match: re.Match[str], parser: Any) -> str:
     # After a subclass option the parser reports what it made of it; the value behind it is no option.
     names = [word.lstrip("-").split("=")[0] for word in match[1].split() if word.startswith("--")] or [match[1]]
-    known = set(_options(parser)) | set(_parameters())
+    known = (set(_options(parser)) | set(_parameters())) - set(names)  # one of these belongs to some other class
     return "; ".join(f"there is no option {name!r}{_nearest_option(name, known)}" for name in names)
 
 

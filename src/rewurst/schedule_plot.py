@@ -14,9 +14,11 @@ from . import UsageError
 from .callbacks import LRRewarming, ReplayScheduler, Schedule
 from .callbacks.lengths import in_steps
 from .cli import parse
+from .tools import Parser
 
 Line = tuple[str, Any]
 _POINTS = 2000
+DESCRIPTION = "Draws what a config will do to the learning rate and the replay share, before anything is trained."
 
 
 def run(args: list[str]) -> None:
@@ -43,10 +45,12 @@ def run(args: list[str]) -> None:
 
 
 def _take_out(args: list[str]) -> tuple[Path, list[str]]:
-    if "--out" not in args or args[-1] == "--out":
-        raise UsageError("the following arguments are required: --out FILE (such as lr.png)")
-    index = args.index("--out")
-    return Path(args[index + 1]), args[:index] + args[index + 2 :]
+    parser = Parser(
+        prog="rewurst schedule", description=DESCRIPTION, epilog="Other options are those of `rewurst fit`."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to draw, such as lr.png")
+    known, rest = parser.parse_known_args(args)
+    return known.out, rest
 
 
 def _is_ours(class_path: str) -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rewurst import UsageError
-from rewurst.callbacks import Constant, InfiniteCosine, LRRewarming, Schedule, WarmupCosine, WarmupStableDecay
+from rewurst.callbacks import (
+    Constant,
+    InfiniteCosine,
+    InfiniteInverseSqrt,
+    LRRewarming,
+    Schedule,
+    WarmupCosine,
+    WarmupStableDecay,
+)
 
 # The loaders here are a foreign project's, which keep no position.
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
@@ -320,6 +329,42 @@ def test_a_never_ending_schedule_goes_on_from_its_constant_phase_only(
     fit(Foreign(), [LRRewarming(INFINITE, 20, "one"), SaveAt(stop, path)], 20)
     with pytest.raises(UsageError, match=message):
         fit(Foreign(), [LRRewarming(INFINITE, 20, **arguments)], 40, path)
+
+
+def test_one_never_ending_schedule_continues_another_but_not_at_another_level(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    fit(Foreign(), [LRRewarming(INFINITE, 20, "one"), SaveAt(15, path)], 20)
+    other = InfiniteInverseSqrt(1e-2, 5e-3, 1e-3, 0.1, 0.5, 0.8)
+    trainer = fit(Foreign(), [LRRewarming(other, 20, "two")], 20, path)
+    assert used(trainer) == [INFINITE.constant] * 5
+    with pytest.raises(UsageError, match=r"constant 0.006 differs from the 0.005 of 'one'"):
+        fit(Foreign(), [LRRewarming(InfiniteCosine(1e-2, 6e-3, 1e-3, 0.1, 0.5, 0.8), 20, "two")], 20, path)
+
+
+def test_another_dataset_in_the_same_process_goes_on_in_the_constant_phase() -> None:
+    rewarming = LRRewarming(INFINITE, 20, "one")
+    trainer = fit(Foreign(), [rewarming], 15)
+    first = used(trainer)
+    rewarming._argument = "two"
+    trainer.fit_loop.epoch_loop.max_steps = 25
+    trainer.fit(trainer.lightning_module, loader())
+    assert first == expected(INFINITE, 20, range(15))
+    assert used(trainer) == [INFINITE.constant] * 10
+
+
+def test_finished_epochs_are_said() -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    options |= {"enable_model_summary": False, "enable_checkpointing": False, "limit_train_batches": 3}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.ckpt"
+        trainer = Trainer(max_epochs=1, callbacks=[LRRewarming(COSINE, 3, "old")], **options)
+        trainer.fit(Foreign(), loader())
+        trainer.save_checkpoint(path)
+        trainer = Trainer(max_epochs=1, callbacks=[LRRewarming(COSINE, 3, "new")], **options)
+        with pytest.raises(
+            UsageError, match=r"the checkpoint has finished 1 epochs and trainer.max_epochs 1 is absolute"
+        ):
+            trainer.fit(Foreign(), loader(), ckpt_path=path, weights_only=True)
 
 
 @pytest.mark.parametrize(

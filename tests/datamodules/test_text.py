@@ -377,7 +377,7 @@ data = TextDataModule("code", corpora, {}, 8, settings["micro"], 8, num_workers=
 module = Reader()
 trainer = Trainer(
     accelerator="cpu", devices=settings["devices"], strategy="ddp" if settings["devices"] > 1 else "auto", max_steps=12,
-    max_epochs=-1, use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
     enable_model_summary=False, callbacks=[ReplayScheduler(0.3), ExactResume(world_size_may_change=True), Save()],
 )
 trainer.fit(module, data, ckpt_path=settings["load"], weights_only=True)
@@ -428,3 +428,44 @@ def test_the_same_objects_in_a_fresh_trainer_begin_anew(make: Callable[..., Text
     path = tmp_path / "a.ckpt"
     fit(make(), 5, SaveAt(6, path))
     assert fit(data, 5, ckpt_path=path).rows == first.rows[24:], "and a checkpoint loads into them"
+
+
+@pytest.mark.parametrize(
+    ("stop", "micro_batch_size"), [(1, 3), (5, 3), (10, 3), (15, 3), (10, 2), (9, 2), (4, 6), (20, 2)]
+)
+def test_epochs_resume_where_they_were(
+    make: Callable[..., TextDataModule], tmp_path: Path, stop: int, micro_batch_size: int
+) -> None:
+    """Three epochs of 5 steps of 6 rows, without max_steps."""
+    path = tmp_path / "a.ckpt"
+    settings: dict[str, Any] = {"corpora": {"code": Corpus(make().corpora["code"].path)}, "global_batch_size": 6}
+    whole = fit(make(**settings, micro_batch_size=3), -1, max_epochs=3).rows
+    begun = fit(make(**settings, micro_batch_size=3), -1, SaveAt(stop, path), max_epochs=3).rows
+    resumed = fit(make(**settings, micro_batch_size=micro_batch_size), -1, max_epochs=3, ckpt_path=path).rows
+    assert len(whole) == 90
+    assert begun[: stop // 2 * 6] + resumed == whole
+
+
+def test_stopped_within_the_very_first_batch(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    fit(make(micro_batch_size=2), 6, SaveAt(3, path))
+    assert fit(make(), 6, ckpt_path=path).rows == fit(make(), 6).rows
+
+
+def test_two_data_modules_in_one_trainer(make: Callable[..., TextDataModule]) -> None:
+    trainer = Trainer(accelerator="cpu", max_steps=3, logger=False, callbacks=[ReplayScheduler(0.3)], **_QUIET)
+    trainer.fit(Reader(), make())
+    code = make(dataset="b", corpora={"code": make().corpora["code"]}, micro_batch_size=2)
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ReplayScheduler)]
+    trainer.fit_loop.epoch_loop.max_steps = 5
+    trainer.fit_loop._combined_loader = None
+    trainer.fit(Reader(), code)
+    assert trainer.accumulate_grad_batches == 4
+
+
+def test_corpora_in_another_order_are_another_mixture(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    a, b = (Corpus(make().corpora[name].path) for name in ("prose", "code"))
+    fit(make(corpora={"a": a, "b": b}), 3, SaveAt(2, path))
+    with pytest.raises(UsageError, match="its corpora, weights, seed, shuffle or batch size differ"):
+        fit(make(corpora={"b": b, "a": a}), 3, ckpt_path=path)

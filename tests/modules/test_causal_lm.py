@@ -165,13 +165,15 @@ def test_only_matrices_decay(tiny_config: dict[str, Any]) -> None:
     assert (matrices["betas"], matrices["eps"], matrices["lr"]) == ((0.9, 0.95), 1e-8, 3e-4)
 
 
-@pytest.mark.parametrize(("setting", "limit"), [({}, 0.01), ({"gradient_clip_val": 0.002}, 0.002)])
+@pytest.mark.parametrize(
+    ("setting", "limit"), [({}, 0.01), ({"gradient_clip_val": 0.002}, 0.002), ({"gradient_clip_val": 0.0}, None)]
+)
 def test_gradients_are_clipped_to_the_norm_asked_for(
     tiny_config: dict[str, Any],
     data: Callable[..., TextDataModule],
     tmp_path: Path,
     setting: dict[str, Any],
-    limit: float,
+    limit: float | None,
 ) -> None:
     norms = []
 
@@ -185,8 +187,9 @@ def test_gradients_are_clipped_to_the_norm_asked_for(
     module = CausalLM(tiny_config, optimizer=lambda groups: Watched(groups, lr=0.0), max_grad_norm=0.01)
     run = trainer(tmp_path, max_steps=2, val_check_interval=100, **setting)
     run.fit(module, data())
-    assert norms == pytest.approx([limit] * 2, rel=1e-3)
-    assert min(rows_of(run.logger, "train/grad_norm")) > 10 * limit, "logged before clipping"
+    logged = rows_of(run.logger, "train/grad_norm")
+    assert norms == pytest.approx(logged if limit is None else [limit] * 2, rel=1e-3)
+    assert min(logged) > 0.1, "logged before clipping"
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_shard(
@@ -260,6 +263,7 @@ class TestInitFrom:
         for path in ("hf", "a.safetensors", "a.ckpt"):
             assert self.same(CausalLM(tiny_config, init_from=str(tmp_path / path)), source), path
         assert self.same(CausalLM(str(tmp_path / "hf")), source)
+        assert CausalLM(str(tmp_path / "hf")).model.training, "from_pretrained leaves dropout off"
 
     def test_what_does_not_fit_is_named(self, source: CausalLM, tiny_config: dict[str, Any], tmp_path: Path) -> None:
         source.model.save_pretrained(tmp_path / "hf")  # type: ignore[operator]
@@ -326,7 +330,7 @@ module = CausalLM(settings["model"])
 trainer = Trainer(
     accelerator="cpu", devices=settings["devices"], strategy="ddp" if settings["devices"] > 1 else "auto",
     max_steps=6, max_epochs=-1, val_check_interval=6 * 4 // settings["devices"], check_val_every_n_epoch=None,
-    num_sanity_val_steps=0, log_every_n_steps=1, use_distributed_sampler=False, logger=CSVLogger(settings["folder"]),
+    num_sanity_val_steps=0, log_every_n_steps=1, logger=CSVLogger(settings["folder"]),
     callbacks=[LRRewarming(WarmupCosine(1e-2, 1e-3, 0.1), 6), ReplayScheduler(0.3)],
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
 )
