@@ -174,6 +174,42 @@ def test_a_tensor_learning_rate_is_changed_in_place() -> None:
     assert isinstance(trainer.optimizers[0].param_groups[0]["lr"], Tensor)
 
 
+class Compiled(torch.optim.AdamW):
+    """AdamW whose step is compiled, and which counts its compilations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compilations = 0
+        self._compiled = torch.compile(lambda: torch.optim.AdamW.step(self), backend=self._count)
+
+    def _count(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        self.compilations += 1
+        return graph.forward
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            closure()
+        self._compiled()
+
+
+def test_a_compiled_step_reads_the_tensor_and_is_not_compiled_anew() -> None:
+    class Module(Foreign):
+        def __init__(self, optimizer: type[torch.optim.AdamW]) -> None:
+            torch.manual_seed(0)
+            super().__init__()
+            self.optimizer = optimizer
+
+        def configure_optimizers(self) -> Any:
+            return self.optimizer(self.parameters(), lr=torch.tensor(1e-3), foreach=False)
+
+    modules = [Module(optimizer) for optimizer in (torch.optim.AdamW, Compiled)]
+    for module in modules:
+        torch.manual_seed(1)
+        trainer = fit(module, [LRRewarming(COSINE, 12, "old")], 12)
+    torch.testing.assert_close(modules[1].layer.weight, modules[0].layer.weight, rtol=1e-5, atol=1e-6)
+    assert 0 < trainer.optimizers[0].compilations <= 2, "a float would be a constant of the graph, compiled 12 times"
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_monitor_logs_what_the_step_uses_wherever_it_stands(tmp_path: Path, first: bool) -> None:
     callbacks: list[Callback] = [LRRewarming(COSINE, 10, "old"), LearningRateMonitor()]
