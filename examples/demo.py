@@ -48,7 +48,7 @@ REPLAY = Run("replay", "then code, 5 % replay", ("demo_replay.yaml",), share=0.0
 def replay_of(share: float) -> Run:
     name = f"replay_{share:g}"
     options = ["--trainer.callbacks.share", f"{share:g}", "--trainer.logger.name", name]
-    return Run(name, f"then code, {share:.0%} replay", ("demo_replay.yaml",), options, share)
+    return Run(name, f"then code, {share * 100:g} % replay", ("demo_replay.yaml",), options, share)
 
 
 RUNS = {"demo": [START, NO_REPLAY, REPLAY]}
