@@ -6,14 +6,15 @@ Classes are imported when they are asked for: the processes that tokenize import
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .text import Corpus, TextDataModule
+    from .stream import Corpus
+    from .text import TextDataModule
 
 __all__ = ["Corpus", "TextDataModule"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import text
+        from . import stream, text
 
-        return getattr(text, name)
+        return getattr(text if name == "TextDataModule" else stream, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,13 +43,23 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder, self.path = Path(folder), str(folder)
         self.index = CorpusIndex.load(folder)
+        self.lanes = (self.index.rows,)
         self._first_sample = np.cumsum([0] + [shard.samples for shard in self.index.shards])
         self._mapped: OrderedDict[int, MappedShard] = OrderedDict()
 
     def __len__(self) -> int:
         return self.index.rows
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The tokenizer's copy that lies with the corpus."""
+        return str(self.folder / "tokenizer")
+
+    def in_lane(self, lane: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers: there is one lane of all rows."""
+        return index
 
     def read(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Read rows in the order asked for.
