@@ -148,7 +148,9 @@ class EvaluationRows(Dataset[Batch]):
         index[~valid] = 0
         rows = self._source.in_lane(lane, index)
         picks = Picks(np.zeros_like(rows), rows, slot_seeds(self._seed, 0, rows), lane, training=False)
-        return self._read(picks) | {"row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}
+        batch = self._read(picks)
+        valid &= ~batch.get("replaced", np.False_)
+        return batch | {"row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}
 
 
 class Positions(Sampler[int]):

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def index_shards(
     workers: int = 1,
     overwrite: bool = False,
     progress: bool = True,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
     """Write the index of tars that are there already.
 
@@ -68,7 +69,7 @@ def index_shards(
         workers: Processes that scan.
         overwrite: Replace an index, and sidecars that something else wrote.
         progress: Show a progress bar on stderr.
-        **options: Of the kind, see :mod:`.kinds`.
+        options: Of the kind: ``tokenizer`` of text, ``caption_key`` and ``max_corrupt`` of images.
 
     Returns:
         One line that says what was indexed.
@@ -81,20 +82,28 @@ def index_shards(
     folder = _folder(paths, out)
     _check_free(folder, paths, overwrite)
     chosen = kind or kind_of(next(scan(open_bytes(paths[0]), paths[0])), paths[0])
-    reader = KINDS[chosen](**options)
+    reader = _reader(chosen, options or {})
     scanned = list(tqdm(_scanned(paths, reader, workers), "indexing", len(paths), unit="tar", disable=not progress))
     _check_neighbours(scanned)
     shards = [_placed(one.shard, folder, path) for one, path in zip(scanned, paths, strict=True)]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    found = [one.found for one in scanned]
+    index = reader.index(folder, shards, found, tuple(sources))
     for one in scanned:
         sidecar = folder / one.shard.idx_name
         with writing(sidecar):
             write_atomically(sidecar, one.offsets.astype("<u8").tobytes())
-    found = [one.found for one in scanned]
-    index = reader.index(folder, shards, found, tuple(sources))
     index.save(folder)
     return f"{folder}: {index.rows:,} rows of {chosen} in {len(shards)} shards{reader.remarks(found)}"
+
+
+def _reader(kind: str, options: Mapping[str, Any]) -> Kind:
+    known = inspect.signature(KINDS[kind]).parameters
+    for name in options:
+        if name not in known:
+            raise UsageError(f"--{name} does not go with shards of {kind}: leave it out")
+    return KINDS[kind](**options)
 
 
 def expand_shards(sources: Sequence[str]) -> list[str]:

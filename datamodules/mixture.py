@@ -106,7 +106,7 @@ def _units(share: float, step: int) -> int:
 def ratios(weights: Mapping[str, float]) -> list[int]:
     """Each corpus's part, in units, of what the corpora before it leave over."""
     values = list(weights.values())
-    return [round(value / sum(values[index:]) * UNIT) for index, value in enumerate(values)]
+    return [round(value / (sum(values[index:]) or 1) * UNIT) for index, value in enumerate(values)]
 
 
 def split(rows: int, parts: Sequence[int]) -> list[int]:

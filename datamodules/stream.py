@@ -101,7 +101,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self.seed = seed
         self.shuffle = shuffle
         self.accumulation = 1
-        self.progress = Progress()
+        self.progress = Progress(self.batch_used)
         self._share: Any = None
         self._opened: dict[str, R] = {}
         self._restored_sum = (0, 0)
@@ -232,6 +232,10 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self.progress.restore(step=state["step"], start=state["start"])
         self._restored_sum = (state["step"] - state["start"], state["share_sum"])
         self._restored_lanes = state.get("lanes")
+
+    def batch_used(self, batch: Batch) -> dict[str, float]:
+        """Called with every training batch that has been used; returns what is to be logged."""
+        return {}
 
     def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64] | None]:
         """Weights of the lanes, and which lane each of these corpora reads from at each: see :class:`.lanes.Lanes`."""

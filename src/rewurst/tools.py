@@ -57,6 +57,15 @@ def _prepare(parser: Parser) -> None:
     text.add_argument("--held_out", type=float, default=0.0, help="share of documents kept for validation")
     text.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     text.add_argument("--rows_per_shard", type=int, help="rows in a shard (default: about 256 MiB)")
+    index = _tool(what, "index", "index tars that are there already, of token rows or of images", _run_prepare_index)
+    index.add_argument("shards", nargs="+", metavar="SHARD", help="path, glob, braces, folder or URL of tars")
+    index.add_argument("--out", type=Path, help="folder of the index (default: that of the tars)")
+    index.add_argument("--kind", choices=("text", "images"), help="(default: what the first sample looks like)")
+    index.add_argument("--tokenizer", help="of token rows: folder or hub name of the tokenizer that made them")
+    index.add_argument("--caption_key", help="of images: key of the .json with the caption (default: the .txt)")
+    index.add_argument("--max_corrupt", type=float, help="of images: share that may be unreadable (default: 0.1)")
+    index.add_argument("--workers", type=int, default=1, help="processes that scan")
+    index.add_argument("--overwrite", action="store_true", help="replace an index that is there")
     verify = _tool(what, "verify", "compare every byte of a folder's shards with its index", _run_prepare_verify)
     verify.add_argument("folder", type=Path, help="folder with index.json")
 
@@ -151,6 +160,18 @@ def _run_prepare_text(args: Parsed) -> None:
         text_field=args.text_field,
         rows_per_shard=args.rows_per_shard,
         overwrite=args.overwrite,
+    )
+
+
+def _run_prepare_index(args: Parsed) -> None:
+    from .datamodules.foreign import index_shards
+
+    options = {name: getattr(args, name) for name in ("tokenizer", "caption_key", "max_corrupt")}
+    options = {name: value for name, value in options.items() if value is not None}
+    print(
+        index_shards(
+            args.shards, args.out, kind=args.kind, workers=args.workers, overwrite=args.overwrite, options=options
+        )
     )
 
 

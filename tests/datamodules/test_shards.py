@@ -275,7 +275,10 @@ def test_an_index_that_is_wrong(corpus: Path, damage: Callable[[Path], None], me
 def test_a_folder_that_is_no_corpus(corpus: Path) -> None:
     outside = corpus.parent
     for path, message in [
-        (outside / "cod", rf"no corpus at {outside}/cod; did you mean {corpus}\? `rewurst prepare text.images SOURCE..."),
+        (
+            outside / "cod",
+            rf"no corpus at {outside}/cod; did you mean {corpus}\? `rewurst prepare text.images SOURCE...",
+        ),
         (
             outside / "zzzz",
             f"no corpus at {outside}/zzzz: `rewurst prepare text.images SOURCE... --out DIR` makes",
@@ -320,7 +323,10 @@ def shift_offsets(corpus: Path) -> None:
         (lambda corpus: (corpus / "code-000001.tar").unlink(), r"code-000001.tar: missing; .*index.json lists it"),
         (resize("code-000001.tar", 900), "code-000001.tar: 900 bytes found, 10240 expected"),
         (resize("code-000001.tar", 0), "code-000001.tar: 0 bytes found, 10240 expected"),
-        (lambda corpus: (corpus / "code-000001.idx").unlink(), r"code-000001.idx: missing; it belongs to code-000001.tar"),
+        (
+            lambda corpus: (corpus / "code-000001.idx").unlink(),
+            r"code-000001.idx: missing; it belongs to code-000001.tar",
+        ),
         (resize("code-000001.idx", 32), "code-000001.idx: 32 bytes found, 40 expected for 4 members"),
         (shift_offsets, "code-000001.tar: no npy header at byte 2048 "),
         (
