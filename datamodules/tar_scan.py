@@ -122,10 +122,12 @@ def offset_after(begin: int, size: int) -> int:
 
 def _members(content: Bytes, where: str) -> Iterator[tuple[str, int, tuple[int, int]]]:
     """Name, offset of the first header, and begin and size of the content, of every plain file."""
+    end = 0
     try:
         with tarfile.open(fileobj=BytesFile(content), mode="r:") as tar:
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it keeps every header otherwise
+                end = offset_after(info.offset_data, info.size)
                 if info.isdir() or _META.match(info.name):
                     continue
                 if not info.isreg():
@@ -138,7 +140,7 @@ def _members(content: Bytes, where: str) -> Iterator[tuple[str, int, tuple[int, 
                 yield info.name, info.offset, (info.offset_data, info.size)
             end = tar.offset
     except tarfile.TarError as error:
-        raise UsageError(f"{where}: not a readable tar ({error})") from None
+        raise UsageError(f"{where}: not a readable tar at byte {end} ({error}); copy it again") from None
     _check_end(content, end, where)
 
 
