@@ -1,55 +1,242 @@
-"""placeholder"""
+"""Bytes of a file or of an object on a server, by one interface.
+
+A local file is mapped into memory. A remote object (http, https, s3, gs) is read in blocks by ranged requests through
+the node's block cache; only blocks that hold what is asked for are fetched. Environment: ``REWURST_CACHE_DIR``,
+``REWURST_CACHE_BYTES``, and what ``remote`` names for credentials and endpoints.
+"""
 
 from __future__ import annotations
 
 import mmap
+import os
+import re
+import secrets
+import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.request import url2pathname
 
 from .. import UsageError
+from .block_cache import BlockCache, ReadStats, process_stats
+from .remote import open_remote, persistently, shown
+
+__all__ = ["Bytes", "CachedBytes", "LocalBytes", "is_remote", "join", "open_bytes", "process_stats", "read_whole"]
+
+WHOLE_LIMIT_BYTES = 1 << 28
+_scheme = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 class Bytes(Protocol):
+    """Random access to something that does not change.
+
+    Attributes:
+        size: In bytes.
+        identity: ETag or time of the last change, ``""`` where neither is known.
+    """
+
     size: int
     identity: str
 
-    def read(self, begin: int, end: int) -> memoryview: ...
-    def close(self) -> None: ...
-
-
-class LocalBytes:
-    def __init__(self, path: str) -> None:
-        self.path, self.identity = path, ""
-        try:
-            with open(path, "rb") as f:
-                f.seek(0, 2)
-                self.size = f.tell()
-                self._map = (
-                    memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)) if self.size else memoryview(b"")
-                )
-        except FileNotFoundError:
-            raise UsageError(f"{path}: missing") from None
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-
     def read(self, begin: int, end: int) -> memoryview:
-        return self._map[begin:end]
+        """The bytes of [begin, end), read-only.
+
+        Raises:
+            UsageError: There is no such range, or it cannot be read.
+        """
 
     def close(self) -> None:
-        pass
+        """Ends reading; what was handed out stays valid."""
 
 
 def is_remote(path: str) -> bool:
-    return "://" in path and not path.startswith("file://")
+    """Whether ``path`` is a URL; ``file://`` is local.
+
+    Raises:
+        UsageError: A ``pipe:``, which has no positions to read at.
+    """
+    if path.lower().startswith("pipe:"):
+        raise UsageError(f"{path}: a pipe cannot be read by position; read it in sequence with SequentialShards")
+    scheme = _scheme.match(path)
+    return scheme is not None and scheme[1].lower() != "file"
 
 
 def join(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}"
+    """``name`` inside ``folder``; a URL's query stays behind the name."""
+    if not is_remote(folder):
+        return os.path.join(folder, name)
+    parts = urlsplit(folder)
+    if parts.scheme.lower() not in ("http", "https"):  # there ? and # are characters of a key
+        return f"{folder.rstrip('/')}/{name}"
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
 
 
-def read_whole(path: str, limit: int = 1 << 30) -> bytes:
-    return Path(path).read_bytes()
+def read_whole(path_or_url: str, limit: int = WHOLE_LIMIT_BYTES) -> bytes:
+    """All of a small file.
+
+    Args:
+        path_or_url: Where it is.
+        limit: Bytes above which it is refused.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UsageError: It cannot be read, or is larger than ``limit``.
+    """
+    if is_remote(path_or_url):
+        remote = open_remote(path_or_url)
+        stats = ReadStats()
+        content = persistently(lambda: remote.whole(limit), shown(path_or_url), remote.attempts, stats)
+        stats.add(bytes_fetched=len(content))
+        return content
+    path = _local(path_or_url)
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > limit:
+        raise UsageError(f"{path}: more than {limit} bytes, which is too large to be read whole")
+    return content
 
 
-def open_bytes(path: str) -> Bytes:
-    return LocalBytes(path)
+def open_bytes(path_or_url: str, size: int | None = None, cache: BlockCache | None = None) -> Bytes:
+    """Opens a file or an object for reading by position.
+
+    Args:
+        path_or_url: Where it is.
+        size: Bytes that it must have, if known.
+        cache: For remote objects; by default the one that the environment names.
+
+    Raises:
+        UsageError: There is none, it cannot be read, or it has another size.
+    """
+    opened: Bytes = CachedBytes(path_or_url, cache) if is_remote(path_or_url) else LocalBytes(_local(path_or_url))
+    if size is not None and opened.size != size:
+        opened.close()
+        found = f"{opened.size} bytes found, {size} expected"
+        raise UsageError(f"{shown(path_or_url)}: {found}; copy or prepare it again")
+    return opened
+
+
+class LocalBytes:
+    """A file in memory; pickled by its path.
+
+    Args:
+        path: The file, which must not be cut while it is open.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                self.size, self.identity = status.st_size, str(status.st_mtime_ns)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be read ({error.strerror})") from None
+        self._view: memoryview | None = memoryview(mapped)
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """The bytes of [begin, end), not copied."""
+        _check_range(str(self.path), begin, end, self.size, self._view is None)
+        assert self._view is not None
+        return self._view[begin:end]
+
+    def close(self) -> None:
+        """Lets go of the map; it lasts as long as slices of it do."""
+        self._view = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalBytes, (self.path,)
+
+
+class CachedBytes:
+    """A remote object through the node's block cache; a fork or a copy by pickle reads on without asking again.
+
+    Args:
+        url: The object.
+        cache: By default the one that the environment names, one a process.
+
+    Attributes:
+        stats: Counters of this object, see ``ReadStats``.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+
+    def __init__(self, url: str, cache: BlockCache | None = None) -> None:
+        self.url, self.stats = url, ReadStats()
+        self._remote = open_remote(url)
+        self._cache: BlockCache | None = cache or BlockCache.from_environment()
+        try:
+            self.size, self.identity = persistently(
+                self._remote.describe, shown(url), self._remote.attempts, self.stats
+            )
+        except FileNotFoundError as error:
+            raise UsageError(str(error)) from None
+        if not self.identity:
+            warnings.warn(
+                f"{shown(url)}: the server tells neither ETag nor Last-Modified, so that a change could not be seen: "
+                "what is cached of it now is not used when it is opened again",
+                stacklevel=2,
+            )
+        self._name = self._cache.object_name(url, self.size, self.identity or secrets.token_hex(16))
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """The bytes of [begin, end), not copied where they lie in one block."""
+        _check_range(shown(self.url), begin, end, self.size, self._cache is None)
+        assert self._cache is not None
+        if begin == end:
+            return memoryview(b"")
+        block_bytes = self._cache.block_bytes
+        first, last = begin // block_bytes, (end - 1) // block_bytes
+        if first == last:
+            return self._block(first)[begin - first * block_bytes : end - first * block_bytes]
+        joined = b"".join(
+            self._block(number)[max(begin - number * block_bytes, 0) : end - number * block_bytes]
+            for number in range(first, last + 1)
+        )
+        return memoryview(joined)
+
+    def close(self) -> None:
+        """Nothing is held open but blocks that others may use."""
+        self._cache = None
+
+    def _block(self, number: int) -> memoryview:
+        assert self._cache is not None
+        begin = number * self._cache.block_bytes
+        end = min(begin + self._cache.block_bytes, self.size)
+        return self._cache.block(self._name, number, end - begin, lambda: self._fetch(begin, end), self.stats)
+
+    def _fetch(self, begin: int, end: int) -> bytes:
+        where = f"{shown(self.url)}, bytes {begin} to {end}"
+        try:
+            content = persistently(
+                lambda: self._remote.fetch(begin, end, self.size, self.identity),
+                where, self._remote.attempts, self.stats,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise UsageError(f"{where}: the object has gone ({error})") from None
+        self.stats.add(bytes_fetched=len(content))
+        return content
+
+    def counters(self) -> dict[str, int]:
+        """``stats`` as numbers to log."""
+        return asdict(self.stats)
+
+
+def _local(path: str) -> Path:
+    return Path(url2pathname(urlsplit(path).path) if path.lower().startswith("file://") else path)
+
+
+def _check_range(where: str, begin: int, end: int, size: int, closed: bool) -> None:
+    if closed:
+        raise UsageError(f"{where}, bytes {begin} to {end}: already closed")
+    if not 0 <= begin <= end <= size:
+        raise UsageError(f"{where}, bytes {begin} to {end}: no such range, it has {size} bytes")

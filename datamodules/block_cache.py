@@ -1,0 +1,258 @@
+"""A cache of blocks of remote objects on the node's own disk, shared by all its ranks and workers.
+
+1. An object's name is the SHA-256 of its full URL, its size, its ETag and the size of a block: equal file names in
+   different folders never mix, and an object that has changed is another object.
+2. ``<cache>/<ab>/<hash>/<number>`` holds one block behind a header (magic, CRC-32, length); what is short or damaged is
+   fetched again. No fsync: a block torn by a power failure fails its check.
+3. A block is written to a temporary file and renamed. Who misses it takes a lock first and looks again, so that the
+   processes of a node download it once; without working locks they may download it twice.
+4. Blocks in use are memory maps, so that processes share their pages and eviction harms no reader.
+5. Above the cap the blocks longest unused go. Folders are measured each time a process has written 1/64 of the cap, so
+   N processes may exceed it by N/64 for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import secrets
+import struct
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import UsageError
+
+BLOCK_BYTES = 4 << 20
+DEFAULT_CACHE_BYTES = 32 << 30
+MAPPED_BLOCKS = 128  # each map holds a file descriptor, of which a process often has 1,024
+HEADER = struct.Struct("<4sIQ")
+MAGIC = b"RWB1"
+LOCKS = 256  # lock files are never removed, so their number is fixed; blocks that share one only wait for each other
+
+
+@dataclass
+class ReadStats:
+    """What reading has cost this process.
+
+    Attributes:
+        requests: Requests sent, those that failed included.
+        bytes_fetched: Bytes of answers.
+        cache_hits: Blocks found in the cache, in memory or on disk.
+        retries: Requests sent again.
+        uncached: Blocks that could not be kept, as on a full disk.
+        damaged: Cached blocks that failed their check and were fetched again.
+    """
+
+    requests: int = 0
+    bytes_fetched: int = 0
+    cache_hits: int = 0
+    retries: int = 0
+    uncached: int = 0
+    damaged: int = 0
+
+    def add(self, **counts: int) -> None:
+        """Adds to these counters and to those of the process."""
+        for stats in {id(self): self, id(TOTAL): TOTAL}.values():
+            for name, count in counts.items():
+                setattr(stats, name, getattr(stats, name) + count)
+
+
+TOTAL = ReadStats()
+
+
+def process_stats() -> dict[str, int]:
+    """Counters over all remote objects that this process has read."""
+    return asdict(TOTAL)
+
+
+class BlockCache:
+    """Blocks by object and number. It may be pickled and used after a fork.
+
+    Args:
+        folder: Where blocks are kept; made when the first one is.
+        capacity: Bytes that all blocks together may take.
+        block_bytes: Bytes of a block; the last one of an object may be shorter.
+    """
+
+    def __init__(self, folder: str | Path, capacity: int = DEFAULT_CACHE_BYTES, block_bytes: int = BLOCK_BYTES) -> None:
+        self.folder, self.capacity, self.block_bytes = Path(folder), capacity, block_bytes
+        self._mapped: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
+        self._unmeasured = capacity  # measured before the first write
+        self._warned = False
+
+    @classmethod
+    def from_environment(cls) -> BlockCache:
+        """``REWURST_CACHE_DIR`` (``~/.cache/rewurst/blocks``) of ``REWURST_CACHE_BYTES`` (32 GiB).
+
+        Raises:
+            UsageError: ``REWURST_CACHE_BYTES`` is no number of bytes.
+        """
+        folder = os.environ.get("REWURST_CACHE_DIR") or Path("~/.cache/rewurst/blocks").expanduser()
+        capacity = os.environ.get("REWURST_CACHE_BYTES") or str(DEFAULT_CACHE_BYTES)
+        if not capacity.isdecimal():
+            raise UsageError(f"REWURST_CACHE_BYTES is {capacity!r}, expected a number of bytes such as 34359738368")
+        return cls.shared(Path(folder), int(capacity), BLOCK_BYTES)
+
+    @classmethod
+    def shared(cls, folder: Path, capacity: int, block_bytes: int) -> BlockCache:
+        """The process's one cache of these settings, so that all objects share its maps."""
+        key = (folder, capacity, block_bytes)
+        if key not in _shared:
+            _shared[key] = cls(*key)
+        return _shared[key]
+
+    def object_name(self, url: str, size: int, identity: str) -> str:
+        """Name of one state of one object, 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps([url, size, identity, self.block_bytes]).encode()).hexdigest()
+
+    def block(self, name: str, number: int, length: int, fetch: Callable[[], bytes], stats: ReadStats) -> memoryview:
+        """One block, from memory, from disk or else by ``fetch``, which must return ``length`` bytes."""
+        found = self._mapped.pop((name, number), None)
+        if found is None:
+            path = self.folder / name[:2] / name / str(number)
+            found = self._load(path, length, stats)
+            if found is None:
+                with self._lock(f"{int(name[:8], 16) + number:x}"):
+                    found = self._load(path, length, stats) or self._store(path, fetch(), stats)
+        else:
+            stats.add(cache_hits=1)
+        self._mapped[name, number] = found
+        if len(self._mapped) > MAPPED_BLOCKS:
+            with contextlib.suppress(KeyError):  # another thread has emptied it
+                self._mapped.popitem(last=False)
+        return found
+
+    def _load(self, path: Path, length: int, stats: ReadStats) -> memoryview | None:
+        try:
+            with path.open("rb") as file:
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError:
+            return None
+        except ValueError:  # an empty file
+            content = memoryview(b"")
+        payload = content[HEADER.size :]
+        if bytes(content[: HEADER.size]) != HEADER.pack(MAGIC, zlib.crc32(payload), length) or len(payload) != length:
+            stats.add(damaged=1)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        with contextlib.suppress(OSError):  # evicted by now, or another user's
+            os.utime(path)
+        stats.add(cache_hits=1)
+        return payload
+
+    def _store(self, path: Path, content: bytes, stats: ReadStats) -> memoryview:
+        size = HEADER.size + len(content)
+        if size > self.capacity:
+            stats.add(uncached=1)
+            return memoryview(content)
+        try:
+            self._make_room(size)
+            self._write(path, HEADER.pack(MAGIC, zlib.crc32(content), len(content)), content)
+            with path.open("rb") as file:
+                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[HEADER.size :]
+        except FileNotFoundError:  # evicted at once by another process
+            return memoryview(content)
+        except (OSError, ValueError) as error:
+            stats.add(uncached=1)
+            if not self._warned:
+                self._warned = True
+                reason = getattr(error, "strerror", None) or error
+                warnings.warn(f"{self.folder}: cannot cache a block ({reason}); reading goes on without", stacklevel=2)
+            return memoryview(content)
+
+    def _write(self, path: Path, *parts: bytes) -> None:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = _create(temporary)
+            try:
+                for part in parts:
+                    _write_all(descriptor, part)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def _make_room(self, size: int) -> None:
+        """Evicts down to 15/16 of the cap where this block would exceed it."""
+        self._unmeasured += size
+        if self._unmeasured <= self.capacity // 64:
+            return
+        with self._lock("eviction"):
+            blocks = sorted(self._blocks(), key=lambda block: block[0])
+            total = sum(used for _, used, _ in blocks)
+            goal = self.capacity - size if total + size <= self.capacity else self.capacity * 15 // 16 - size
+            for _, used, path in blocks:
+                if total <= goal:
+                    break
+                with contextlib.suppress(OSError):  # another process was quicker
+                    os.unlink(path)
+                total -= used
+        self._unmeasured = 0
+
+    def _blocks(self) -> Iterator[tuple[int, int, str]]:
+        """Time of last use, bytes and path of every block, and of what a killed process left of one."""
+        for folder in self.folder.glob("??/*"):
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat()
+                        yield status.st_mtime_ns, status.st_size, entry.path
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        number = zlib.crc32(name.encode()) % LOCKS
+        descriptor = None
+        try:
+            try:
+                locks = self.folder / "locks"
+                locks.mkdir(parents=True, exist_ok=True)
+                path = locks / ("eviction" if name == "eviction" else f"{number:02x}")
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError:
+                pass  # a file system without locks, or a read-only or full one: blocks may be fetched twice
+            yield
+        finally:
+            if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not: a fork may have copied it meanwhile
+                os.close(descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockCache.shared, (self.folder, self.capacity, self.block_bytes)
+
+
+_shared: dict[tuple[Path, int, int], BlockCache] = {}
+
+
+def _create(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o644)
+    except FileNotFoundError:  # its folder went while it was made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o644)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        written = os.write(descriptor, rest)
+        if written <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rest = rest[written:]

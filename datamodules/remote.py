@@ -1,0 +1,250 @@
+"""Objects on a server, read by range: http and https by the standard library, everything else by fsspec.
+
+fsspec's http client keeps an event loop in a thread, which a forked DataLoader worker does not have, and it hides
+status and headers. ``urllib`` has neither trouble: a request is a connection of its own, and with blocks of 4 MiB the
+handshake is small beside the transfer. For s3 and gs, fsspec brings signing and credentials; its file systems are made
+anew in every process.
+
+What may pass (statuses 408, 425, 429 and 5xx, time-outs, broken connections) is tried again after a growing, random
+pause; anything else ends at once in one line. Credentials are the usual ones of fsspec's file systems. An S3 endpoint
+of one's own: ``AWS_ENDPOINT_URL``, or ``FSSPEC_S3_ENDPOINT_URL``. Messages leave out what a URL says behind ``?``: it
+may be a signature.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import re
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from .. import UsageError
+from .block_cache import ReadStats
+
+TIMEOUT_SECONDS = 60.0
+ATTEMPTS = 6
+FSSPEC_ATTEMPTS = 2  # s3fs and gcsfs already try several times themselves
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+PASSING_STATUSES = {408, 425, 429}
+PASSING_ERRORS = {"HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError"}
+
+sleep: Callable[[float], None] = time.sleep  # tests put their own here
+_jitter = random.SystemRandom()  # not the generators whose states a checkpoint restores
+
+T = TypeVar("T")
+
+
+class PassingError(Exception):
+    """A failure that may not happen again; ``after`` is how many seconds the server asks to wait."""
+
+    def __init__(self, reason: str, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class RemoteObject(Protocol):
+    """One object: each call is one request, and raises PassingError, FileNotFoundError or UsageError."""
+
+    url: str
+    attempts: int
+
+    def describe(self) -> tuple[int, str]:
+        """Size in bytes, and ETag, or when it was last modified, or ``""``."""
+
+    def fetch(self, begin: int, end: int, size: int, identity: str) -> bytes:
+        """The bytes of [begin, end) of the object that ``describe`` told."""
+
+    def whole(self, limit: int) -> bytes:
+        """All of an object of up to ``limit`` bytes."""
+
+
+def open_remote(url: str) -> RemoteObject:
+    """The object behind a URL; sends no request."""
+    return HttpObject(url) if urlsplit(url).scheme.lower() in ("http", "https") else FsspecObject(url)
+
+
+def shown(url: str) -> str:
+    """A URL for messages: without password and query, which may hold secrets."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def persistently(call: Callable[[], T], what: str, attempts: int, stats: ReadStats) -> T:
+    """The result of ``call``, tried up to ``attempts`` times with pauses that double, half of each at random.
+
+    Raises:
+        UsageError: It failed each time; the message begins with ``what``.
+    """
+    for attempt in range(1, attempts + 1):
+        stats.add(requests=1, retries=int(attempt > 1))
+        try:
+            return call()
+        except PassingError as error:
+            if attempt == attempts:
+                raise UsageError(f"{what}: {error}, {attempts} times") from None
+            pause = min(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), LONGEST_PAUSE_SECONDS)
+            sleep(max(pause * _jitter.uniform(0.5, 1.0), min(error.after, LONGEST_PAUSE_SECONDS)))
+    raise AssertionError("attempts is below 1")
+
+
+@dataclass
+class HttpObject:
+    """An object behind http or https.
+
+    A server that ignores ranges and answers with the whole object is refused, unless the whole was asked for: reading
+    a shard's end would download the shard each time.
+    """
+
+    url: str
+    attempts: int = ATTEMPTS
+
+    def describe(self) -> tuple[int, str]:
+        """One byte is asked for rather than HEAD, which signed URLs refuse."""
+        with self._answer({"Range": "bytes=0-0"}, accepted=(200, 206, 416)) as answer:
+            found = re.fullmatch(r"bytes (?:0-0|\*)/(\d+)", answer.headers.get("Content-Range", ""))
+            size = answer.headers.get("Content-Length") if answer.status == 200 else found and found[1]
+            if not size:
+                raise UsageError(f"{shown(self.url)}: the server does not tell its size; copy it to a local disk")
+            return int(size), _identity(answer.headers)
+
+    def fetch(self, begin: int, end: int, size: int, identity: str) -> bytes:
+        """One ranged request, its answer checked to be that range of that object."""
+        with self._answer({"Range": f"bytes={begin}-{end - 1}"}, accepted=(200, 206)) as answer:
+            where = f"{shown(self.url)}, bytes {begin} to {end}"
+            if _identity(answer.headers) != identity:
+                raise UsageError(f"{where}: the object has changed while it was read; begin anew with a whole corpus")
+            if answer.status == 200 and (begin, end) != (0, size):
+                raise UsageError(f"{where}: the server ignores ranges (200 with all of it); copy it to a local disk")
+            expected, found = f"bytes {begin}-{end - 1}/{size}", answer.headers.get("Content-Range")
+            if answer.status != 200 and found not in (expected, expected.rpartition("/")[0] + "/*"):
+                raise UsageError(f"{where}: status {answer.status} with Content-Range {found!r}, expected {expected!r}")
+            content = answer.read(end - begin + 1)
+            if len(content) != end - begin:
+                raise PassingError(f"{len(content)} bytes came, {end - begin} expected")
+            return bytes(content)
+
+    def whole(self, limit: int) -> bytes:
+        """One request without a range."""
+        with self._answer({}, accepted=(200,)) as answer:
+            content = answer.read(limit + 1)
+            if len(content) > limit:
+                raise UsageError(f"{shown(self.url)}: more than {limit} bytes, which is too large to be read whole")
+            length = answer.headers.get("Content-Length")
+            if length is not None and int(length) != len(content):
+                raise PassingError(f"{len(content)} bytes came, {length} expected")
+            return bytes(content)
+
+    @contextmanager
+    def _answer(self, headers: dict[str, str], accepted: tuple[int, ...]) -> Iterator[Any]:
+        address = quote(self.url, safe="%/:=&?~#+!$,;'@()*[]")  # what a request line cannot hold, and nothing more
+        request = urllib.request.Request(address, headers={"User-Agent": "rewurst", **headers})
+        try:
+            try:
+                answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                if answer.status not in accepted:
+                    raise _failure(self.url, answer.status, answer.reason, answer.headers)
+                yield answer
+        except (OSError, http.client.HTTPException) as error:  # an URLError is an OSError, a time-out too
+            if isinstance(error, FileNotFoundError):
+                raise
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise UsageError(f"{shown(self.url)}: {reason.verify_message}") from None
+            raise PassingError(str(reason) or type(reason).__name__) from None
+
+
+@dataclass
+class FsspecObject:
+    """An object behind one of fsspec's file systems (s3, gs, and whatever else is installed).
+
+    Its ranged reads do not tell the ETag: a change is noticed when the object is opened, not between two reads.
+    """
+
+    url: str
+    attempts: int = FSSPEC_ATTEMPTS
+
+    def describe(self) -> tuple[int, str]:
+        """Size and ETag by the file system's ``info``."""
+        with _fsspec_errors(self.url):
+            info = _file_system(self.url).info(self.url)
+        if info.get("type") == "directory" or info.get("size") is None:
+            raise FileNotFoundError(f"{shown(self.url)}: no such object")
+        names = ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime")
+        return int(info["size"]), next((str(info[name]) for name in names if info.get(name)), "")
+
+    def fetch(self, begin: int, end: int, size: int, identity: str) -> bytes:
+        """One ranged request."""
+        with _fsspec_errors(self.url):
+            content = _file_system(self.url).cat_file(self.url, start=begin, end=end)
+        if len(content) != end - begin:
+            raise PassingError(f"{len(content)} bytes came, {end - begin} expected")
+        return bytes(content)
+
+    def whole(self, limit: int) -> bytes:
+        """Its size first, then all of it."""
+        size, _ = self.describe()
+        if size > limit:
+            raise UsageError(f"{shown(self.url)}: {size} bytes, which is too large to be read whole")
+        return self.fetch(0, size, size, "") if size else b""
+
+
+def _identity(headers: Any) -> str:
+    return str(headers.get("ETag") or headers.get("Last-Modified") or "")
+
+
+def _failure(url: str, status: int, reason: str, headers: Any) -> Exception:
+    text = f"status {status} {reason}".rstrip()
+    if status in PASSING_STATUSES or status >= 500:
+        after = headers.get("Retry-After") or ""
+        return PassingError(text, float(after) if after.isdecimal() else 0.0)
+    if status in (404, 410):
+        return FileNotFoundError(f"{shown(url)}: {text}")
+    return UsageError(f"{shown(url)}: {text}")
+
+
+_file_systems: dict[tuple[int, str], Any] = {}
+
+
+def _file_system(url: str) -> Any:
+    """The file system for a URL, one a process: a client's event loop does not survive a fork."""
+    import fsspec
+
+    protocol = urlsplit(url).scheme.lower()
+    key = (os.getpid(), protocol)
+    if key not in _file_systems:
+        try:
+            _file_systems[key] = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+        except ImportError:
+            raise UsageError(f"{shown(url)}: {protocol}:// needs a package: pip install 'rewurst[remote]'") from None
+        except ValueError as error:
+            raise UsageError(f"{shown(url)}: {error}") from None
+    return _file_systems[key]
+
+
+@contextmanager
+def _fsspec_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{shown(url)}: no such object") from None
+    except Exception as error:  # each backend has its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        refused = isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError)
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if not refused and (isinstance(error, OSError | TimeoutError) or names & PASSING_ERRORS):
+            raise PassingError(reason) from None
+        raise UsageError(f"{shown(url)}: {reason}") from None
