@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .. import UsageError
 from .corpus_index import CorpusIndex, Shard, write_atomically, writing
 from .image_facts import FACTS_DTYPE
-from .storage import join, read_whole
+from .storage import join, open_bytes
 
 FACTS_FILE = "facts.npy"
 
@@ -93,14 +93,14 @@ def read_facts(folder: str, index: ImageIndex) -> NDArray[Any]:
         UsageError: The file is missing or not the one that belongs to the index.
     """
     path = join(folder, FACTS_FILE)
-    try:
-        content = read_whole(path)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: missing; index the shards again") from None
+    stored = open_bytes(path)
+    content = stored.read(0, stored.size)
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != index.facts_sha256:
         raise UsageError(f"{path}: SHA-256 is {sha256}, expected {index.facts_sha256}; index the shards again")
-    facts: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    if facts.dtype != FACTS_DTYPE or facts.shape != (index.rows,):
-        raise UsageError(f"{path}: holds {facts.dtype} of shape {facts.shape}; index the shards again")
-    return facts
+    header = io.BytesIO(content[:4096])
+    np.lib.format.read_magic(header)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    if dtype != FACTS_DTYPE or shape != (index.rows,):
+        raise UsageError(f"{path}: holds {dtype} of shape {shape}; index the shards again")
+    return np.frombuffer(content, dtype=FACTS_DTYPE, offset=header.tell())  # where the file is mapped, a view of it

@@ -56,9 +56,14 @@ class ImageRows:
         """Number in the corpus of each image of a lane."""
         return self._rows[lane][index]
 
-    def nearest_lanes(self, sizes: Sequence[Size]) -> list[int]:
-        """For each size the lane to read from: its own, or where that is empty the one of the nearest aspect ratio."""
-        filled = [lane for lane, count in enumerate(self.lanes) if count]
+    def nearest_lanes(self, sizes: Sequence[Size], counts: Sequence[int] | None = None) -> list[int]:
+        """For each size the lane to read from: its own, or where that is empty the one of the nearest aspect ratio.
+
+        Args:
+            sizes: Of the lanes.
+            counts: Images that count, by lane; by default all.
+        """
+        filled = [lane for lane, count in enumerate(counts or self.lanes) if count]
         aspects = [math.log(width / height) for height, width in sizes]
         return [min(filled, key=lambda lane: abs(aspects[lane] - aspect)) for aspect in aspects]
 

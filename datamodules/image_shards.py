@@ -49,7 +49,8 @@ class ImageShards:
     def locate(self, row: int) -> str:
         """Where a row lies, for messages: ``"00012.tar, 000120034.jpg"``."""
         shard, sample = self._place(row)
-        return f"{shard.shard.name}, {shard.member_name(sample)}"
+        with tarfile.open(fileobj=io.BytesIO(shard.sample(sample)), mode="r:") as tar:
+            return f"{shard.shard.name}, {tar.getnames()[0]}"
 
     def _place(self, row: int) -> tuple[OpenShard, int]:
         shards, within = places(self._ends, np.asarray([row]), self.path)

@@ -126,7 +126,11 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
         if self._chosen and not all(weights):
             height, width = self.sizes[weights.index(0)]
             raise UsageError(f"shapes: no new image is nearest to {height}x{width}; leave it out")
-        return weights, np.array([one.nearest_lanes(self.sizes) for one in rows], dtype=np.int64)
+        lanes = []
+        for name, one in zip(names, rows, strict=True):
+            reading = self.reading(name)  # what was not learnt in a shape is not replayed in it
+            lanes.append(one.nearest_lanes(self.sizes, reading.rows if reading else None))
+        return weights, np.array(lanes, dtype=np.int64)
 
     def lane_name(self, lane: int) -> str:
         """Height and width, where there are several shapes."""
@@ -136,10 +140,9 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
     def batch_used(self, batch: Batch) -> dict[str, float]:
         """Counts corrupt images, names the first ones, and stops where there are too many."""
         self._samples += len(batch["caption"])
-        for line in batch["corrupt"]:
-            self._corrupt += 1
-            if self._corrupt <= NAMED:
-                rank_zero_warn(f"corrupt image replaced: {line}")
+        for line in batch["corrupt"][: max(0, NAMED - self._corrupt)]:
+            rank_zero_warn(f"corrupt image replaced: {line}")
+        self._corrupt += int(batch["replaced"].sum())
         if self._samples >= SETTLED and self._corrupt > self.max_corrupt * self._samples:
             raise UsageError(
                 f"{self._corrupt} of {self._samples} images are corrupt, more than max_corrupt {self.max_corrupt} "

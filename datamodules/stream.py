@@ -145,6 +145,8 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             # Every rank gets its own rows here; Lightning's sampler would take a part of that part.
             self.trainer._accelerator_connector.use_distributed_sampler = False
         if stage == "fit" and self.trainer is not None:
+            if not self.val:
+                self.trainer.limit_val_batches = 0  # Lightning warns of loaders that are a dict of none
             self._settle_accumulation()
             if self.trainer.global_step == 0:  # a fresh run, or one whose checkpoint is about to be loaded
                 self._begin_anew()
@@ -277,7 +279,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """The order of each lane of each corpus."""
         orders = []
         for name, source in zip(self._order_of_names(), self._sources(), strict=True):
-            reading = self._ledger.reading(name, source.fingerprint()) if self.corpora[name].replay else None
+            reading = self.reading(name)
             of_corpus = []
             for lane, rows in enumerate(source.lanes):
                 key = f"{name} {self.lane_name(lane)}".rstrip()
@@ -288,6 +290,12 @@ class StreamDataModule(LightningDataModule, Generic[R]):
                 of_corpus.append(order)
             orders.append(of_corpus)
         return orders
+
+    def reading(self, name: str) -> Reading | None:
+        """How a corpus that is replayed was first read, where that is known."""
+        if not self.corpora[name].replay:
+            return None
+        return self._ledger.reading(name, self._opened[self.corpora[name].path].fingerprint())
 
     def _reading(self, name: str, rows: Sequence[int]) -> Reading:
         fingerprint = self._opened[self.corpora[name].path].fingerprint()

@@ -305,7 +305,7 @@ def test_neighbouring_shards_that_share_a_key(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         with wds.TarWriter(str(tmp_path / name)) as writer:
             writer.write({"__key__": "same", "npy": TOKENS[0]})
-    with pytest.raises(UsageError, match="b.tar begins with key 'same', with which a.tar ends"):
+    with pytest.raises(UsageError, match=r"b.tar begins with key 'same', with which a.tar ends"):
         index(tmp_path)
 
 
