@@ -1,8 +1,9 @@
-"""Tokens a second from disk, side by side: ours, a raw memory map (nanoGPT's way), and webdataset on the same rows.
+"""Tokens a second from disk: ours, a raw memory map (nanoGPT's way), webdataset, litdata and mosaicml-streaming.
 
 Every contender hands over int64 batches of 32 rows of 2,049 tokens through a DataLoader, in turns, in one run. Wall
 time leaves out the first batches; CPU time is that of the process and its workers over all batches. The data is made
-first and is in the page cache, so that what is measured is the work of each loader, not the disk.
+first and is in the page cache, so that what is measured is the work of each loader, not the disk. litdata and
+mosaicml-streaming run in processes and environments of their own (``stream_peer.py`` makes those).
 
     python benchmarks/stream.py --out benchmarks/results/stream.json
 """
@@ -12,17 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
+import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import webdataset as wds
+from stream_peer import BATCH, LENGTH, PACKAGES, ROWS, Contender, environment, measure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,10 +33,10 @@ from rewurst.datamodules.mixture import Mixture, RunningShare
 from rewurst.datamodules.order import CorpusOrder
 from rewurst.datamodules.shards import TokenShards, TokenWriter
 
-LENGTH, BATCH, ROWS = 2048, 32, 16384
-WARM_UP = 20
+LAYOUTS = {"litdata": "TokensLoader", "mosaicml-streaming": "one row a sample"}
 
-Contender = Callable[[int], Iterable[Any]]
+Measurement = Callable[[int], tuple[float, float]]
+versions = {"torch": torch.__version__, "webdataset": wds.__version__}
 
 
 class Crops(Dataset[Tensor]):
@@ -121,25 +123,26 @@ def take(batches: Iterable[Any], number: int) -> Iterator[Any]:
         yield torch.as_tensor(np.asarray(batch[0]).astype(np.int64))
 
 
-def measure(contender: Contender, batches: int, workers: int) -> tuple[float, float]:
-    """Tokens a second of wall time after the first batches, and tokens a second of CPU time over all."""
-    before, begin, seen = _cpu(), 0.0, 0
-    for number, _batch in enumerate(contender(workers)):
-        if number == WARM_UP:
-            begin = time.perf_counter()
-        seen = number + 1
-    wall = time.perf_counter() - begin
-    assert seen == batches, (seen, batches)
-    tokens = BATCH * LENGTH
-    return (batches - WARM_UP - 1) * tokens / wall, batches * tokens / (_cpu() - before)
+def elsewhere(peer: str, python: Path, folder: Path, batches: int) -> Measurement:
+    """A peer in a process of its own, after a short pass that imports and warms."""
+
+    def run(workers: int) -> tuple[float, float]:
+        options = ["--batches", str(batches), "--workers", str(workers)]
+        found = json.loads(_peer(python, peer, "measure", str(folder), *options).splitlines()[-1])
+        versions[peer] = found["version"]
+        assert found["torch"] == torch.__version__
+        return found["wall"], found["cpu"]
+
+    return run
 
 
-def _cpu() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+def _peer(python: Path, *arguments: str) -> str:
+    script = Path(__file__).with_name("stream_peer.py")
+    done = subprocess.run([str(python), str(script), *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout
 
 
-def compare(folder: Path, batches: int, rounds: int, workers: int) -> list[dict[str, Any]]:
+def compare(folder: Path, batches: int, rounds: int, workers: int, pythons: dict[str, Path]) -> list[dict[str, Any]]:
     """Every contender in turns; one row for each of ours against each peer and unit."""
     mine: dict[str, Contender] = {
         "full shuffle": ours(folder, batches, "full", 0.0),
@@ -151,13 +154,16 @@ def compare(folder: Path, batches: int, rounds: int, workers: int) -> list[dict[
         "256 rows a member": ("webdataset", webdataset(folder, batches, 256)),
         "one row a member": ("webdataset", webdataset(folder, batches, 1)),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in (*mine, *peers)}
+    here = [*mine.items(), *((name, contender) for name, (_, contender) in peers.items())]
+    turns: dict[str, Measurement] = {name: partial(measure, contender, batches) for name, contender in here}
+    turns |= {LAYOUTS[peer]: elsewhere(peer, python, folder, batches) for peer, python in pythons.items()}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
     for _ in range(rounds):
-        for name, contender in [*mine.items(), *((name, peer) for name, (_, peer) in peers.items())]:
-            found[name].append(measure(contender, batches, workers))
+        for name, turn in turns.items():
+            found[name].append(turn(workers))
     results = []
     for name in mine:
-        for layout, (peer, _) in peers.items():
+        for layout, peer in [(name, peer) for name, (peer, _) in peers.items()] + [(LAYOUTS[p], p) for p in pythons]:
             for index, unit in enumerate(("tokens/s", "tokens/cpu-s")):
                 a, b = (statistics.median(run[index] for run in found[key]) for key in (name, layout))
                 what = f"{name}, {workers} workers, {layout}"
@@ -177,14 +183,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stream.json"))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batches", type=int, default=420)
+    for peer in PACKAGES:
+        name = peer.partition("-")[0]
+        parser.add_argument(
+            f"--{name}", metavar="PYTHON", help=f"default: .venv-{name}, made if missing; 'none': without"
+        )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    setting = {"torch": torch.__version__, "webdataset": wds.__version__, "device": platform.machine()}
+    given = {peer: getattr(arguments, peer.partition("-")[0]) for peer in PACKAGES}
+    pythons = {peer: Path(path or environment(peer)) for peer, path in given.items() if path != "none"}
     results = []
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder))
+        for peer, python in pythons.items():
+            _peer(python, peer, "make", folder)
         for workers in (0, 2):
-            results += compare(Path(folder), arguments.batches, arguments.runs, workers)
+            results += compare(Path(folder), arguments.batches, arguments.runs, workers, pythons)
+    setting = {**versions, "device": platform.machine()}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps([row | setting for row in results], indent=2) + "\n")
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, cast
 
 from torch.utils.data import IterableDataset
-from webdataset import gopen, shardlists, tariterators, utils
+from webdataset import shardlists, tariterators, utils
+from webdataset.gopen import gopen_pipe
 
 from .. import UsageError
 from .storage import is_remote
@@ -76,7 +77,7 @@ def _samples(url: str) -> Iterator[Sample]:
 
 def _open(url: str) -> IO[bytes]:
     if _is_pipe(url):
-        return cast(IO[bytes], gopen.gopen_pipe(url))
+        return cast(IO[bytes], gopen_pipe(url))
     file = open(url.removeprefix("file://"), "rb")  # noqa: SIM115  # closed by the caller
     if not url.endswith(".zst"):
         return file  # tarfile finds gzip, bzip2 and xz by itself
