@@ -54,7 +54,7 @@ class Listing(NamedTuple):
     """The pictures of a source, how many they are where that is known, the sides, a remark for the summary."""
 
     pictures: Iterable[Picture]
-    count: int | None
+    total: int | None
     sides: tuple[str, ...] = ()
     remark: str = ""
 

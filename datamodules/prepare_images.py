@@ -156,7 +156,7 @@ def _named(faults: Sequence[Fault]) -> str:
 
 def _samples(listed: Listing, recoding: Recoding, workers: int, faults: Faults, progress: bool) -> Iterator[Sample]:
     with tqdm(
-        total=listed.count, unit=" pictures", unit_scale=True, desc="images", disable=not progress, file=sys.stderr
+        total=listed.total, unit=" pictures", unit_scale=True, desc="images", disable=not progress, file=sys.stderr
     ) as bar:
         for result in work(listed.pictures, recoding, workers):
             faults.count(result)
