@@ -1,6 +1,6 @@
 """What is settled about a sample when its shard is indexed: sizes, caption, scores of the large public sets; filters.
 
-A sample is the members of a WebDataset tar with one key: an image, ``.txt``, ``.json``. Images are read by headers.
+A sample is the members of a WebDataset tar with one key: an image, ``.txt``, ``.json``. No image is decoded.
 """
 
 from __future__ import annotations
