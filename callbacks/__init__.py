@@ -32,6 +32,7 @@ from .schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
+from .weight_average import WeightAverage
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -50,6 +51,7 @@ __all__ = [
     "WarmupInverseSqrt",
     "WarmupLinear",
     "WarmupStableDecay",
+    "WeightAverage",
     "chain",
     "constant",
     "cosine",
