@@ -6,6 +6,7 @@ from .forgetting import Forgetting
 from .lr_rewarming import LRRewarming
 from .progress_bar import StepProgressBar
 from .replay import ReplayScheduler, ReplaySource
+from .samples import LogSamples
 from .save_on_signal import SaveOnSignal
 from .schedule_types import (
     Constant,
@@ -42,6 +43,7 @@ __all__ = [
     "InfiniteCosine",
     "InfiniteInverseSqrt",
     "LRRewarming",
+    "LogSamples",
     "ReplayScheduler",
     "ReplaySource",
     "SaveOnSignal",

@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 
 class WeightAverage(WeightAveraging):
-    """Averages trainable parameters and buffers: a copy until ``start_step``, then every ``every`` steps with ``decay``.
+    """Averages trainable parameters and buffers: a copy until ``start_step``, then a moving average.
 
     The average takes the weights' place in validation (and so in ``LogSamples``), at the end of training, and in
     checkpoints, whose ``state_dict`` is the average; the weights being trained lie beside it under

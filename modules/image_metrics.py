@@ -62,12 +62,8 @@ class CorpusMeans:
 
 
 def log_means(module: LightningModule, means: Mapping[tuple[str, int], Tensor], stage: str, loaders: object) -> None:
-    """Log means as ``<stage>/<name>/<corpus>``, and the average of the losses; corpora are keys of the loaders' dict."""
-    names = (
-        list(loaders)
-        if isinstance(loaders, dict)
-        else [str(index) for index in range(1 + max((corpus for _, corpus in means), default=0))]
-    )
+    """Log means as ``<stage>/<name>/<corpus>`` and the average of the losses; corpora are the loaders' keys."""
+    names = dict(enumerate(loaders)) if isinstance(loaders, dict) else {index: str(index) for _, index in means}
     for (name, corpus), mean in means.items():
         module.log(f"{stage}/{name}/{names[corpus]}", mean)
     losses = [mean for (name, _), mean in means.items() if name == "loss"]
