@@ -131,7 +131,9 @@ class LogSamples(Callback):
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image(key=f"samples/{corpus}", images=[picture], step=step)
-                elif hasattr(experiment := getattr(logger, "experiment", None), "add_image"):
+                    continue
+                experiment: Any = getattr(logger, "experiment", None)
+                if hasattr(experiment, "add_image"):
                     experiment.add_image(f"samples/{corpus}", np.asarray(picture), step, dataformats="HWC")
 
     def _is_due(self, trainer: Trainer) -> bool:

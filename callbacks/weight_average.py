@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import UsageError
+from .lengths import counted_optimizers
 
 State = dict[str, Tensor]
 
@@ -76,10 +77,7 @@ class WeightAverage(WeightAveraging):
         averaged = dict(_averaged(pl_module))
         self.average = {name: tensor for name, tensor in self.average.items() if name in averaged}
         if not self._restored:
-            # Lightning counts every optimizer's steps, unless the module sees to it that it does not.
-            self.step = trainer.global_step // int(
-                getattr(pl_module, "counted_optimizers", max(len(trainer.optimizers), 1))
-            )
+            self.step = trainer.global_step // counted_optimizers(pl_module, len(trainer.optimizers))
             self._copy(pl_module)  # the strategy may have loaded the weights after set-up
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

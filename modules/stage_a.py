@@ -67,6 +67,7 @@ class StageA(LightningModule):
     """
 
     latent_std: Tensor
+    counted_optimizers = 1  # of which trainer.global_step counts the steps
 
     def __init__(
         self,
