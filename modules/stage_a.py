@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +22,7 @@ from .codebook import CodebookUse, drawn_rows, snap
 from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .networks import VQGAN, PatchDiscriminator, describe
 from .perceptual import LPIPS, cached_vgg16
-from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, initialise, pixels, uniforms
+from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, initialise, pixels, uniforms, widened
 from .watched import check_max_grad_norm, not_finite, scales_losses
 
 Losses = dict[str, Tensor]
@@ -128,8 +129,8 @@ class StageA(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstructions of images in [0, 1], through the codebook."""
-        reconstructions: Tensor = self.vqgan(images)[0]
-        return reconstructions.clamp(0, 1)
+        reconstructions: Tensor = self.vqgan(images.to(self.dtype))[0]
+        return reconstructions.float().clamp(0, 1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the gradients of a micro-batch; the last one of a global batch steps both optimizers."""
@@ -143,25 +144,29 @@ class StageA(LightningModule):
             self.manual_backward(loss / self.accumulation)
         if closes:
             self._step()
+        else:  # for the loggers Lightning counts each batch of manual optimization as one that stepped
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
 
     def _losses(self, batch: Batch) -> Losses:
         """Weighted terms of both networks: one backward pass gives each network the gradients of its own terms."""
         images = pixels(batch)
-        latents = self.vqgan.encode(images)
+        latents = self.vqgan.encode(images.to(self.dtype))
         quantized = self.vqgan.quantize(latents)
         [chance] = uniforms(generators(batch), len(images), 1, images.device)
-        decoded = self.vqgan.decode(snap(latents, quantized.latents, chance < self.drop_quantisation)).float()
-        terms = {"reconstruction": F.mse_loss(decoded, images), "codebook": quantized.loss.float()}
+        decoded = widened(self.vqgan.decode(snap(latents, quantized.latents, chance < self.drop_quantisation)))
+        terms = {"reconstruction": F.mse_loss(decoded, images.to(decoded)), "codebook": widened(quantized.loss)}
         if self.lpips is not None:
             terms["perceptual"] = self.perceptual_weight * self.lpips.on(images.device)(decoded, images).mean()
         if self.adversary is not None:
             with _without_gradients(self.adversary):
-                terms["adversarial"] = self.adversarial_weight * self.adversarial.generator(self.adversary(decoded))
-        self._observe(latents.detach().float(), quantized.indices)
+                terms["adversarial"] = self.adversarial_weight * self.adversarial.generator(
+                    widened(self.adversary(decoded))
+                )
+        self._observe(widened(latents.detach()), quantized.indices)
         self._window[-1] = {name: term.detach() for name, term in terms.items()}
         if self.adversary is not None:
-            real, fake = self.adversary(torch.cat([images, decoded.detach()])).float().chunk(2)
-            terms["discriminator"] = self.adversarial.discriminator(real, fake)
+            real, fake = self.adversary(torch.cat([images.to(decoded), decoded.detach()])).chunk(2)
+            terms["discriminator"] = self.adversarial.discriminator(widened(real), widened(fake))
             self._window[-1]["discriminator"] = terms["discriminator"].detach()
         elif self.discriminator is not None:  # DDP wants a gradient of every parameter from every backward pass
             terms["discriminator"] = sum(p.sum() for p in self.discriminator.parameters()) * torch.zeros(())
@@ -171,7 +176,9 @@ class StageA(LightningModule):
     def _observe(self, latents: Tensor, indices: Tensor) -> None:
         """Keep what the end of the global batch looks at."""
         deviation = latents.std()
-        self.latent_std.copy_(torch.where(self.latent_std == 0, deviation, self.latent_std.lerp(deviation, 0.01)))
+        self.latent_std.copy_(
+            torch.where(self.latent_std == 0, deviation, self.latent_std.lerp(deviation.to(self.latent_std), 0.01))
+        )
         counts = self.codebook_use.counts(indices)
         self._counts = counts if self._counts is None else self._counts + counts
         self._latents = latents if self.revive_after is not None else None
@@ -239,13 +246,15 @@ class StageA(LightningModule):
 
     def on_train_start(self) -> None:
         """A global batch that was not complete is read again from its start."""
+        # A checkpoint holds the weights after the step that it is named after, as with automatic optimization.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         self._window, self._counts = [], None
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Takes in each sample's metrics, through the codebook."""
         images = pixels(batch)
-        decoded, quantized = self.vqgan(images)
-        decoded, counted = decoded.float(), valid_samples(batch, images)
+        decoded, quantized = self.vqgan(images.to(self.dtype))
+        decoded, counted = widened(decoded), valid_samples(batch, images)
         loss = (decoded - images).square().mean((1, 2, 3))
         if self.lpips is not None:
             distance = self.lpips.on(images.device)(decoded.clamp(0, 1), images)

@@ -51,6 +51,9 @@ class StageB(WatchedModule):
         zero_share: Share of the samples whose embedding is zeroed.
         noise_share: Share of the others whose embedding is noised.
         noise_until: Largest time to which it is noised.
+        max_loss_weight: A sample's loss is weighted with 1 / snr(t), kept in [1, max_loss_weight]. 1 is the paper's. The
+            noise's error hardly tells what of a picture is missing near t = 1, where z alone knows; a small model of
+            simple pictures, which shine through the noise for the rest of the time, needs that to make use of z.
         sampling_steps: Of pictures drawn in validation.
         sampled_batches: Validation batches of each corpus, on each rank, from which pictures are drawn.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
@@ -72,11 +75,14 @@ class StageB(WatchedModule):
         zero_share: float = 0.05,
         noise_share: float = 0.3,
         noise_until: float = 0.5,
+        max_loss_weight: float = 1.0,
         sampling_steps: int = 12,
         sampled_batches: int = 1,
         max_grad_norm: float | None = 1.0,
     ) -> None:
         super().__init__(max_grad_norm)
+        if max_loss_weight < 1:
+            raise UsageError(f"max_loss_weight {max_loss_weight} must be at least 1, which is no weight")
         for name, value in (("zero_share", zero_share), ("noise_share", noise_share), ("noise_until", noise_until)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} {value} must lie in [0, 1]")
@@ -96,6 +102,7 @@ class StageB(WatchedModule):
         self._check_widths()
         self.text_length, self.optimizer = text_length, optimizer
         self.zero_share, self.noise_share, self.noise_until = zero_share, noise_share, noise_until
+        self.max_loss_weight = max_loss_weight
         self.sampling_steps, self.sampled_batches = sampling_steps, sampled_batches
         self._means = CorpusMeans()
 
@@ -124,7 +131,8 @@ class StageB(WatchedModule):
         noise = diffusion.draw(latents.shape, randomness, latents)
         z = self._disturbed(self.compressor(images).float(), zeroed, noised, level, randomness)
         text = self.text_states(batch["caption"])
-        return self.watch(self._losses(latents, t, noise, z, text).mean(), batch)
+        losses = self._losses(latents, t, noise, z, text)
+        return self.watch((losses * diffusion.inverse_snr_weight(t, self.max_loss_weight)).mean(), batch)
 
     def _disturbed(
         self, z: Tensor, zeroed: Tensor, noised: Tensor, level: Tensor, randomness: list[Generator] | None

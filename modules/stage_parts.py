@@ -116,6 +116,11 @@ def pixels(batch: Batch) -> Float[Tensor, "batch 3 h w"]:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in at least float32: what losses are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def generators(batch: Batch) -> list[Generator] | None:
     """Return a generator for each sample of a batch, seeded with its ``seed``; none where it has none.
 
