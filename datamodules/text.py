@@ -126,6 +126,11 @@ class TextDataModule(LightningDataModule):
         return next(iter(self._opened.values())).index.vocab_size
 
     @property
+    def end_token(self) -> int:
+        """The token that ends a document."""
+        return next(iter(self._opened.values())).index.end_token
+
+    @property
     def tokenizer_folder(self) -> str:
         """The tokenizer that lies beside the first corpus."""
         return str(next(iter(self._opened.values())).folder / "tokenizer")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import UsageError
@@ -82,6 +83,24 @@ def linear_cross_entropy(
     if reduction == "sum":
         return result
     return result / (targets != ignore_index).sum().clamp(min=1)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, z_loss: float = 0.0, reduction: Literal["none", "mean"] = "mean"
+) -> Tensor:
+    """The same loss where the logits are there: for heads that do more than multiply.
+
+    Args:
+        logits: (..., vocabulary).
+        targets: (...), -100 where nothing is to be predicted.
+        z_loss: As in :func:`linear_cross_entropy`.
+        reduction: As in :func:`linear_cross_entropy`.
+    """
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    counted = targets != -100
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(-1).square() * counted
+    return losses if reduction == "none" else losses.sum() / counted.sum().clamp(min=1)
 
 
 def chunk_size(vocabulary: int, width: int) -> int:
