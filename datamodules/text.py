@@ -66,6 +66,11 @@ class TextDataModule(StreamDataModule[TokenShards]):
         return next(iter(self._opened.values())).index.vocab_size
 
     @property
+    def end_token(self) -> int:
+        """The token that ends a document."""
+        return next(iter(self._opened.values())).index.end_token
+
+    @property
     def tokenizer_folder(self) -> str:
         """The tokenizer that lies beside the first corpus."""
         return next(iter(self._opened.values())).tokenizer_folder
