@@ -66,8 +66,8 @@ class TextDataModule(StreamDataModule[TokenShards]):
         return next(iter(self._opened.values())).index.vocab_size
 
     @property
-    def end_token(self) -> int:
-        """The token that ends a document."""
+    def end_token(self) -> int | None:
+        """The token that ends a document, none where a foreign corpus does not say."""
         return next(iter(self._opened.values())).index.end_token
 
     @property
