@@ -271,9 +271,7 @@ def test_corrupt_images_are_replaced_counted_and_bounded(write_images: Callable[
     assert [sample[1] for sample in module.samples].count(3) == 10  # its slots; what they show is another image
     same = fit(make(corpora, max_corrupt=0.2, micro_batch_size=2), 30)
     assert same.samples == module.samples
-    with pytest.raises(
-        UsageError, match=r"8 of 200 images are corrupt, more than max_corrupt 0.01 allows"
-    ):
+    with pytest.raises(UsageError, match=r"8 of 200 images are corrupt, more than max_corrupt 0.01 allows"):
         fit(make(corpora, max_corrupt=0.01), 30)
 
 

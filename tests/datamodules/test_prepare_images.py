@@ -21,9 +21,9 @@ from rewurst import UsageError
 from rewurst.datamodules import image_work, image_writer, shapes, shard_file
 from rewurst.datamodules.corpus_index import Shard
 from rewurst.datamodules.image_facts import FACTS_DTYPE
-from rewurst.datamodules.integrity import verify
 from rewurst.datamodules.image_sources import Picture
 from rewurst.datamodules.image_work import Fault, Recoding, Sample, sample_of, work
+from rewurst.datamodules.integrity import verify
 from rewurst.datamodules.prepare_images import prepare_images
 from rewurst.tools import run
 
@@ -188,7 +188,7 @@ def test_json_beside_a_picture_is_kept(folder: Path, tmp_path: Path) -> None:
 def test_pictures_are_made_smaller_and_encoded_again(
     tmp_path: Path,
     format: str | None,
-    suffix: str,  # noqa: A002
+    suffix: str,
 ) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
