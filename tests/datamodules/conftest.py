@@ -28,6 +28,8 @@ class Behaviour:
     cut: int = 0
     shift: int = 0
     ranges: list[str] = field(default_factory=list)
+    credentials: list[str] = field(default_factory=list)
+    redirect: str = ""
     lock: Any = field(default_factory=threading.Lock)
 
 
@@ -42,10 +44,13 @@ class Handler(BaseHTTPRequestHandler):
         with behaviour.lock:
             behaviour.ranges.append(self.headers.get("Range", ""))
             failure = behaviour.failures.pop(0) if behaviour.failures else None
+            behaviour.credentials.append(self.headers.get("Authorization", ""))
         content = behaviour.objects.get(self.path.partition("?")[0])
         if failure == 0:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()  # with this option: a reset
+        elif self.path == "/moved":
+            self.answer(302, b"", {"Location": behaviour.redirect})
         elif failure or content is None:
             self.answer(failure or 404, b"<html>", {"Retry-After": behaviour.retry_after})
         else:

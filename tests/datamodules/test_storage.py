@@ -291,6 +291,82 @@ def test_whole_objects(server: Any, pauses: list[float]) -> None:
         read_whole(server.url())
 
 
+def test_credentials_go_to_the_host_they_are_for(server: Any, cache: BlockCache) -> None:
+    server.behaviour.redirect = server.url("/a/x.tar")
+    opened = CachedBytes(server.url("/moved").replace("//", "//me:p%40ss@"), cache)
+    assert opened.read(0, 9) == CONTENT[:9]
+    assert server.behaviour.credentials == ["Basic bWU6cEBzcw==", ""] * 2
+    assert server.behaviour.ranges == ["bytes=0-0"] * 2 + ["bytes=0-1023"] * 2  # which a redirect keeps
+    with pytest.raises(UsageError, match=r"^http://127.0.0.1:\d+/none: status 404") as error:
+        CachedBytes(server.url("/none").replace("//", "//me:secret@"), cache)
+    assert "secret" not in str(error.value)
+    with pytest.raises(UsageError, match=r"^http://h:port/x: no valid address$"):
+        read_whole("http://h:port/x")
+
+
+# fsspec without a server
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """fsspec's file system in memory, with an ETag."""
+    import fsspec
+
+    monkeypatch.setattr(remote, "_file_systems", {})
+    system = remote._file_system("memory://x")
+    info = system.info
+    monkeypatch.setattr(system, "info", lambda url: {**info(url), "ETag": "one"})
+    system.pipe("/a/x.tar", CONTENT)
+    system.pipe("/empty", b"")
+    yield system
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_any_file_system_of_fsspec(memory: Any, cache: BlockCache) -> None:
+    opened = open_bytes("memory://a/x.tar", size=len(CONTENT), cache=cache)
+    assert opened.identity == "one"
+    for begin, end in [(0, 10), (1000, 5000), (9999, 10_000)]:
+        assert opened.read(begin, end) == CONTENT[begin:end]
+    assert len(blocks(cache)) == 6
+    assert read_whole("memory://a/x.tar") == CONTENT
+    assert read_whole("memory://empty") == b""
+    with pytest.raises(UsageError, match=r"memory://a/x.tar: 10000 bytes, which is too large"):
+        read_whole("memory://a/x.tar", limit=10)
+    for path in ("none", "a"):
+        with pytest.raises(UsageError, match=rf"^memory://{path}: no such object$"):
+            open_bytes(f"memory://{path}", cache=cache)
+
+
+class HTTPClientError(Exception):
+    """As botocore's, which is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "requests"),
+    [
+        (TimeoutError(), "x.tar, bytes 0 to 1024: TimeoutError, 2 times", 2),
+        (OSError(5, "SlowDown"), r"x.tar, bytes 0 to 1024: \[Errno 5\] SlowDown, 2 times", 2),
+        (HTTPClientError("closed"), "x.tar, bytes 0 to 1024: closed, 2 times", 2),
+        (PermissionError("Access\nDenied"), "^memory://a/x.tar: Access Denied$", 1),
+        (RuntimeError("Unable to locate credentials"), "^memory://a/x.tar: Unable to locate credentials$", 1),
+        (FileNotFoundError(), "x.tar, bytes 0 to 1024: the object has gone", 1),
+    ],
+)
+def test_what_file_systems_raise(
+    memory: Any, cache: BlockCache, pauses: list[float], monkeypatch: pytest.MonkeyPatch,
+    error: Exception, message: str, requests: int,
+) -> None:  # fmt: skip
+    opened = CachedBytes("memory://a/x.tar", cache)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(memory, "cat_file", fails)
+    with pytest.raises(UsageError, match=message):
+        opened.read(0, 9)
+    assert (opened.stats.requests, len(pauses)) == (1 + requests, requests - 1)
+
+
 # Processes
 
 
