@@ -50,7 +50,8 @@ def fit(folder: Path, data: Any, *callbacks: Any, logger: Any = None, steps: int
     torch.manual_seed(0)
     module = Draws()
     trainer = Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, callbacks=list(callbacks), logger=logger or CSVLogger(folder),
+        accelerator="cpu", max_steps=steps, max_epochs=-1, callbacks=list(callbacks),
+        logger=logger or CSVLogger(folder),
         enable_progress_bar=False, enable_model_summary=False, val_check_interval=2, check_val_every_n_epoch=None,
         enable_checkpointing=False, num_sanity_val_steps=1, log_every_n_steps=1,
     )  # fmt: skip

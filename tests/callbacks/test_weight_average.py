@@ -190,5 +190,5 @@ def test_it_is_lightnings_and_begins_where_a_checkpoint_has_no_average(tmp_path:
 
 @pytest.mark.parametrize("arguments", [{"decay": 1.0}, {"decay": -0.1}, {"every": 0}, {"start_step": -1}])
 def test_numbers_out_of_range(arguments: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="WeightAverage: .* must"):
+    with pytest.raises(UsageError, match=r"WeightAverage: .* must"):
         WeightAverage(**arguments)
