@@ -92,6 +92,7 @@ class _Batches:
 def picture_data() -> Callable[..., Any]:
     """Builds a data module of discs that follows the contract of image data modules, and resumes by completed steps."""
     from lightning.pytorch import LightningDataModule
+    from torch import Generator
     from torch.utils.data import DataLoader
 
     class Pictures(LightningDataModule):
@@ -131,7 +132,7 @@ def picture_data() -> Callable[..., Any]:
             for step in range(self.start, self.steps):
                 first = step * self.global_batch_size + self.trainer.global_rank * mine
                 rows += [list(range(at, at + size)) for at in range(first, first + mine, size)]
-            return DataLoader(_Batches(0, rows, self.side, True, self.pictures), batch_size=None)
+            return DataLoader(_Batches(0, rows, self.side, True, self.pictures), batch_size=None, generator=Generator())
 
         def val_dataloader(self) -> Any:
             assert self.trainer is not None
@@ -140,7 +141,9 @@ def picture_data() -> Callable[..., Any]:
             begin = self.trainer.global_rank * padded // ranks
             rows = [list(range(at, at + size)) for at in range(begin, begin + padded // ranks, size)]
             return {
-                name: DataLoader(_Batches(corpus, rows, self.side, False, self.val), batch_size=None)
+                name: DataLoader(
+                    _Batches(corpus, rows, self.side, False, self.val), batch_size=None, generator=Generator()
+                )
                 for corpus, name in ((0, "seen"), (1, "unseen"))
             }
 

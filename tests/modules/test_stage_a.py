@@ -295,7 +295,7 @@ def test_what_is_not_finite_stops_the_run(picture_data: Data, tmp_path: Path) ->
     module = stage_a()
     with torch.no_grad():
         module.vqgan.get_parameter("in_block.1.weight").fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="^loss is nan at optimizer step 0"):
+    with pytest.raises(FloatingPointError, match=r"^loss is nan at optimizer step 0"):
         trainer(tmp_path, max_steps=1).fit(module, picture_data(4, 4))
 
 
