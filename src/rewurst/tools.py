@@ -151,7 +151,8 @@ def _add_sources(parser: Parser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), a folder of them, builtin:prose or builtin:code",
+        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), .tar of captioned images, a folder of them, "
+        "builtin:prose or builtin:code",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--text_field", default="text", help="field of .jsonl and column of .parquet with the text")
