@@ -227,7 +227,9 @@ def test_frozen_parts_are_checked(
     changed = StageC(str(tmp_path / "other_b.ckpt"), latent_mean=None, latent_std=None, **clip)
     with pytest.raises(UsageError, match=r"compressor \S+other_b.ckpt is not the one that the checkpoint was trained"):
         fit(changed, 4, path)
-    with pytest.raises(UsageError, match=r"latent_mean and latent_std are {'latent_mean': 2.0, 'latent_std': 0.0}, the"):
+    with pytest.raises(
+        UsageError, match=r"latent_mean and latent_std are {'latent_mean': 2.0, 'latent_std': 0.0}, the"
+    ):
         fit(stage_c(latent_mean=2.0, latent_std=0.0, **clip), 4, path)
 
 
