@@ -83,6 +83,10 @@ class Mixture:
 
     def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Corpus (index into ``names``) and counter of every slot of a global batch, each ``(G,)``."""
+        if len(self.names) == 1:
+            first = self.global_batch_size * step
+            whole = np.arange(first, first + self.global_batch_size, dtype=np.int64)
+            return np.zeros(self.global_batch_size, dtype=np.int64), whole
         before = self.read_before(step)
         counts = self.read_before(step + 1) - before
         size, new = self.global_batch_size, len(self.new)

@@ -47,6 +47,7 @@ class TokenShards:
         self.path = str(folder)
         self.index = TokenIndex.load(folder)
         self.lanes = (self.index.rows,)
+        self._signed = self.index.dtype.startswith("int")
         self._ends = ends_of(self.index.shards)
         self._shards = Shards(partial(TokenShard, self.index), self.path, self.index)
 
@@ -67,14 +68,14 @@ class TokenShards:
         """Row numbers: there is one lane of all rows."""
         return index
 
-    def read(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    def read(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """Read rows in the order asked for.
 
         Args:
             rows: Row numbers, shape (n,), each in [0, len(self)).
 
         Returns:
-            Tokens, shape (n, sequence_length + 1).
+            Tokens of the corpus's dtype, shape (n, sequence_length + 1).
 
         Raises:
             IndexError: A row that the corpus does not have.
@@ -82,10 +83,10 @@ class TokenShards:
         """
         rows = np.asarray(rows)
         shards, within = places(self._ends, rows, self.path)
-        tokens = np.empty((len(within), self.index.sequence_length + 1), dtype=np.int64)
+        tokens = np.empty((len(within), self.index.sequence_length + 1), dtype=self.index.dtype)
         for i, (shard, row) in enumerate(zip(shards.tolist(), within.tolist(), strict=True)):
             tokens[i] = self._shards[shard].row(row)
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.index.vocab_size:
+        if tokens.size and (tokens.max() >= self.index.vocab_size or (self._signed and tokens.min() < 0)):
             self._refuse(rows, tokens)
         return tokens
 
@@ -100,7 +101,7 @@ class TokenShards:
         """SHA-256 over everything that decides which tokens come in which rows."""
         return self.index.fingerprint()
 
-    def _refuse(self, rows: NDArray[Any], tokens: NDArray[np.int64]) -> None:
+    def _refuse(self, rows: NDArray[Any], tokens: NDArray[Any]) -> None:
         first = int(((tokens < 0) | (tokens >= self.index.vocab_size)).any(1).argmax())
         token = tokens[first].min() if tokens[first].min() < 0 else tokens[first].max()
         raise UsageError(
