@@ -6,6 +6,7 @@ from .forgetting import Forgetting
 from .lr_rewarming import LRRewarming
 from .progress_bar import StepProgressBar
 from .replay import ReplayScheduler, ReplaySource
+from .samples import LogSamples
 from .save_on_signal import SaveOnSignal
 from .schedule_types import (
     Constant,
@@ -32,6 +33,7 @@ from .schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
+from .weight_average import WeightAverage
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -41,6 +43,7 @@ __all__ = [
     "InfiniteCosine",
     "InfiniteInverseSqrt",
     "LRRewarming",
+    "LogSamples",
     "ReplayScheduler",
     "ReplaySource",
     "SaveOnSignal",
@@ -50,6 +53,7 @@ __all__ = [
     "WarmupInverseSqrt",
     "WarmupLinear",
     "WarmupStableDecay",
+    "WeightAverage",
     "chain",
     "constant",
     "cosine",

@@ -43,3 +43,11 @@ def in_steps(length: int | str, datamodule: Any, name: str = "length") -> int:
             "give it in steps, or give the data module an attribute tokens_per_step"
         )
     return -(-amount // int(tokens_per_step))
+
+
+def counted_optimizers(module: Any, optimizers: int) -> int:
+    """How many optimizers' steps Lightning's ``global_step`` counts in a global batch.
+
+    All of them, unless the module sees to it that it does not and says so by an attribute ``counted_optimizers``.
+    """
+    return int(getattr(module, "counted_optimizers", max(optimizers, 1)))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import UsageError
 from .dataset_run import DatasetRun
-from .lengths import in_steps, parse_length
+from .lengths import counted_optimizers, in_steps, parse_length
 from .schedule_types import InfiniteCosine, Schedule
 
 
@@ -139,7 +139,7 @@ class LRRewarming(Callback):
         if self._scales is None or len(self._scales) != len(trainer.optimizers):
             self._scales = _scales(trainer.optimizers)
         self._set(trainer)  # monitors log at the start of an epoch too, before any batch
-        if self.run.end < trainer.max_steps and len(trainer.optimizers) == 1:
+        if self.run.end < trainer.max_steps and counted_optimizers(pl_module, len(trainer.optimizers)) == 1:
             rank_zero_warn(
                 f"max_steps {trainer.max_steps} goes beyond the schedule of {self.run.dataset!r}, which ends at step "
                 f"{self.run.end}: the learning rate stays at {self.value(self.run.end):g} from there"
@@ -195,7 +195,8 @@ class LRRewarming(Callback):
             )
         if not 0 <= trainer.max_steps <= global_step:
             return
-        optimizers = max(len(checkpoint.get("optimizer_states", [])), 1)  # max_steps counts each one's steps
+        held = len(checkpoint.get("optimizer_states", []))
+        optimizers = counted_optimizers(trainer.lightning_module, held)  # max_steps counts each one's steps
         what = "is complete" if same else "would do no step"
         more = f"{global_step + self.run.length * optimizers} for {self.run.length} more steps"
         more = "a larger value" if same else more
@@ -213,7 +214,8 @@ class LRRewarming(Callback):
         """The current step becomes the first of the dataset."""
         if not self.step:
             # No state of ours in the checkpoint: Lightning counts every optimizer's steps.
-            self.step = trainer.global_step // max(len(trainer.optimizers), 1)
+            counted = counted_optimizers(trainer.lightning_module, len(trainer.optimizers))
+            self.step = trainer.global_step // counted
         self.run.start = self.step
         if self.run.anneal_length is not None:
             raise UsageError("anneal_length needs a checkpoint in the constant phase of the same dataset")

@@ -42,7 +42,8 @@ class StepProgressBar(TQDMProgressBar):
         elif self._should_update(trainer.global_step, trainer.max_steps):
             bar = self.train_progress_bar
             bar.n = trainer.global_step
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            if trainer._logger_connector.should_update_logs:  # reading a metric waits for the device
+                bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.refresh()
 
     def get_metrics(

@@ -3,17 +3,20 @@
 Classes are imported when they are asked for: the processes that tokenize import this package and need no torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .text import Corpus, TextDataModule
+    from .image_facts import Filters
+    from .images import ImageTextDataModule
+    from .stream import Corpus
+    from .text import TextDataModule
 
-__all__ = ["Corpus", "TextDataModule"]
+__all__ = ["Corpus", "Filters", "ImageTextDataModule", "TextDataModule"]
+_MODULES = {"Corpus": "stream", "Filters": "image_facts", "ImageTextDataModule": "images", "TextDataModule": "text"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import text
-
-        return getattr(text, name)
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,80 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .mixture import Mixture
-from .order import CorpusOrder
+from .lanes import Lanes
+from .order import CorpusOrder, slot_seeds
 from .progress import Progress
-from .shards import TokenShards
 
 Batch = dict[str, Any]
-Source = tuple[CorpusOrder, TokenShards]
+Numbers = NDArray[np.int64]
+
+
+class Rows(Protocol):
+    """The samples of one corpus, by row number."""
+
+    @property
+    def path(self) -> str:
+        """Where the corpus lies, for messages."""
+        ...
+
+    @property
+    def lanes(self) -> Sequence[int]:
+        """Samples in each lane; most corpora have one."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def in_lane(self, lane: int, index: Numbers) -> Numbers:
+        """Row of each sample of a lane."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes with anything that decides which sample is which."""
+        ...
+
+    def locate(self, row: int) -> str:
+        """Where a row lies, for messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The samples of a micro-batch.
+
+    Attributes:
+        corpus: Of each sample, new corpora first, ``(n,)``.
+        row: In its corpus, ``(n,)``.
+        seed: Of all that is random about it, ``(n,)``.
+        lane: Of the batch.
+        training: Whether the model learns from it, rather than being evaluated on it.
+    """
+
+    corpus: Numbers
+    row: Numbers
+    seed: Numbers
+    lane: int
+    training: bool
+
+
+Reader = Callable[[Picks], Batch]
+"""Turns picks into what the model is given; it goes to worker processes."""
 
 
 class MicroBatches(Dataset[Batch]):
-    """Number of a micro-batch -> tokens: a pure function, so that any worker can read any of them.
+    """Number of a micro-batch -> samples: a pure function, so that any worker can read any of them.
 
     Args:
-        mixture: Step -> corpus and counter of every slot.
-        sources: Order and rows of each corpus, as the mixture numbers them.
+        lanes: Step -> corpus, counter and lane.
+        orders: Of each corpus, as the mixture numbers them, and lane.
+        sources: Rows of each corpus.
+        read: Picks -> batch.
         slots: This rank's slots of the global batch.
         accumulation: Micro-batches that the slots are read in.
         start: Step at which the dataset began; numbers count from step 0.
+        seed: Of what is random about a sample.
     """
 
     def __init__(
-        self, mixture: Mixture, sources: Sequence[Source], slots: range, accumulation: int, start: int
+        self,
+        lanes: Lanes,
+        orders: Sequence[Sequence[CorpusOrder]],
+        sources: Sequence[Rows],
+        read: Reader,
+        slots: range,
+        accumulation: int = 1,
+        start: int = 0,
+        seed: int = 0,
     ) -> None:
-        self._mixture, self._sources, self._start = mixture, sources, start
-        self._slots, self._accumulation = slots, accumulation
+        self._lanes, self._orders, self._sources, self._read = lanes, orders, sources, read
+        self._slots, self._accumulation, self._start, self._seed = slots, accumulation, start, seed
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self._accumulation)
         size = len(self._slots) // self._accumulation
         slots = self._slots[micro * size : (micro + 1) * size]
-        corpus, counter = (array[slots.start : slots.stop] for array in self._mixture.batch(step - self._start))
+        corpus, counter, lane = self._lanes.batch(step - self._start)
+        corpus, counter = corpus[slots.start : slots.stop], counter[slots.start : slots.stop]
         rows = np.empty_like(counter)
-        tokens = np.empty((size, self._sources[0][1].index.sequence_length + 1), dtype=np.int64)
-        for index, (order, shards) in enumerate(self._sources):
+        for index, (orders, source) in enumerate(zip(self._orders, self._sources, strict=True)):
             mine = corpus == index
             if mine.any():
-                rows[mine] = order.row(counter[mine])
-                tokens[mine] = shards.read(rows[mine])
+                own = int(self._lanes.lane_of[index, lane])
+                rows[mine] = source.in_lane(own, orders[own].row(counter[mine]))
+        seeds = slot_seeds(self._seed, step, np.arange(slots.start, slots.stop))
         # What only the host reads stays NumPy: each tensor costs a worker a shared memory file, and a copy to a device.
-        return {"input_ids": torch.from_numpy(tokens), "corpus": corpus, "row": rows}
+        return self._read(Picks(corpus, rows, seeds, lane, training=True)) | {"corpus": corpus, "row": rows}
 
 
 class EvaluationRows(Dataset[Batch]):
-    """Batches of consecutive rows; every rank has as many batches, filled up with rows whose ``valid`` is 0.
+    """Batches of consecutive rows, lane by lane; every rank has as many, filled up with rows whose ``valid`` is 0.
 
     Args:
-        shards: The corpus.
+        source: The corpus.
+        read: Picks -> batch; the corpus has number 0 there.
         rows: Rows in a batch.
         rank: This process's number.
         world_size: Number of processes.
+        seed: Of what is random about a sample; it does not change with the step.
     """
 
-    def __init__(self, shards: TokenShards, rows: int, rank: int = 0, world_size: int = 1) -> None:
-        self._shards, self._rows, self._rank, self._world_size = shards, rows, rank, world_size
+    def __init__(
+        self, source: Rows, read: Reader, rows: int, rank: int = 0, world_size: int = 1, seed: int = 0
+    ) -> None:
+        self._source, self._read, self._rows, self._seed = source, read, rows, seed
+        self._rank, self._world_size = rank, world_size
+        self._ends = np.cumsum([-(-count // (rows * world_size)) for count in source.lanes])
 
     def __len__(self) -> int:
-        return -(-len(self._shards) // (self._rows * self._world_size))
+        return int(self._ends[-1])
 
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):
             raise IndexError(number)
+        lane = int(np.searchsorted(self._ends, number, side="right"))
+        number -= int(self._ends[lane - 1]) if lane else 0
         begin = (number * self._world_size + self._rank) * self._rows
-        rows = np.arange(begin, begin + self._rows)
-        valid = rows < len(self._shards)
-        rows[~valid] = 0
-        tokens = torch.from_numpy(self._shards.read(rows))
-        return {"input_ids": tokens, "row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}
+        index = np.arange(begin, begin + self._rows)
+        valid = index < self._source.lanes[lane]
+        index[~valid] = 0
+        rows = self._source.in_lane(lane, index)
+        picks = Picks(np.zeros_like(rows), rows, slot_seeds(self._seed, 0, rows), lane, training=False)
+        batch = self._read(picks)
+        valid &= ~batch.get("replaced", np.False_)
+        return batch | {"row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}
 
 
 class Positions(Sampler[int]):

@@ -9,130 +9,94 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 from .. import UsageError
 from ..hints import did_you_mean
+from .storage import is_remote, join, read_whole
 
 INDEX_FILE = "index.json"
 VERSION = 1
-DTYPES = ("uint16", "uint32")
-HOW_TO_MAKE = "`rewurst prepare text SOURCE... --tokenizer DIR --out DIR` makes one"
+HOW_TO_MAKE = "`rewurst prepare text|images SOURCE... --out DIR` makes one, `rewurst prepare index SHARD...` of shards"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: file name, size in bytes, members, rows in all of them, SHA-256 of the file."""
+    """One tar.
+
+    Attributes:
+        name: File name.
+        bytes: Its size.
+        samples: In it.
+        rows: In all of them.
+        sha256: Of the file.
+        url: Where it lies, if not beside the index.
+    """
 
     name: str
     bytes: int
     samples: int
     rows: int
     sha256: str
+    url: str = ""
 
     @property
     def idx_name(self) -> str:
-        """Name of the sidecar: ``code-000001.idx`` beside ``code-000001.tar``."""
+        """Name of the sidecar: ``code-000001.idx`` for ``code-000001.tar``."""
         return Path(self.name).with_suffix(".idx").name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusIndex:
-    """The contents of ``index.json``.
+    """What ``index.json`` says of any kind of corpus.
 
     Attributes:
         shards: The tars, in the order of the stream.
-        dtype: ``uint16`` for vocabularies of up to 65,536 tokens, else ``uint32``.
-        sequence_length: Predicted tokens a row; a row holds one token more.
-        rows_per_sample: Rows of every tar member but the last one of the corpus, which may hold fewer.
         rows: Rows in all.
-        tokens: Predicted tokens, ``rows * sequence_length``.
-        documents: Documents in the stream, the dropped tail included.
-        dropped_tokens: Tokens at the end of the stream that fill no row.
-        vocab_size: Every token is below it.
-        end_token: The token after each document.
-        tokenizer_sha256: SHA-256 of the ``tokenizer.json`` that made the tokens.
         sources: What was prepared, as it was asked for.
     """
 
     shards: tuple[Shard, ...]
-    dtype: str
-    sequence_length: int
-    rows_per_sample: int
     rows: int
-    tokens: int
-    documents: int
-    dropped_tokens: int
-    vocab_size: int
-    end_token: int
-    tokenizer_sha256: str
     sources: tuple[str, ...]
     version: int = VERSION
-    kind: str = "text"
+    kind: str
 
     @classmethod
-    def load(cls, folder: str | Path) -> CorpusIndex:
-        """Read and check the ``index.json`` of ``folder``.
+    def load(cls, folder: str | Path) -> Self:
+        """Read and check the ``index.json`` of ``folder``, which may be a URL.
 
         Raises:
             UsageError: No such folder, an unfinished one, one of another kind or of a newer version, or a file that
                 contradicts itself.
         """
-        path = Path(folder) / INDEX_FILE
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise UsageError(_why_absent(Path(folder))) from None
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise UsageError(f"{path}: not valid JSON ({error}); prepare the corpus again") from None
-        index = cls._from_json(path, content)
-        index._check(path)
-        return index
-
-    @classmethod
-    def _from_json(cls, path: Path, content: Any) -> CorpusIndex:
-        if not isinstance(content, dict):
-            raise UsageError(f"{path}: holds a {type(content).__name__}, expected an object")
-        if content.get("kind") != "text":
-            raise UsageError(f"{path}: kind is {content.get('kind')!r}, expected 'text'")
-        version = content.get("version")
-        if not _is_count(version) or not 1 <= version <= VERSION:
-            raise UsageError(f"{path}: version is {version!r}, this rewurst reads versions up to {VERSION}")
-        values = _fields_of(path, cls, content)
+        where, content = read_index(folder)
+        kind = _default(cls, "kind")
+        if content.get("kind") != kind:
+            raise UsageError(f"{where}: kind is {content.get('kind')!r}, expected {kind!r}")
+        values = _fields_of(where, cls, content)
         values["sources"] = tuple(values["sources"])
         values["shards"] = tuple(
-            Shard(**_fields_of(f"{path}, shards[{i}]", Shard, shard)) for i, shard in enumerate(values["shards"])
+            Shard(**_fields_of(f"{where}, shards[{i}]", Shard, shard)) for i, shard in enumerate(values["shards"])
         )
-        return cls(**values)
+        index = cls(**values)
+        index.check(where)
+        return index
 
-    def _check(self, path: Path) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"{path}: dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
-        rows, samples = sum(s.rows for s in self.shards), sum(s.samples for s in self.shards)
-        expected = {
-            "sequence_length": max(1, self.sequence_length),
-            "rows_per_sample": max(1, self.rows_per_sample),
-            "rows": rows,
-            "samples of all shards": -(-rows // max(1, self.rows_per_sample)),
-            "tokens": rows * self.sequence_length,
-        }
-        for name, right in expected.items():
-            value = samples if name.startswith("samples") else getattr(self, name)
-            if value != right:
-                raise UsageError(f"{path}: {name} is {value}, expected {right}; prepare the corpus again")
-        for shard in self.shards[:-1]:
-            if shard.rows != shard.samples * self.rows_per_sample:
-                full = shard.samples * self.rows_per_sample
-                raise UsageError(
-                    f"{path}: {shard.name} has {shard.rows} rows, expected {full}; prepare the corpus again"
-                )
+    def check(self, where: str) -> None:
+        """Raise where the index at ``where`` contradicts itself."""
+        rows = sum(shard.rows for shard in self.shards)
+        if self.rows != rows:
+            raise UsageError(f"{where}: rows is {self.rows}, expected {rows}; prepare the corpus again")
+        names = set()
         for shard in self.shards:
             if not re.fullmatch(r"[^/\\\0]+\.tar", shard.name):
-                raise UsageError(f"{path}: shard name is {shard.name!r}, expected a plain file name that ends in .tar")
+                raise UsageError(f"{where}: shard name is {shard.name!r}, expected a plain file name that ends in .tar")
+            if shard.name in names:
+                raise UsageError(f"{where}: lists {shard.name} twice")
+            names.add(shard.name)
 
     def save(self, folder: str | Path) -> None:
         """Write ``index.json`` atomically: whoever sees it sees all of it."""
@@ -141,13 +105,42 @@ class CorpusIndex:
             write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides which tokens come in which rows; names and sources do not count."""
+        """SHA-256 over everything that decides which sample is which; where shards lie does not count."""
         content = {
             "shards": [(shard.rows, shard.sha256) for shard in self.shards],
-            **{name: getattr(self, name) for name in ("kind", "dtype", "sequence_length", "rows_per_sample", "rows")},
-            **{name: getattr(self, name) for name in ("vocab_size", "end_token", "tokenizer_sha256")},
+            **{
+                field.name: getattr(self, field.name)
+                for field in fields(self)
+                if field.name not in ("shards", "sources", "version", *self.not_in_fingerprint())
+            },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def not_in_fingerprint(cls) -> tuple[str, ...]:
+        """Names of fields that decide nothing."""
+        return ()
+
+
+def read_index(folder: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where the index of a folder lies, and what it holds, not yet checked but for its version.
+
+    Raises:
+        UsageError: There is none, or it is no JSON object.
+    """
+    where = join(str(folder), INDEX_FILE)
+    try:
+        content = json.loads(read_whole(where))
+    except FileNotFoundError:
+        raise UsageError(where_absent(folder)) from None
+    except ValueError as error:
+        raise UsageError(f"{where}: not valid JSON ({error}); prepare the corpus again") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: holds a {type(content).__name__}, expected an object")
+    version = content.get("version")
+    if not _is_count(version) or not 1 <= version <= VERSION:
+        raise UsageError(f"{where}: version is {version!r}, this rewurst reads versions up to {VERSION}")
+    return where, content
 
 
 @contextmanager
@@ -159,12 +152,12 @@ def writing(path: Path) -> Iterator[None]:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in UTF-8, durably: temporary file in the same folder, fsync, rename."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` by bytes, or text in UTF-8, durably: temporary file in the same folder, fsync, rename."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private; a corpus is shared
             os.fsync(file.fileno())
@@ -174,7 +167,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _why_absent(folder: Path) -> str:
+def where_absent(folder: str | Path) -> str:
+    """One line that says why a folder is no corpus and what would make one."""
+    if is_remote(str(folder)):
+        return f"no corpus at {folder}: it has no {INDEX_FILE}; {HOW_TO_MAKE}"
+    folder = Path(folder)
     if not folder.exists():
         return f"no corpus at {folder}{did_you_mean(folder) or ':'} {HOW_TO_MAKE}"
     if not folder.is_dir():
@@ -183,6 +180,10 @@ def _why_absent(folder: Path) -> str:
     if inside:
         return f"{folder} has no {INDEX_FILE}; did you mean {' or '.join(inside)}?"
     return f"{folder} has no {INDEX_FILE}: its preparation did not finish, or it is no corpus; {HOW_TO_MAKE}"
+
+
+def _default(cls: type, name: str) -> Any:
+    return next(field.default for field in fields(cls) if field.name == name)
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -196,8 +197,8 @@ def _fields_of(where: str | Path, cls: type, content: Any) -> dict[str, Any]:
     values = {}
     for field in fields(cls):
         kind = str(field.type)
-        value = content.get(field.name)
-        if kind == "int" and not _is_count(value):
+        value = content.get(field.name, None if field.default is MISSING else field.default)
+        if not _is_count(value) and (kind == "int" or (kind == "int | None" and value is not None)):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a whole number from 0")
         if kind == "str" and not isinstance(value, str):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected text")

@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
 _TOKENIZER = rf"\.?({'|'.join(map(re.escape, TOKENIZER_FILES))})(\.\w+)?"
 TOKENIZER_LAYOUT = re.compile(_TOKENIZER)
 CORPUS_LAYOUT = re.compile(rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)?|tokenizer/{_TOKENIZER})")
+IMAGE_LAYOUT = re.compile(r"(train|val|unseen)/([^/]+-\d{6,}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)?)")
 
 
 def make_folder(folder: Path, layout: re.Pattern[str], overwrite: bool) -> None:

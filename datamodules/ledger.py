@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,13 +16,13 @@ class Reading:
     Args:
         seed: Seed of the order.
         shuffle: Kind of the order.
-        rows: Rows read, from the first one on; more than the corpus has where it was read for several epochs.
+        rows: Rows read in each lane, from the first one on; more than it has where it was read for several epochs.
         fingerprint: Beginning of the corpus's own.
     """
 
     seed: int
     shuffle: Literal["full", "window"]
-    rows: int
+    rows: Sequence[int]
     fingerprint: str
 
 
@@ -42,7 +42,7 @@ class Ledger:
         ledger._readings = dict(self._readings)
         for name, reading in readings:
             known = ledger._readings.get(name)
-            if reading.rows and (known is None or reading.rows >= known.rows):
+            if any(reading.rows) and (known is None or sum(reading.rows) >= sum(known.rows)):
                 ledger._readings[name] = reading
         return ledger
 

@@ -9,7 +9,7 @@ way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,13 +73,13 @@ class Mixture:
             if not weight > 0:
                 raise UsageError(f"corpus {name!r}: weight {weight} must be above 0")
         self.names = [*self.new, *self.old]
-        self._ratios_new, self._ratios_old = _ratios(self.new), _ratios(self.old)
+        self._ratios_new, self._ratios_old = ratios(self.new), ratios(self.old)
 
     def read_before(self, step: int) -> NDArray[np.int64]:
         """Rows of each corpus (in the order of ``names``) read in the steps before ``step``."""
         rows = self.global_batch_size * step
         old = self.global_batch_size * self.share.total(step) // UNIT
-        return np.array([*_split(rows - old, self._ratios_new), *_split(old, self._ratios_old)], dtype=np.int64)
+        return np.array([*split(rows - old, self._ratios_new), *split(old, self._ratios_old)], dtype=np.int64)
 
     def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Corpus (index into ``names``) and counter of every slot of a global batch, each ``(G,)``."""
@@ -103,16 +103,16 @@ def _units(share: float, step: int) -> int:
     return round(float(share) * UNIT)
 
 
-def _ratios(weights: Mapping[str, float]) -> list[int]:
+def ratios(weights: Mapping[str, float]) -> list[int]:
     """Each corpus's part, in units, of what the corpora before it leave over."""
     values = list(weights.values())
-    return [round(value / sum(values[index:]) * UNIT) for index, value in enumerate(values)]
+    return [round(value / (sum(values[index:]) or 1) * UNIT) for index, value in enumerate(values)]
 
 
-def _split(rows: int, ratios: list[int]) -> list[int]:
+def split(rows: int, parts: Sequence[int]) -> list[int]:
     """Rows so far by corpus: every count only grows with ``rows``, and together they are ``rows``."""
     counts = []
-    for ratio in ratios:
+    for ratio in parts:
         counts.append(rows * ratio // UNIT)
         rows -= counts[-1]
     return counts

@@ -53,6 +53,20 @@ def round_keys(seed: int, corpus: str, epoch: int, purpose: str) -> NDArray[np.u
     return keys
 
 
+def slot_seeds(seed: int, step: int, slots: Rows) -> Rows:
+    """A 63-bit number for each slot of a step, for all that is random about its sample: crop, dropout, noise.
+
+    It does not depend on ranks, workers or micro-batches.
+
+    Args:
+        seed: Of the run.
+        step: Of the global batch.
+        slots: In the global batch, ``(n,)``.
+    """
+    key = round_keys(seed, "", step, "slots")[0]
+    return (_mix(slots.astype(np.uint64) ^ key) >> np.uint64(1)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class CorpusOrder:
     """The order in which one corpus is read.

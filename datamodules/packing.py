@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .corpus_index import INDEX_FILE, CorpusIndex, Shard, writing
+from .corpus_index import INDEX_FILE, Shard, writing
 from .shard_file import ShardFile
+from .token_index import TokenIndex
 
 SHARD_BYTES = 256 * 2**20
 ROWS_PER_SAMPLE = 256
@@ -96,7 +97,7 @@ class TokenWriter:
             if self._filled == self._stream.size:
                 self._write_member(self.rows_per_sample)
 
-    def close(self) -> CorpusIndex:
+    def close(self) -> TokenIndex:
         """Write the last member and ``index.json``; the tail that fills no row is dropped and counted.
 
         Raises:
@@ -114,7 +115,7 @@ class TokenWriter:
                 "give more text or a smaller sequence_length"
             )
         tokens = total_rows * self.sequence_length
-        index = CorpusIndex(
+        index = TokenIndex(
             shards=tuple(self._shards),
             dtype=self.dtype.name,
             sequence_length=self.sequence_length,

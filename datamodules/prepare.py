@@ -18,12 +18,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import UsageError
-from .corpus_index import CorpusIndex
 from .encoding import Text, encode
 from .folders import CORPUS_LAYOUT, make_folder
 from .integrity import verify
 from .packing import TokenWriter
 from .sources import Skipped, SourceFile, expand, read
+from .token_index import TokenIndex
 from .tokenizer import TokenizerFiles, load_tokenizer, train_tokenizer
 
 __all__ = ["prepare_text", "train_tokenizer", "verify"]
@@ -41,7 +41,7 @@ def prepare_text(
     rows_per_shard: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
-) -> dict[str, CorpusIndex]:
+) -> dict[str, TokenIndex]:
     """Tokenize sources into ``out/train`` and, with ``held_out`` above 0, ``out/val``.
 
     The same input gives the same bytes, whatever the number of workers. When it fails, no index is left behind.
@@ -133,7 +133,7 @@ def _write(
             bar.update(len(encoded.tokens))
 
 
-def _close(writer: TokenWriter, held_out: float) -> CorpusIndex:
+def _close(writer: TokenWriter, held_out: float) -> TokenIndex:
     try:
         return writer.close()
     except UsageError as error:
@@ -146,7 +146,7 @@ def _shard_name(sources: Sequence[str]) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "text"
 
 
-def _summary(folder: Path, index: CorpusIndex) -> str:
+def _summary(folder: Path, index: TokenIndex) -> str:
     return (
         f"{folder}: {index.documents} documents, {index.tokens} tokens in {index.rows} rows of "
         f"{index.sequence_length}, {len(index.shards)} shards, {index.dropped_tokens} tokens of the tail dropped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ class Progress(Callback):
 
     ``LightningDataModule`` has no hook at the end of a batch, and a loader's position runs ahead of training.
 
+    Args:
+        batch_used: Called with every batch that has been used; what it returns is logged.
+
     Attributes:
         step: Completed global batches, over all datasets.
         start: Step at which the current dataset began.
@@ -22,7 +26,8 @@ class Progress(Callback):
         rows: Rows used since the dataset began, by corpus, ``(corpora,)``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_used: Callable[[dict[str, Any]], dict[str, float]]) -> None:
+        self._batch_used = batch_used
         self.step = 0
         self.start = 0
         self.accumulation = 1
@@ -84,6 +89,8 @@ class Progress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         """Counts the batch and its rows."""
+        if metrics := self._batch_used(batch):
+            pl_module.log_dict(metrics, batch_size=1)
         self._micro_batches += 1
         self.rows += np.bincount(batch["corpus"], minlength=len(self.rows))
         if self._micro_batches == self.accumulation:

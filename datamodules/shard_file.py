@@ -1,4 +1,4 @@
-"""One WebDataset tar of rows while it is being written, with its sidecar of offsets."""
+"""One WebDataset tar while it is being written, with its sidecar of offsets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,13 +37,28 @@ class ShardFile:
         """Append the member ``<key>.npy`` with ``rows``, shape (n, sequence_length + 1)."""
         content = io.BytesIO()
         np.lib.format.write_array(content, np.ascontiguousarray(rows), version=(1, 0), allow_pickle=False)
-        header = tarfile.TarInfo(f"{key}.npy")  # mtime 0, mode 0644, no user, no group
-        header.size = content.tell()
-        content.seek(0)
+        self.add_members(key, {"npy": content.getbuffer()}, len(rows))
+
+    def add_members(self, key: str, members: Mapping[str, bytes | memoryview], rows: int = 1) -> None:
+        """Append a sample: a member ``<key>.<suffix>`` for each suffix, in their order.
+
+        Args:
+            key: Without a dot, other than that of the sample before; webdataset splits names at the first dot.
+            members: Contents by suffix.
+            rows: That the sample counts for.
+        """
         self._offsets.append(self._tar.offset)
-        self._tar.addfile(header, content)
-        self._rows += len(rows)
+        for suffix, content in members.items():
+            header = tarfile.TarInfo(f"{key}.{suffix}")  # mtime 0, mode 0644, no user, no group
+            header.size = len(content)
+            self._tar.addfile(header, io.BytesIO(content))
+        self._rows += rows
         self.samples += 1
+
+    @property
+    def bytes(self) -> int:
+        """Written so far."""
+        return self._tar.offset
 
     def close(self) -> Shard:
         """Finish the tar and write its sidecar; both are on the disk afterwards."""

@@ -2,18 +2,17 @@
 
 1. A corpus folder holds ``<name>-000000.tar``, ..., a sidecar ``<name>-000000.idx`` for each, and ``index.json``.
 2. A tar member ``<key>.npy`` holds ``rows_per_sample`` rows of ``sequence_length + 1`` tokens; only the last member of
-   the corpus may hold fewer, so that a row number gives its member by division.
+   a shard may hold fewer, so that a row number gives its member by division.
 3. A sidecar holds little-endian uint64: the byte offset of each member's header, then the offset where members end.
 4. Row i + 1 begins with the last token of row i: every token of the stream but the first is predicted exactly once.
 
-Shards are mapped into memory when they are first touched, and checked then: size, sidecar, and each member's header.
+Shards are mapped into memory, or read by ranges where they lie on a server, when they are first touched, and checked
+then: size, sidecar, and each member's header.
 """
 
 from __future__ import annotations
 
-import io
-import mmap
-from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +20,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .corpus_index import CorpusIndex, Shard
+from .corpus_index import Shard
 from .packing import TokenWriter
+from .shard_reading import OpenShard, Shards, ends_of, places
+from .storage import is_remote
+from .tar_scan import BLOCK_BYTES
+from .token_index import TokenIndex
+from .token_member import HEADER_BYTES, read_header
 
-__all__ = ["CorpusIndex", "MappedShard", "Shard", "TokenShards", "TokenWriter"]
-
-TAR_BLOCK_BYTES = 512
-OPEN_SHARDS = 128  # each map holds a file descriptor, of which a process often has 1,024
+__all__ = ["Shard", "TokenIndex", "TokenShards", "TokenWriter"]
 
 
 class TokenShards:
     """The rows of one prepared corpus, in any order; reads nothing but ``index.json`` until rows are asked for.
 
-    It may be pickled and used after a fork: maps belong to the process that opened them.
+    It may be pickled and used after a fork.
 
     Args:
-        folder: A folder that ``rewurst prepare text`` made (its ``train`` or ``val``).
+        folder: A folder that ``rewurst prepare`` made (such as its ``train`` or ``val``), or its URL.
 
     Raises:
-        UsageError: No corpus there, or one that cannot be read (see ``CorpusIndex.load``).
+        UsageError: No corpus there, or one that cannot be read (see ``TokenIndex.load``).
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.index = CorpusIndex.load(folder)
-        self._first_sample = np.cumsum([0] + [shard.samples for shard in self.index.shards])
-        self._mapped: OrderedDict[int, MappedShard] = OrderedDict()
+        self.path = str(folder)
+        self.index = TokenIndex.load(folder)
+        self.lanes = (self.index.rows,)
+        self._ends = ends_of(self.index.shards)
+        self._shards = Shards(partial(TokenShard, self.index), self.path, self.index)
 
     def __len__(self) -> int:
         return self.index.rows
+
+    @property
+    def first_rows(self) -> NDArray[np.int64]:
+        """Number of the first row of each shard, (shards,)."""
+        return np.concatenate([np.zeros(1, dtype=np.int64), self._ends[:-1]])
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The tokenizer's copy that lies with the corpus."""
+        return f"{self.path.rstrip('/')}/tokenizer"
+
+    def in_lane(self, lane: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers: there is one lane of all rows."""
+        return index
 
     def read(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Read rows in the order asked for.
@@ -62,129 +78,97 @@ class TokenShards:
 
         Raises:
             IndexError: A row that the corpus does not have.
-            UsageError: A shard that is missing or is not what the index says.
+            UsageError: A shard that is missing or is not what the index says, a token beyond the vocabulary.
         """
-        shards, samples, within = self._places(np.asarray(rows))
+        rows = np.asarray(rows)
+        shards, within = places(self._ends, rows, self.path)
         tokens = np.empty((len(within), self.index.sequence_length + 1), dtype=np.int64)
-        for i, (shard, sample, row) in enumerate(zip(shards.tolist(), samples.tolist(), within.tolist(), strict=True)):
-            tokens[i] = self._shard(shard).member(sample)[row]
+        for i, (shard, row) in enumerate(zip(shards.tolist(), within.tolist(), strict=True)):
+            tokens[i] = self._shards[shard].row(row)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.index.vocab_size:
+            self._refuse(rows, tokens)
         return tokens
 
     def locate(self, row: int) -> str:
         """Where a row lies, for messages: ``"code-000001.tar, member 000012.npy, row 17"``."""
-        shards, samples, within = self._places(np.asarray([row]))
-        shard, sample = int(shards[0]), int(samples[0])
-        name = self._shard(shard).member_name(sample)
-        return f"{self.index.shards[shard].name}, member {name}, row {int(within[0])}"
+        shards, within = places(self._ends, np.asarray([row]), self.path)
+        shard = self._shards[int(shards[0])]
+        sample, inside = divmod(int(within[0]), self.index.rows_per_sample)
+        return f"{shard.shard.name}, member {shard.member_name(sample)}, row {inside}"
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides which tokens come in which rows."""
         return self.index.fingerprint()
 
-    def _places(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Shard, member within the shard and row within the member, each of shape (n,)."""
-        if rows.ndim != 1 or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
-            raise IndexError(
-                f"{self.folder}: rows have shape {rows.shape} and type {rows.dtype}, expected (n,) integers"
-            )
-        outside = rows[(rows < 0) | (rows >= len(self))]
-        if outside.size:
-            raise IndexError(
-                f"{self.folder}: row {outside[0]} is out of range, the corpus has rows 0 to {len(self) - 1}"
-            )
-        samples, within = np.divmod(rows.astype(np.int64), self.index.rows_per_sample)
-        shards = np.searchsorted(self._first_sample, samples, side="right") - 1
-        return shards, samples - self._first_sample[shards], within
-
-    def _shard(self, number: int) -> MappedShard:
-        mapped = self._mapped.get(number)
-        if mapped is None:
-            first_row = int(self._first_sample[number]) * self.index.rows_per_sample
-            mapped = self._mapped[number] = MappedShard(self.folder, self.index, self.index.shards[number], first_row)
-            if len(self._mapped) > OPEN_SHARDS:
-                self._mapped.popitem(last=False)
-        else:
-            self._mapped.move_to_end(number)
-        return mapped
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": OrderedDict()}
+    def _refuse(self, rows: NDArray[Any], tokens: NDArray[np.int64]) -> None:
+        first = int(((tokens < 0) | (tokens >= self.index.vocab_size)).any(1).argmax())
+        token = tokens[first].min() if tokens[first].min() < 0 else tokens[first].max()
+        raise UsageError(
+            f"{self.path}: {self.locate(int(rows[first]))} holds token {token}, the vocabulary has "
+            f"{self.index.vocab_size}; see `rewurst prepare verify`"
+        )
 
 
-class MappedShard:
-    """One tar in memory, its size and sidecar checked at once, each member's header when it is first used.
+class TokenShard(OpenShard):
+    """One tar of rows.
 
     Args:
-        folder: Where the tar and its sidecar lie.
         index: The corpus.
+        folder: Where the index lies.
         shard: The entry of this tar in the index.
-        first_row: Row number of the shard's first row within the corpus.
     """
 
-    def __init__(self, folder: Path, index: CorpusIndex, shard: Shard, first_row: int) -> None:
-        self.path, self.shard = folder / shard.name, shard
+    def __init__(self, index: TokenIndex, folder: str, shard: Shard) -> None:
+        super().__init__(folder, shard)
         self._row_length, self._dtype = index.sequence_length + 1, np.dtype(index.dtype).newbyteorder("<")
-        self._rows_per_sample, self._rows_from_here = index.rows_per_sample, index.rows - first_row
+        self._row_bytes = self._row_length * self._dtype.itemsize
+        self._rows_per_sample = index.rows_per_sample
+        self._ranged = is_remote(self.where)  # a member of many rows is not fetched for one of them
         self._members: dict[int, NDArray[Any]] = {}
-        try:
-            with self.path.open("rb") as file:
-                self._check_size(file.seek(0, io.SEEK_END))
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UsageError(f"{self.path}: cannot be read ({error.strerror}); the index lists it") from None
-        self.offsets = self._read_offsets(folder / shard.idx_name)
+        self._begins: dict[int, int] = {}
 
-    def member(self, sample: int) -> NDArray[Any]:
-        """Tokens of one member, shape (rows, sequence_length + 1), a read-only view of the file."""
+    def row(self, number: int) -> NDArray[Any]:
+        """Tokens of one row of the shard, shape (sequence_length + 1,)."""
+        sample, row = divmod(number, self._rows_per_sample)
+        if self._ranged:
+            begin = self._begin(sample) + row * self._row_bytes
+            return np.frombuffer(self.content.read(begin, begin + self._row_bytes), dtype=self._dtype)
         view = self._members.get(sample)
         if view is None:
-            view = self._members[sample] = self._view(sample)
-        return view
+            view = self._members[sample] = self.member(sample)
+        found: NDArray[Any] = view[row]
+        return found
 
-    def member_name(self, sample: int) -> str:
-        """Name of one member as the tar spells it."""
-        start = int(self.offsets[sample])
-        return self._bytes[start : start + 100].split(b"\0", 1)[0].decode("utf-8", "replace")
+    def member(self, sample: int) -> NDArray[Any]:
+        """Tokens of one member, shape (rows, sequence_length + 1), a read-only view where the tar is mapped."""
+        begin, rows = self._begin(sample), self._rows_in(sample)
+        content = self.content.read(begin, begin + rows * self._row_bytes)
+        return np.frombuffer(content, dtype=self._dtype).reshape(rows, self._row_length)
 
-    def _check_size(self, size: int) -> None:
-        if size != self.shard.bytes or not size:
-            raise UsageError(f"{self.path}: {size} bytes found, {self.shard.bytes} expected; copy or prepare it again")
+    def _rows_in(self, sample: int) -> int:
+        return min(self._rows_per_sample, self.shard.rows - sample * self._rows_per_sample)
 
-    def _read_offsets(self, path: Path) -> NDArray[np.uint64]:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror}); it belongs to {self.shard.name}") from None
-        expected = 8 * (self.shard.samples + 1)
-        if len(content) != expected:
-            raise UsageError(
-                f"{path}: {len(content)} bytes found, {expected} expected for {self.shard.samples} members"
-            )
-        offsets = np.frombuffer(content, dtype="<u8")
-        if np.any(offsets[1:] <= offsets[:-1]) or offsets[-1] > self.shard.bytes:
-            raise UsageError(f"{path}: offsets do not rise within the {self.shard.bytes} bytes of {self.shard.name}")
-        return offsets
+    def _begin(self, sample: int) -> int:
+        """Offset of a member's first row, once its header has been checked."""
+        begin = self._begins.get(sample)
+        if begin is None:
+            begin = self._begins[sample] = self._checked(sample)
+        return begin
 
-    def _view(self, sample: int) -> NDArray[Any]:
-        start, end = int(self.offsets[sample]) + TAR_BLOCK_BYTES, int(self.offsets[sample + 1])
-        rows = min(self._rows_per_sample, self._rows_from_here - sample * self._rows_per_sample)
+    def _checked(self, sample: int) -> int:
+        start, end = int(self.offsets[sample]) + BLOCK_BYTES, int(self.offsets[sample + 1])
+        rows = self._rows_in(sample)
         expected = f"{self._dtype.name} rows of shape ({rows}, {self._row_length}) in C order"
-        header = io.BytesIO(self._bytes[start : min(end, start + 4096)])
         try:
-            # Only the header is parsed, as literals: a pickled array is refused before anything of it is loaded.
-            if np.lib.format.read_magic(header) != (1, 0):
-                raise ValueError("npy version is not 1.0")
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+            header = read_header(self.content.read(start, min(start + HEADER_BYTES, end)))
         except ValueError as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"{self.path}: no npy header at byte {start} ({reason}); expected {expected}") from None
-        begin = start + header.tell()
-        if shape != (rows, self._row_length) or dtype != self._dtype or (fortran_order and min(shape) > 1):
-            order = "Fortran" if fortran_order else "C"
-            found = f"{dtype.name} of shape {shape} in {order} order"
-            raise UsageError(
-                f"{self.path}: member at byte {start - TAR_BLOCK_BYTES} holds {found}, expected {expected}"
-            )
-        if begin + rows * self._row_length * self._dtype.itemsize > end:
-            raise UsageError(f"{self.path}: member at byte {start - TAR_BLOCK_BYTES} ends before its rows do")
-        return np.ndarray((rows, self._row_length), dtype=self._dtype, buffer=self._bytes, offset=begin)
+            raise UsageError(f"{self.where}: no npy header at byte {start} ({reason}); expected {expected}") from None
+        member = f"{self.where}: member at byte {start - BLOCK_BYTES}"
+        if header.shape != (rows, self._row_length) or header.dtype != self._dtype or header.fortran_order:
+            order = "Fortran" if header.fortran_order else "C"
+            found = f"{header.dtype.name} of shape {header.shape} in {order} order"
+            raise UsageError(f"{member} holds {found}, expected {expected}")
+        if start + header.end > end:
+            raise UsageError(f"{member} ends before its rows do")
+        return start + header.begin

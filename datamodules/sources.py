@@ -131,7 +131,7 @@ def _expected() -> str:
 
 def _expand_folder(folder: Path, skipped: Skipped) -> list[SourceFile]:
     found: list[SourceFile] = []
-    for path in sorted(_walk(folder), key=lambda path: path.relative_to(folder).parts):
+    for path in sorted(walk(folder), key=lambda path: path.relative_to(folder).parts):
         kind = None if path.is_dir() else _kind(path)
         if kind is None:
             skipped.unknown_files.append(str(path))
@@ -142,7 +142,12 @@ def _expand_folder(folder: Path, skipped: Skipped) -> list[SourceFile]:
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
+    """Files, and links to folders, anywhere in a folder.
+
+    Raises:
+        UsageError: A folder in it cannot be read.
+    """
     for place, folders, names in os.walk(folder, onerror=_cannot_list):
         # Links to folders are not followed, as they may lead in circles: they count as unknown files.
         links = [name for name in folders if Path(place, name).is_symlink()]

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
     from .pipeline import TextToImage
+    from .stage_a import StageA
+    from .stage_b import StageB
 
-_MODULES = {"CausalLM": "causal_lm", "TextToImage": "pipeline"}
+_MODULES = {"CausalLM": "causal_lm", "StageA": "stage_a", "StageB": "stage_b", "TextToImage": "pipeline"}
 
-__all__ = ["CausalLM", "TextToImage"]
+__all__ = ["CausalLM", "StageA", "StageB", "TextToImage"]
 
 
 def __getattr__(name: str) -> Any:

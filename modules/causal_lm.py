@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
+from .attention import IGNORED, document_arguments, document_targets, require_positions
+from .finite import FiniteWatch
+from .head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
 from .initial_weights import build, load_initial_weights
+from .losses import cross_entropy, linear_cross_entropy
 
 Batch = dict[str, Tensor]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
 def adamw(params: ParamsT) -> Optimizer:
@@ -31,11 +36,15 @@ class CausalLM(LightningModule):
     """Any transformers causal language model as a LightningModule.
 
     Batches are dicts with ``input_ids`` (rows, sequence_length + 1): the model sees all but the last token and
-    predicts all but the first. The loss is the mean over tokens, in nats.
+    predicts all but the first. The loss is the mean over tokens, in nats. Where the head is an ordinary linear layer
+    the logits of all tokens never exist (:func:`~rewurst.modules.losses.linear_cross_entropy`); models that cap or
+    scale theirs get them, and one line says so.
 
     Logs ``train/loss`` (mean over the global batch), ``train/grad_norm``, ``tokens`` (predicted so far, over all
     datasets), ``val/loss/<corpus>``, ``val/perplexity/<corpus>`` and ``val/loss/average``; validation corpora are the
-    keys of the loaders' dict.
+    keys of the loaders' dict. Training values are logged, and looked at for being finite, at the Trainer's
+    ``log_every_n_steps``: between, no step waits for the device. Before a checkpoint, a validation and the end they are
+    looked at too, so that none is saved with weights that are not finite unnoticed.
 
     Args:
         model: Name on the hub or folder (architecture and weights), or a config as a dict with ``model_type``
@@ -45,10 +54,17 @@ class CausalLM(LightningModule):
         optimizer: Optimizer over parameter groups; the default is :func:`adamw` with the papers' settings. Weight
             decay acts on matrices only.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
+        z_loss: Factor of ``log(Z)**2`` added to every training loss, such as 1e-4; validation leaves it out.
+        document_masks: Keep the documents of a row apart: attention and positions begin anew after the end token of
+            the data's tokenizer, and a document's first token is predicted from nothing, so not at all.
+        attn_implementation: How attention is computed; by default ``"sdpa"`` where the model has it. The flash
+            kinds need the package flash-attn and a GPU.
+        activation_checkpointing: Recompute every n-th block in the backward pass, none by default.
+        compile: Compile each block with torch.compile, when a Trainer sets the module up.
 
     Raises:
         UsageError: The model is none that transformers knows, weights do not fit, the tokenizer has more tokens than
-            the model.
+            the model, the model cannot do what is asked for.
     """
 
     def __init__(
@@ -57,62 +73,103 @@ class CausalLM(LightningModule):
         init_from: str | None = None,
         optimizer: OptimizerCallable = adamw,
         max_grad_norm: float | None = 1.0,
+        z_loss: float = 0.0,
+        document_masks: bool = False,
+        attn_implementation: Attention | None = None,
+        activation_checkpointing: int | None = None,
+        compile: bool = False,  # noqa: A002  # the field's word
     ) -> None:
         super().__init__()
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise UsageError(f"max_grad_norm {max_grad_norm} must be above 0, or null for no clipping")
+        if z_loss < 0:
+            raise UsageError(f"z_loss {z_loss} must not be below 0")
         self.model: nn.Module = build(model).train()  # from_pretrained leaves it in evaluation mode, without dropout
         if init_from is not None:
             load_initial_weights(self.model, init_from)
+        if attn_implementation is not None:
+            set_attention(self.model, attn_implementation)
+        if activation_checkpointing is not None:
+            checkpoint_activations(self.model, activation_checkpointing)
+        if document_masks:
+            require_positions(self.model)
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
+        self.z_loss = z_loss
+        self.document_masks = document_masks
+        self.end_token: int | None = getattr(self.model.config, "eos_token_id", None)
         self.tokens = 0
+        self._to_compile = blocks(self.model) if compile else []
+        self._plain_head: bool | None = None
         self._window: list[Tensor] = []
+        self._window_batches: list[Any] = []
         self._window_tokens = 0
+        self._latest: dict[str, Tensor] = {}
+        self._watch = FiniteWatch()
         self._sums: dict[int, Tensor] = {}
 
     def setup(self, stage: str) -> None:
-        """Checks that the model knows every token of the data."""
-        vocab_size = getattr(self.trainer.datamodule, "vocab_size", None)  # type: ignore[attr-defined]
+        """Checks that the model knows every token of the data, and how its loss can be computed."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        vocab_size = getattr(datamodule, "vocab_size", None)
         known = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         if vocab_size is not None and vocab_size > known:
             raise UsageError(
                 f"the tokenizer has {vocab_size} tokens and the model's vocab_size is {known}: "
                 f"set model.vocab_size to at least {vocab_size}"
             )
+        self.end_token = getattr(datamodule, "end_token", self.end_token)
+        if self.document_masks and not isinstance(self.end_token, int):
+            raise UsageError(
+                f"document_masks: neither {type(datamodule).__name__} nor the model's config says which token ends a "
+                "document: give the config an eos_token_id"
+            )
+        self._watch.forget()
+        self._find_head()
+        while self._to_compile:
+            self._to_compile.pop().compile()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of token ids (batch, length)."""
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        arguments = {} if self._end is None else document_arguments(self.model, input_ids, self._end)
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **arguments).logits
         return logits
 
     def token_losses(self, input_ids: Tensor) -> Tensor:
-        """Cross-entropy (batch, length - 1) in nats of every token but the first, from ids (batch, length)."""
-        logits = self(input_ids[:, :-1])
-        targets = input_ids[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view(targets.shape)
+        """Cross-entropy (batch, length - 1) in nats of every token but the first, from ids (batch, length).
+
+        With ``document_masks`` it is 0 where a document begins.
+        """
+        return self._losses(input_ids[:, :-1], self._targets(input_ids), 0.0, "none")
+
+    def loss(self, input_ids: Tensor) -> Tensor:
+        """What training minimises, from ids (batch, length): the mean of the tokens' losses, z-loss included."""
+        return self._losses(input_ids[:, :-1], self._targets(input_ids), self.z_loss, "mean")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""
-        loss = self.token_losses(batch["input_ids"]).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._not_finite("loss", loss, batch))
+        input_ids = batch["input_ids"]
+        loss = self.loss(input_ids)
         self._window.append(loss.detach())
-        self._window_tokens += batch["input_ids"][:, 1:].numel() * self.trainer.world_size
+        self._window_batches.append({key: part for key, part in batch.items() if not isinstance(part, Tensor)})
+        self._window_tokens += len(input_ids) * (input_ids.shape[1] - 1) * self.trainer.world_size
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the loss of the whole global batch and counts its tokens.
+        """Counts the tokens of the whole global batch, and at the logging interval looks at its loss and logs it.
 
         Here and not at the end of the batch: callbacks save checkpoints before the module's own hook runs there.
         """
         if self._window:
-            loss = torch.stack(self._window).mean()
-            self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=1)
+            losses = torch.stack(self._window)
+            self._watch.add("loss", self.trainer.global_step, losses, self._window_batches)
+            self._latest = {"train/loss": losses}
             self.tokens += self._window_tokens
-            self.log("tokens", float(self.tokens), batch_size=1)
-        self._window, self._window_tokens = [], 0
+            if self._logging or self._watch.full:
+                self._check_finite()
+            if self._logging:
+                self._log_latest()
+        self._window, self._window_batches, self._window_tokens = [], [], 0
 
     def configure_gradient_clipping(
         self,
@@ -120,24 +177,44 @@ class CausalLM(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the Trainer's setting or ``max_grad_norm``, logs the norm, and stops when it is not finite."""
+        """Clips by the Trainer's setting or ``max_grad_norm``, and watches and logs the norm."""
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         limit = self.max_grad_norm if gradient_clip_val is None else gradient_clip_val
         norm = nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))  # Lightning's 0 is no clipping
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         # With a loss scaler a norm that overflows is no accident: the scaler leaves that step out and scales less.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if not scaled and not torch.isfinite(norm):
-            raise FloatingPointError(self._not_finite("gradient norm", norm, None))
-        self.log("train/grad_norm", norm, batch_size=1)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self._watch.add("gradient norm", self.trainer.global_step, norm)
+            if self._logging:
+                self._check_finite()
+        self._latest["train/grad_norm"] = norm
+        if self._logging:
+            self.log("train/grad_norm", norm, batch_size=1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Logs the last step of a run that a callback stops: Lightning logs then, whatever the interval."""
+        if self.trainer.should_stop:
+            self._log_latest()
+
+    def on_validation_start(self) -> None:
+        """A validation waits for the device anyway."""
+        self._check_finite()
+
+    def on_train_end(self) -> None:
+        """Looks at the steps since the last logging interval."""
+        self._check_finite()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums losses and tokens of a corpus, so that the mean does not depend on batches or ranks."""
-        losses = self.token_losses(batch["input_ids"]).double().sum(1)
-        valid = batch.get("valid", torch.ones_like(losses, dtype=torch.bool))
-        tokens = valid.sum() * (batch["input_ids"].shape[1] - 1)
-        sums = torch.stack([losses[valid].sum(), tokens.double()])
+        input_ids = batch["input_ids"]
+        targets = self._targets(input_ids)
+        losses = self._losses(input_ids[:, :-1], targets, 0.0, "none").double().sum(1)
+        tokens = (targets != IGNORED).sum(1)
+        valid = batch.get("valid", torch.ones_like(tokens, dtype=torch.bool))
+        sums = torch.stack([losses.where(valid, 0).sum(), tokens.where(valid, 0).sum().double()])
         self._sums[dataloader_idx] = self._sums.get(dataloader_idx, torch.zeros_like(sums)) + sums
 
     def on_validation_epoch_end(self) -> None:
@@ -165,7 +242,12 @@ class CausalLM(LightningModule):
         return self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the count of tokens and the model's config, with which an export needs nothing else."""
+        """Keeps the count of tokens and the model's config, with which an export needs nothing else.
+
+        Raises:
+            FloatingPointError: A step since the last look was not finite; the checkpoint before stays the last.
+        """
+        self._check_finite()
         checkpoint["tokens"] = self.tokens
         checkpoint["model_config"] = self.model.config.to_dict()  # type: ignore[union-attr,operator]
 
@@ -186,7 +268,48 @@ class CausalLM(LightningModule):
         if means:
             self.log(f"{stage}/loss/average", torch.stack(list(means.values())).mean(), prog_bar=True)
 
-    def _not_finite(self, what: str, value: Tensor, batch: Batch | None) -> str:
-        locate: Callable[[Batch], str] | None = getattr(self.trainer.datamodule, "locate", None)  # type: ignore[attr-defined]
-        where = f" at {locate(batch)}" if locate is not None and batch is not None else ""
-        return f"{what} is {value.item()} at optimizer step {self.trainer.global_step}{where}"
+    @property
+    def _logging(self) -> bool:
+        return bool(self.trainer._logger_connector.should_update_logs)
+
+    def _log_latest(self) -> None:
+        losses, norm = self._latest.get("train/loss"), self._latest.get("train/grad_norm")
+        if losses is not None:
+            loss = self.trainer.strategy.reduce(losses.mean(), reduce_op="mean")
+            # Lightning reads what is on the progress bar at every batch, also what is old: let that lie on the host.
+            self.log("train/loss", loss.cpu(), prog_bar=True, batch_size=1)
+        if norm is not None:
+            self.log("train/grad_norm", norm, batch_size=1)
+        self.log("tokens", float(self.tokens), batch_size=1)
+
+    def _check_finite(self) -> None:
+        if not self._watch.empty:
+            self._watch.check(getattr(self.trainer.datamodule, "locate", None))  # type: ignore[attr-defined]
+
+    def _find_head(self) -> bool:
+        if self._plain_head is None:
+            self._plain_head = is_plain_head(self.model)
+            if not self._plain_head:
+                name = type(self.model).__name__
+                rank_zero_info(f"{name} does more than a linear head: its loss is computed over all logits")
+        return self._plain_head
+
+    @property
+    def _end(self) -> int | None:
+        """The token that documents are told apart by, if they are."""
+        return self.end_token if self.document_masks else None
+
+    def _targets(self, input_ids: Tensor) -> Tensor:
+        targets = input_ids[:, 1:]
+        return targets if self._end is None else document_targets(input_ids[:, :-1], targets, self._end)
+
+    def _losses(self, input_ids: Tensor, targets: Tensor, z_loss: float, reduction: Literal["none", "mean"]) -> Tensor:
+        if not self._find_head():
+            return cross_entropy(self.forward(input_ids), targets, z_loss=z_loss, reduction=reduction)
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+
+        def loss(hidden: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden, head.weight, targets, head.bias, z_loss=z_loss, reduction=reduction)
+
+        with head_computes(head, loss):
+            return self.forward(input_ids)

@@ -51,3 +51,100 @@ def write_corpus(tmp_path: Path) -> Callable[..., str]:
         return str(folder)
 
     return write
+
+
+def _picture(corpus: int, row: int, side: int) -> np.ndarray[Any, Any]:
+    """A disc on a plain background, (3, side, side) bytes."""
+    draw = np.random.default_rng([corpus, row])
+    y, x = np.mgrid[:side, :side] / side
+    middle, radius = draw.uniform(0.3, 0.7, 2), draw.uniform(0.15, 0.3)
+    inside = (x - middle[0]) ** 2 + (y - middle[1]) ** 2 < radius**2
+    colours = draw.integers(0, 256, (2, 3, 1, 1))
+    return np.where(inside, colours[0], colours[1]).astype(np.uint8)
+
+
+class _Batches:
+    """Batch i is a pure function of i, whatever process asks for it."""
+
+    def __init__(self, corpus: int, rows: list[list[int]], side: int, training: bool, count: int = 0) -> None:
+        self.corpus, self.rows, self.side, self.training, self.count = corpus, rows, side, training, count
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        rows = np.array(self.rows[index])
+        samples = rows % self.count if self.training else rows
+        batch = {
+            "image": torch.from_numpy(np.stack([_picture(self.corpus, int(row), self.side) for row in samples])),
+            "caption": [f"disc {row}" for row in samples],
+            "seed": np.array([np.random.default_rng([self.corpus, row, 7]).integers(2**63) for row in rows]),
+            "row": samples,
+        }
+        if not self.training:
+            batch["valid"] = torch.from_numpy(samples < self.count)
+        return batch
+
+
+@pytest.fixture
+def picture_data() -> Callable[..., Any]:
+    """Builds a data module of discs that follows the contract of image data modules, and resumes by completed steps."""
+    from lightning.pytorch import LightningDataModule
+    from torch import Generator
+    from torch.utils.data import DataLoader
+
+    class Pictures(LightningDataModule):
+        def __init__(
+            self,
+            micro_batch_size: int = 4,
+            global_batch_size: int = 4,
+            steps: int = 100,
+            dataset: str = "discs",
+            pictures: int = 16,
+            val: int = 6,
+            side: int = 32,
+        ) -> None:
+            super().__init__()
+            self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+            self.steps, self.dataset, self.pictures, self.val, self.side = steps, dataset, pictures, val, side
+            self.start = 0
+
+        def setup(self, stage: str) -> None:
+            assert self.trainer is not None
+            self.accumulation = self.global_batch_size // (self.micro_batch_size * self.trainer.world_size)
+            if self.trainer.lightning_module.automatic_optimization:
+                self.trainer.accumulate_grad_batches = self.accumulation
+
+        def state_dict(self) -> dict[str, Any]:
+            assert self.trainer is not None
+            ready = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            return {"step": ready // self.accumulation}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.start = state_dict["step"]
+
+        def train_dataloader(self) -> Any:
+            assert self.trainer is not None
+            size, mine = self.micro_batch_size, self.global_batch_size // self.trainer.world_size
+            rows = []
+            for step in range(self.start, self.steps):
+                first = step * self.global_batch_size + self.trainer.global_rank * mine
+                rows += [list(range(at, at + size)) for at in range(first, first + mine, size)]
+            return DataLoader(_Batches(0, rows, self.side, True, self.pictures), batch_size=None, generator=Generator())
+
+        def val_dataloader(self) -> Any:
+            assert self.trainer is not None
+            size, ranks = self.micro_batch_size, self.trainer.world_size
+            padded = -(-self.val // (size * ranks)) * size * ranks
+            begin = self.trainer.global_rank * padded // ranks
+            rows = [list(range(at, at + size)) for at in range(begin, begin + padded // ranks, size)]
+            return {
+                name: DataLoader(
+                    _Batches(corpus, rows, self.side, False, self.val), batch_size=None, generator=Generator()
+                )
+                for corpus, name in ((0, "seen"), (1, "unseen"))
+            }
+
+    return Pictures

@@ -26,6 +26,7 @@ from .datamodules import text as _text  # noqa: F401  # imported so that YAML ma
 from .modules import causal_lm as _causal_lm  # noqa: F401
 from .modules.initial_weights import check_weights
 from .modules.weights import read_file
+from .named_classes import import_named
 from .parser_errors import one_line
 
 
@@ -35,6 +36,7 @@ def run(args: list[str]) -> None:
     for what in _SAID_ALREADY:
         warnings.filterwarnings("ignore", message=what)
     _check_yaml(args)
+    import_named(args)
     with _lightning_errors():
         CLI(args)
 
@@ -42,6 +44,7 @@ def run(args: list[str]) -> None:
 def parse(args: list[str]) -> dict[str, Any]:
     """The config that a command line means; nothing is made of it."""
     _check_yaml(args)
+    import_named(args)
     with _lightning_errors():
         config: dict[str, Any] = _ParseOnly(args).config[args[0]].as_dict()
     return config

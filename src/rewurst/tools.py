@@ -57,8 +57,37 @@ def _prepare(parser: Parser) -> None:
     text.add_argument("--held_out", type=float, default=0.0, help="share of documents kept for validation")
     text.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     text.add_argument("--rows_per_shard", type=int, help="rows in a shard (default: about 256 MiB)")
+    index = _tool(what, "index", "index tars that are there already, of token rows or of images", _run_prepare_index)
+    index.add_argument("shards", nargs="+", metavar="SHARD", help="path, glob, braces, folder or URL of tars")
+    index.add_argument("--out", type=Path, help="folder of the index (default: that of the tars)")
+    index.add_argument("--kind", choices=("text", "images"), help="(default: what the first sample looks like)")
+    index.add_argument("--tokenizer", help="of token rows: folder or hub name of the tokenizer that made them")
+    index.add_argument("--caption_key", help="of images: key of the .json with the caption (default: the .txt)")
+    index.add_argument("--max_corrupt", type=float, help="of images: share that may be unreadable (default: 0.1)")
+    index.add_argument("--workers", type=int, default=1, help="processes that scan")
+    index.add_argument("--overwrite", action="store_true", help="replace an index that is there")
+    _prepare_images(_tool(what, "images", "captioned images into shards: OUT/train and OUT/val", _run_prepare_images))
     verify = _tool(what, "verify", "compare every byte of a folder's shards with its index", _run_prepare_verify)
     verify.add_argument("folder", type=Path, help="folder with index.json")
+
+
+def _prepare_images(images: Parser) -> None:
+    source = "folder of images with a .txt beside each, .jsonl or .parquet with names and captions, or builtin:shapes"
+    images.add_argument("source", metavar="SOURCE", help=source)
+    images.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    images.add_argument("--held_out", type=float, default=0.0, help="share of pictures kept for validation")
+    images.add_argument("--image_size", type=int, help="shortest side that larger pictures are made to have")
+    images.add_argument("--format", help="jpg, png or webp to encode all again (default: files stay as they are)")
+    images.add_argument("--quality", type=int, default=95, help="of JPEG and WebP")
+    images.add_argument("--workers", type=int, default=1, help="processes that read and check")
+    images.add_argument("--max_corrupt", type=float, default=0.05, help="share that may be corrupt, and is left out")
+    images.add_argument("--skip_without_caption", action="store_true", help="leave pictures without a caption out")
+    images.add_argument("--image_field", help="with the file name (default: file_name, image or path)")
+    images.add_argument("--caption_field", help="with the caption (default: text or caption)")
+    images.add_argument("--samples_per_shard", type=int, help="pictures in a shard (default: about 256 MiB)")
+    images.add_argument("--pictures", type=int, default=9, help="drawn of each combination of builtin:shapes")
+    images.add_argument("--seed", type=int, default=0, help="of builtin:shapes")
+    images.add_argument("--overwrite", action="store_true", help="replace what was prepared there")
 
 
 def _export(parser: Parser) -> None:
@@ -150,6 +179,39 @@ def _run_prepare_text(args: Parsed) -> None:
         workers=args.workers,
         text_field=args.text_field,
         rows_per_shard=args.rows_per_shard,
+        overwrite=args.overwrite,
+    )
+
+
+def _run_prepare_index(args: Parsed) -> None:
+    from .datamodules.foreign import index_shards
+
+    options = {name: getattr(args, name) for name in ("tokenizer", "caption_key", "max_corrupt")}
+    options = {name: value for name, value in options.items() if value is not None}
+    print(
+        index_shards(
+            args.shards, args.out, kind=args.kind, workers=args.workers, overwrite=args.overwrite, options=options
+        )
+    )
+
+
+def _run_prepare_images(args: Parsed) -> None:
+    from .datamodules.image_work import Recoding
+    from .datamodules.prepare_images import prepare_images
+
+    prepare_images(
+        args.source,
+        args.out,
+        held_out=args.held_out,
+        recoding=Recoding(args.image_size, args.format, args.quality),
+        workers=args.workers,
+        max_corrupt=args.max_corrupt,
+        skip_without_caption=args.skip_without_caption,
+        image_field=args.image_field,
+        caption_field=args.caption_field,
+        samples_per_shard=args.samples_per_shard,
+        pictures=args.pictures,
+        seed=args.seed,
         overwrite=args.overwrite,
     )
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewurst import UsageError
-from rewurst.datamodules import shards
+from rewurst.datamodules import shard_reading
 from rewurst.datamodules.integrity import verify
-from rewurst.datamodules.shards import CorpusIndex, TokenShards, TokenWriter
+from rewurst.datamodules.shards import TokenIndex, TokenShards, TokenWriter
 
 LENGTH = 7
 STREAM = np.random.default_rng(0).integers(0, 2048, 1000)
@@ -30,7 +30,7 @@ ROWS = (len(STREAM) - 1) // LENGTH
 webdataset_leaves_files_open = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 
-def write(folder: Path, pieces: list[Any], **changes: Any) -> CorpusIndex:
+def write(folder: Path, pieces: list[Any], **changes: Any) -> TokenIndex:
     arguments: dict[str, Any] = {
         "name": "code", "sequence_length": LENGTH, "vocab_size": 2048, "rows_per_sample": 8, "rows_per_shard": 32,
         **changes,
@@ -72,7 +72,7 @@ def test_rows_are_read_in_the_order_asked_for(pristine: Path) -> None:
 
 @webdataset_leaves_files_open
 def test_webdataset_reads_the_same_rows(pristine: Path) -> None:
-    urls = [str(pristine / shard.name) for shard in CorpusIndex.load(pristine).shards]
+    urls = [str(pristine / shard.name) for shard in TokenIndex.load(pristine).shards]
     samples = list(wds.WebDataset(urls, shardshuffle=False).decode())
     np.testing.assert_array_equal(np.concatenate([sample["npy"] for sample in samples]), oracle(STREAM, LENGTH))
     assert len({sample["__key__"] for sample in samples}) == len(samples) == -(-ROWS // 8)
@@ -88,7 +88,7 @@ def test_tars_are_byte_for_byte_those_of_webdatasets_writer(pristine: Path, tmp_
 
 
 def test_sidecar_holds_the_offsets_of_the_headers_and_of_the_end(pristine: Path) -> None:
-    for shard in CorpusIndex.load(pristine).shards:
+    for shard in TokenIndex.load(pristine).shards:
         with tarfile.open(pristine / shard.name) as tar:
             expected = [member.offset for member in tar.getmembers()] + [tar.offset]
         offsets = np.fromfile(pristine / shard.idx_name, dtype="<u8")
@@ -97,7 +97,7 @@ def test_sidecar_holds_the_offsets_of_the_headers_and_of_the_end(pristine: Path)
 
 
 def test_index_describes_the_corpus(pristine: Path) -> None:
-    index = CorpusIndex.load(pristine)
+    index = TokenIndex.load(pristine)
     assert (index.rows, index.tokens, index.documents) == (ROWS, ROWS * LENGTH, 13)
     assert index.tokens + index.dropped_tokens + 1 == len(STREAM)
     assert [shard.rows for shard in index.shards] == [32, 32, 32, 32, ROWS - 128]
@@ -154,12 +154,12 @@ def test_a_reader_opens_nothing_before_rows_are_asked_for(corpus: Path) -> None:
 
 
 def test_a_reader_survives_pickling_and_keeps_few_shards_open(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_reading, "MAX_OPEN", 2)
     reader = TokenShards(pristine)
     expected = reader.read(np.arange(ROWS))
-    assert len(reader._mapped) == 2
+    assert len(reader._shards._open) == 2
     copy = pickle.loads(pickle.dumps(reader))
-    assert not copy._mapped
+    assert not copy._shards._open
     np.testing.assert_array_equal(copy.read(np.arange(ROWS)[::-1]), expected[::-1])
     assert copy.fingerprint() == reader.fingerprint()
 
@@ -275,10 +275,13 @@ def test_an_index_that_is_wrong(corpus: Path, damage: Callable[[Path], None], me
 def test_a_folder_that_is_no_corpus(corpus: Path) -> None:
     outside = corpus.parent
     for path, message in [
-        (outside / "cod", rf"no corpus at {outside}/cod; did you mean {corpus}\? `rewurst prepare text SOURCE..."),
+        (
+            outside / "cod",
+            rf"no corpus at {outside}/cod; did you mean {corpus}\? `rewurst prepare text.images SOURCE...",
+        ),
         (
             outside / "zzzz",
-            f"no corpus at {outside}/zzzz: `rewurst prepare text SOURCE... --tokenizer DIR --out DIR` makes",
+            f"no corpus at {outside}/zzzz: `rewurst prepare text.images SOURCE... --out DIR` makes",
         ),
         (outside, rf"has no index.json; did you mean {corpus}\?"),
         (corpus / "code-000000.tar", "is a file, expected the folder of a prepared corpus"),
@@ -317,10 +320,16 @@ def shift_offsets(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda corpus: (corpus / "code-000001.tar").unlink(), r"code-000001.tar: cannot be read \(No such file"),
+        (
+            lambda corpus: (corpus / "code-000001.tar").unlink(),
+            r"code-000001.tar: cannot be read .*index.json lists it",
+        ),
         (resize("code-000001.tar", 900), "code-000001.tar: 900 bytes found, 10240 expected"),
         (resize("code-000001.tar", 0), "code-000001.tar: 0 bytes found, 10240 expected"),
-        (lambda corpus: (corpus / "code-000001.idx").unlink(), r"code-000001.idx: cannot be read .* code-000001.tar"),
+        (
+            lambda corpus: (corpus / "code-000001.idx").unlink(),
+            r"code-000001.idx: missing; it belongs to code-000001.tar",
+        ),
         (resize("code-000001.idx", 32), "code-000001.idx: 32 bytes found, 40 expected for 4 members"),
         (shift_offsets, "code-000001.tar: no npy header at byte 2048 "),
         (
@@ -365,7 +374,7 @@ def older_sidecar(corpus: Path) -> None:
     ("damage", "message"),
     [
         (flip("code-000000.tar", 700), "code-000000.tar: SHA-256 is "),
-        (older_sidecar, "code-000002.idx: says members end at "),
+        (older_sidecar, "code-000002.idx: says samples end at "),
         (lambda corpus: (corpus / "code-000009.tar").write_bytes(b""), "code-000009.tar: not listed in index.json"),
         (edit(tokenizer_sha256="abc"), "tokenizer.json: missing"),
     ],

@@ -6,15 +6,9 @@ import errno
 import multiprocessing
 import os
 import pickle
-import re
 import resource
 import shutil
-import socket
-import struct
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,93 +27,11 @@ CONTENT = np.random.default_rng(0).bytes(10_000)
 BLOCK = 1024
 
 
-@dataclass
-class Behaviour:
-    """What the server does next; ``failures`` are statuses of the next answers, 0 resets the connection."""
-
-    objects: dict[str, bytes] = field(default_factory=lambda: {"/a/x.tar": CONTENT, "/empty": b""})
-    failures: list[int] = field(default_factory=list)
-    retry_after: str = ""
-    etag: str = '"one"'
-    ignores_range: bool = False
-    cut: int = 0
-    shift: int = 0
-    ranges: list[str] = field(default_factory=list)
-    credentials: list[str] = field(default_factory=list)
-    redirect: str = ""
-    lock: Any = field(default_factory=threading.Lock)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.0"
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        behaviour: Behaviour = self.server.behaviour  # type: ignore[attr-defined]
-        with behaviour.lock:
-            behaviour.ranges.append(self.headers.get("Range", ""))
-            failure = behaviour.failures.pop(0) if behaviour.failures else None
-            behaviour.credentials.append(self.headers.get("Authorization", ""))
-        content = behaviour.objects.get(self.path.partition("?")[0])
-        if failure == 0:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()  # with this option: a reset
-        elif self.path == "/moved":
-            self.answer(302, b"", {"Location": behaviour.redirect})
-        elif failure or content is None:
-            self.answer(failure or 404, b"<html>", {"Retry-After": behaviour.retry_after})
-        else:
-            self.range(behaviour, content)
-
-    def range(self, behaviour: Behaviour, content: bytes) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        headers = {"ETag": behaviour.etag} if behaviour.etag else {}
-        if asked is None or behaviour.ignores_range:
-            self.answer(200, content, headers)
-            return
-        begin, end = int(asked[1]) + behaviour.shift, min(int(asked[2]) + 1 + behaviour.shift, len(content))
-        if begin >= len(content):
-            self.answer(416, b"", {**headers, "Content-Range": f"bytes */{len(content)}"})
-            return
-        cut = behaviour.cut if end - begin > 1 else 0
-        headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
-        self.answer(206, content[begin:end], headers, cut)
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str], cut: int = 0) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body[: len(body) - cut])
-
-
-class Server:
-    """A server on loopback."""
-
-    def __init__(self) -> None:
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.behaviour = Behaviour()
-        self.http.behaviour = self.behaviour  # type: ignore[attr-defined]
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def url(self, path: str = "/a/x.tar") -> str:
-        return f"http://127.0.0.1:{self.http.server_port}{path}"
-
-    def stop(self) -> None:
-        self.http.shutdown()
-        self.thread.join()
-        self.http.server_close()
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    running = Server()
-    yield running
-    running.stop()
+def server(loopback: Any) -> Any:
+    """An http server with two objects."""
+    loopback.behaviour.objects |= {"/a/x.tar": CONTENT, "/empty": b""}
+    return loopback
 
 
 @pytest.fixture
@@ -199,7 +111,7 @@ def test_files_by_url_empty_ones_and_copies_by_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("begin", "end"), [(-1, 3), (5, 4), (0, len(CONTENT) + 1)])
-def test_ranges_that_are_not_there(tmp_path: Path, server: Server, cache: BlockCache, begin: int, end: int) -> None:
+def test_ranges_that_are_not_there(tmp_path: Path, server: Any, cache: BlockCache, begin: int, end: int) -> None:
     for opened in (open_bytes(str(local(tmp_path))), open_bytes(server.url(), cache=cache)):
         with pytest.raises(UsageError, match=rf"x.tar, bytes {begin} to {end}: no such range, it has 10000 bytes"):
             opened.read(begin, end)
@@ -229,7 +141,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     fresh=st.booleans(),
 )
 def test_any_ranges_are_those_of_the_file(
-    server: Server,
+    server: Any,
     tmp_path_factory: pytest.TempPathFactory,
     ranges: list[tuple[int, int]],
     block_bytes: int,
@@ -246,7 +158,7 @@ def test_any_ranges_are_those_of_the_file(
     assert sum(path.stat().st_size for path in blocks(cache)) <= capacity
 
 
-def test_only_blocks_that_are_asked_for_are_fetched_and_once(server: Server, cache: BlockCache) -> None:
+def test_only_blocks_that_are_asked_for_are_fetched_and_once(server: Any, cache: BlockCache) -> None:
     opened = CachedBytes(server.url(), cache)
     assert (opened.size, opened.identity) == (len(CONTENT), '"one"')
     for _ in range(3):
@@ -259,7 +171,7 @@ def test_only_blocks_that_are_asked_for_are_fetched_and_once(server: Server, cac
     assert server.behaviour.ranges[-1] == "bytes=9216-9999"
 
 
-def test_another_process_finds_the_blocks(server: Server, cache: BlockCache) -> None:
+def test_another_process_finds_the_blocks(server: Any, cache: BlockCache) -> None:
     CachedBytes(server.url(), cache).read(0, 3000)
     server.behaviour.ranges.clear()
     other = CachedBytes(server.url(), BlockCache(cache.folder, block_bytes=BLOCK))
@@ -267,7 +179,7 @@ def test_another_process_finds_the_blocks(server: Server, cache: BlockCache) -> 
     assert (server.behaviour.ranges, other.stats.cache_hits) == (["bytes=0-0"], 3)
 
 
-def test_equal_names_in_other_folders_and_changed_objects_do_not_mix(server: Server, cache: BlockCache) -> None:
+def test_equal_names_in_other_folders_and_changed_objects_do_not_mix(server: Any, cache: BlockCache) -> None:
     server.behaviour.objects["/b/x.tar"] = CONTENT[::-1]
     assert CachedBytes(server.url("/a/x.tar"), cache).read(0, 9) == CONTENT[:9]
     assert CachedBytes(server.url("/b/x.tar"), cache).read(0, 9) == CONTENT[::-1][:9]
@@ -277,7 +189,7 @@ def test_equal_names_in_other_folders_and_changed_objects_do_not_mix(server: Ser
     assert CachedBytes(server.url("/a/x.tar"), cache).read(0, 9) == CONTENT[2:11]
 
 
-def test_an_object_that_changes_under_its_reader(server: Server, cache: BlockCache) -> None:
+def test_an_object_that_changes_under_its_reader(server: Any, cache: BlockCache) -> None:
     opened = CachedBytes(server.url(), cache)
     server.behaviour.etag = '"two"'
     with pytest.raises(UsageError, match=r"/a/x.tar, bytes 0 to 1024: the object has changed while it was read"):
@@ -287,7 +199,7 @@ def test_an_object_that_changes_under_its_reader(server: Server, cache: BlockCac
         opened.read(0, 9)
 
 
-def test_without_an_etag_blocks_are_not_used_at_the_next_opening(server: Server, cache: BlockCache) -> None:
+def test_without_an_etag_blocks_are_not_used_at_the_next_opening(server: Any, cache: BlockCache) -> None:
     server.behaviour.etag = ""
     with pytest.warns(UserWarning, match="neither ETag nor Last-Modified"):
         assert CachedBytes(server.url(), cache).read(0, 9) == CONTENT[:9]
@@ -298,7 +210,7 @@ def test_without_an_etag_blocks_are_not_used_at_the_next_opening(server: Server,
 
 @pytest.mark.parametrize("failures", [[500, 500, 500], [503, 0, 429], [0, 0, 0]])
 def test_a_server_that_fails_three_times_and_then_answers(
-    server: Server, cache: BlockCache, pauses: list[float], failures: list[int]
+    server: Any, cache: BlockCache, pauses: list[float], failures: list[int]
 ) -> None:
     opened = CachedBytes(server.url(), cache)
     server.behaviour.failures = list(failures)
@@ -307,9 +219,7 @@ def test_a_server_that_fails_three_times_and_then_answers(
     assert [0.5 <= pause / longest <= 1 for pause, longest in zip(pauses, [0.5, 1, 2], strict=True)] == [True] * 3
 
 
-def test_pauses_follow_the_server_and_disturb_no_generator(
-    server: Server, cache: BlockCache, pauses: list[float]
-) -> None:
+def test_pauses_follow_the_server_and_disturb_no_generator(server: Any, cache: BlockCache, pauses: list[float]) -> None:
     import random
 
     state = random.getstate()
@@ -319,7 +229,7 @@ def test_pauses_follow_the_server_and_disturb_no_generator(
     assert random.getstate() == state
 
 
-def test_a_server_that_never_answers_is_one_line(server: Server, cache: BlockCache, pauses: list[float]) -> None:
+def test_a_server_that_never_answers_is_one_line(server: Any, cache: BlockCache, pauses: list[float]) -> None:
     server.behaviour.failures = [500] * 6
     with pytest.raises(UsageError, match=r"^http://127.0.0.1:\d+/a/x.tar: status 500 Internal Server Error, 6 times$"):
         CachedBytes(server.url(), cache)
@@ -335,7 +245,7 @@ def test_a_server_that_never_answers_is_one_line(server: Server, cache: BlockCac
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_permanent_failures_end_at_once(server: Server, cache: BlockCache, pauses: list[float], status: int) -> None:
+def test_permanent_failures_end_at_once(server: Any, cache: BlockCache, pauses: list[float], status: int) -> None:
     server.behaviour.failures = [status]
     with pytest.raises(UsageError, match=rf"^http://127.0.0.1:\d+/a/x.tar: status {status}") as error:
         CachedBytes(server.url("/a/x.tar?signature=secret"), cache)
@@ -343,7 +253,7 @@ def test_permanent_failures_end_at_once(server: Server, cache: BlockCache, pause
     assert (pauses, len(server.behaviour.ranges)) == ([], 1)
 
 
-def test_a_server_that_ignores_ranges(server: Server, cache: BlockCache, tmp_path: Path) -> None:
+def test_a_server_that_ignores_ranges(server: Any, cache: BlockCache, tmp_path: Path) -> None:
     server.behaviour.ignores_range = True
     opened = CachedBytes(server.url(), cache)
     with pytest.raises(UsageError, match=r"bytes 1024 to 2048: the server ignores ranges \(200 with all of it\); copy"):
@@ -352,9 +262,7 @@ def test_a_server_that_ignores_ranges(server: Server, cache: BlockCache, tmp_pat
     assert small.read(1500, 1600) == CONTENT[1500:1600]  # all of it was needed anyway
 
 
-def test_a_server_that_answers_another_range_or_too_little(
-    server: Server, cache: BlockCache, pauses: list[float]
-) -> None:
+def test_a_server_that_answers_another_range_or_too_little(server: Any, cache: BlockCache, pauses: list[float]) -> None:
     opened = CachedBytes(server.url(), cache)
     server.behaviour.shift = 1
     with pytest.raises(UsageError, match=r"Content-Range 'bytes 1-1024/10000', expected 'bytes 0-1023/10000'"):
@@ -365,13 +273,13 @@ def test_a_server_that_answers_another_range_or_too_little(
     assert blocks(cache) == []
 
 
-def test_sizes_that_differ_from_the_index(server: Server, cache: BlockCache) -> None:
+def test_sizes_that_differ_from_the_index(server: Any, cache: BlockCache) -> None:
     with pytest.raises(UsageError, match=r"/a/x.tar: 10000 bytes found, 9999 expected; copy or prepare it again"):
         open_bytes(server.url(), size=9999, cache=cache)
     assert open_bytes(server.url("/empty"), size=0, cache=cache).read(0, 0) == b""
 
 
-def test_whole_objects(server: Server, pauses: list[float]) -> None:
+def test_whole_objects(server: Any, pauses: list[float]) -> None:
     server.behaviour.failures = [502]
     assert read_whole(server.url()) == CONTENT
     assert read_whole(server.url("/empty")) == b""
@@ -384,7 +292,7 @@ def test_whole_objects(server: Server, pauses: list[float]) -> None:
         read_whole(server.url())
 
 
-def test_credentials_go_to_the_host_they_are_for(server: Server, cache: BlockCache) -> None:
+def test_credentials_go_to_the_host_they_are_for(server: Any, cache: BlockCache) -> None:
     server.behaviour.redirect = server.url("/a/x.tar")
     opened = CachedBytes(server.url("/moved").replace("//", "//me:p%40ss@"), cache)
     assert opened.read(0, 9) == CONTENT[:9]
@@ -477,7 +385,7 @@ class Ranges(Dataset[bytes]):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_loader_workers_read_and_download_each_block_once(server: Server, cache: BlockCache, method: str) -> None:
+def test_loader_workers_read_and_download_each_block_once(server: Any, cache: BlockCache, method: str) -> None:
     opened = CachedBytes(server.url(), cache)
     opened.read(0, 1)
     loader = DataLoader(Ranges(opened), batch_size=None, num_workers=2, multiprocessing_context=method)
@@ -486,7 +394,7 @@ def test_loader_workers_read_and_download_each_block_once(server: Server, cache:
     assert len(fetched) == len(set(fetched)) == 11  # the size and ten blocks
 
 
-def test_a_copy_by_pickle_reads_without_asking_again(server: Server, cache: BlockCache) -> None:
+def test_a_copy_by_pickle_reads_without_asking_again(server: Any, cache: BlockCache) -> None:
     opened = CachedBytes(server.url(), cache)
     copies = [pickle.loads(pickle.dumps(opened)) for _ in range(2)]
     assert copies[0]._cache is copies[1]._cache
@@ -506,7 +414,7 @@ def _hammer(url: str, folder: Path, capacity: int, seed: int, outcome: Any) -> N
 
 
 @pytest.mark.parametrize("capacity", [1 << 30, 3 * (BLOCK + 16)])
-def test_processes_that_write_and_evict_at_once(server: Server, tmp_path: Path, capacity: int) -> None:
+def test_processes_that_write_and_evict_at_once(server: Any, tmp_path: Path, capacity: int) -> None:
     context = multiprocessing.get_context("fork")
     outcome = context.Queue()
     processes = [
@@ -579,7 +487,7 @@ def flip(path: Path) -> None:
         lambda path: path.write_bytes(b"\0" * path.stat().st_size),
     ],
 )
-def test_a_damaged_block_is_fetched_again(server: Server, cache: BlockCache, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_block_is_fetched_again(server: Any, cache: BlockCache, damage: Callable[[Path], None]) -> None:
     CachedBytes(server.url(), cache).read(0, 100)
     damage(blocks(cache)[0])
     for damaged, requests in ((1, 2), (0, 1)):
@@ -588,7 +496,7 @@ def test_a_damaged_block_is_fetched_again(server: Server, cache: BlockCache, dam
         assert (opened.stats.damaged, opened.stats.requests) == (damaged, requests)
 
 
-def test_a_process_checks_a_block_once(server: Server, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_checks_a_block_once(server: Any, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
     CachedBytes(server.url(), cache).read(0, 100)
     fresh = BlockCache(cache.folder, block_bytes=BLOCK)
     opened, lengths, crc32 = CachedBytes(server.url(), fresh), [], block_cache.zlib.crc32
@@ -611,9 +519,7 @@ def no_space(*_: Any) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_counted_and_told_once(
-    server: Server, cache: BlockCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_counted_and_told_once(server: Any, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_cache.os, "write", no_space)
     opened = CachedBytes(server.url(), cache)
     with pytest.warns(UserWarning, match=r"cannot cache a block \(No space left on device\); reading goes") as told:
@@ -622,7 +528,7 @@ def test_a_full_disk_is_counted_and_told_once(
     assert not list(cache.folder.glob("??/*/.*"))
 
 
-def test_a_limit_on_file_sizes_is_a_full_disk_too(server: Server, cache: BlockCache) -> None:
+def test_a_limit_on_file_sizes_is_a_full_disk_too(server: Any, cache: BlockCache) -> None:
     opened = CachedBytes(server.url(), cache)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
@@ -636,9 +542,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk_too(server: Server, cache: BlockCa
     assert len(blocks(cache)) == 1
 
 
-def test_a_cache_that_cannot_be_written_or_locked(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_or_locked(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     opened = CachedBytes(server.url(), BlockCache(tmp_path / "file", block_bytes=BLOCK))
     with pytest.warns(UserWarning, match=r"cannot cache a block \(Not a directory|File exists\)"):
@@ -649,7 +553,7 @@ def test_a_cache_that_cannot_be_written_or_locked(
     assert len(blocks(cache)) == 5
 
 
-def test_the_environment_names_the_cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_cache(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWURST_CACHE_DIR", str(tmp_path / "here"))
     monkeypatch.setenv("REWURST_CACHE_BYTES", "1000000")
     before = storage.process_stats()["bytes_fetched"]
@@ -662,36 +566,13 @@ def test_the_environment_names_the_cache(server: Server, tmp_path: Path, monkeyp
         BlockCache.from_environment()
 
 
-def test_few_blocks_stay_mapped(server: Server, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_blocks_stay_mapped(server: Any, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_cache, "MAPPED_BLOCKS", 3)
     CachedBytes(server.url(), cache).read(0, 10_000)
     assert len(cache._mapped) == 3
 
 
 # S3
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A bucket of moto's S3 server on loopback."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'rewurst[remote]'")
-    boto3 = pytest.importorskip("boto3")
-    moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[s3]' flask flask-cors")
-    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    endpoint = "http://{}:{}".format(*running.get_host_and_port())
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "no_proxy": "127.0.0.1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    remote._file_systems.clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="corpora")
-    yield client
-    client.close()
-    remote._file_systems.clear()
-    running.stop()
 
 
 def test_objects_in_s3(bucket: Any, cache: BlockCache) -> None:

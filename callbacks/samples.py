@@ -1,0 +1,205 @@
+"""Grids of pictures that a module draws in validation, always of the same samples with the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .. import UsageError
+
+Pixels = NDArray[np.uint8]
+SIDE = 128  # pixels; smaller pictures are enlarged by a whole number
+MARGIN = 8
+LINE = 16
+
+
+class Row(NamedTuple):
+    """A line of a grid.
+
+    Attributes:
+        caption: Of the sample.
+        pictures: By name of what drew them, (height, width, 3) each.
+    """
+
+    caption: str
+    pictures: dict[str, Pixels]
+
+
+class LogSamples(Callback):
+    """Draws the first samples of each validation corpus and logs them as one grid, captions included.
+
+    Needs of the module: ``draw_samples(batch) -> dict[str, Tensor]``, which turns a validation batch into pictures by
+    name, (n, 3, height, width) in [0, 1]; columns stand in the dict's order (original, A, B, ...). Of the batch:
+    ``image`` or anything else that all of its tensors' first dimension counts, ``caption`` (a list of texts) and
+    ``valid`` where it has them. Randomness should come from the batch (``seed``); what is drawn from the global
+    generator is the same every time too, and leaves it as it was.
+
+    Pictures are drawn while validation has the weights in place that it judges, averaged ones for instance. A grid goes
+    to every logger that shows pictures (TensorBoard's ``add_image``, ``log_image`` of Weights & Biases) under
+    ``samples/<corpus>``, and as a PNG file into the folder ``samples`` under the logger's. With several processes the
+    first one draws its own share of the corpus.
+
+    Args:
+        samples: Rows of a grid.
+        every_n_steps: Completed global batches from one grid to the next, checked at validations; by default every
+            validation draws one.
+        corpora: Names of the corpora; by default all.
+
+    Raises:
+        UsageError: A number is out of range, a corpus does not exist, or the module draws nothing.
+
+    Example::
+
+        Trainer(callbacks=[LogSamples(samples=8, every_n_steps=1000)])
+    """
+
+    def __init__(self, samples: int = 8, every_n_steps: int | None = None, corpora: list[str] | None = None) -> None:
+        if samples < 1 or (every_n_steps is not None and every_n_steps < 1):
+            raise UsageError(f"LogSamples: samples {samples} and every_n_steps {every_n_steps} must be at least 1")
+        self.samples, self.every_n_steps, self.corpora = samples, every_n_steps, corpora
+        self._rows: dict[str, list[Row]] = {}
+        self._drawn_at: int | None = None
+        self._folder = Path("samples")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the last grid."""
+        return {"drawn_at": self._drawn_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the step of the last grid over."""
+        self._drawn_at = state_dict["drawn_at"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that the module can draw, and settles the folder, which processes agree on together."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        if not callable(getattr(pl_module, "draw_samples", None)):
+            raise UsageError(
+                f"LogSamples: {type(pl_module).__name__} has no draw_samples(batch) that returns pictures by name"
+            )
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins new grids."""
+        names = _corpora(trainer)
+        for wanted in self.corpora or []:
+            if wanted not in names:
+                raise UsageError(f"LogSamples: there is no validation corpus {wanted!r}: choose of {', '.join(names)}")
+        self._rows = {name: [] for name in self.corpora or names} if self._is_due(trainer) else {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draws as many of the batch's samples as the grid still lacks."""
+        rows = self._rows.get(_corpora(trainer)[dataloader_idx])
+        if rows is None or len(rows) >= self.samples:
+            return
+        part = _first_valid(batch, self.samples - len(rows))
+        devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            drawn = {name: _bytes(pictures) for name, pictures in pl_module.draw_samples(part).items()}  # type: ignore[operator]
+        captions = part.get("caption", [""] * self.samples)
+        for index in range(len(next(iter(drawn.values()), []))):
+            rows.append(Row(captions[index], {name: pictures[index] for name, pictures in drawn.items()}))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the grids."""
+        step = _step(trainer)
+        rows, self._rows = self._rows, {}
+        for corpus, lines in rows.items():
+            if not lines:
+                rank_zero_warn(f"LogSamples: corpus {corpus!r} has no samples on the first process")
+                continue
+            self._drawn_at = step
+            picture = grid(lines)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            picture.save(self._folder / f"{corpus}-step={step:07d}.png")
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image(key=f"samples/{corpus}", images=[picture], step=step)
+                    continue
+                experiment: Any = getattr(logger, "experiment", None)
+                if hasattr(experiment, "add_image"):
+                    experiment.add_image(f"samples/{corpus}", np.asarray(picture), step, dataformats="HWC")
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return False
+        if self.every_n_steps is None or self._drawn_at is None or trainer.state.fn != "fit":
+            return True
+        return _step(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
+
+
+def grid(rows: list[Row]) -> Image.Image:
+    """Put pictures side by side under the names of what drew them, each line's caption below it."""
+    names = list(rows[0].pictures)
+    scale = max(1, SIDE // max(max(picture.shape[:2]) for row in rows for picture in row.pictures.values()))
+    width = scale * max(picture.shape[1] for row in rows for picture in row.pictures.values())
+    heights = [scale * max(picture.shape[0] for picture in row.pictures.values()) for row in rows]
+    size = (len(names) * (width + MARGIN) + MARGIN, LINE + MARGIN + sum(heights) + len(rows) * (LINE + MARGIN))
+    canvas = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(LINE - 4)
+    for column, name in enumerate(names):
+        pen.text((MARGIN + column * (width + MARGIN), 2), name, fill="black", font=font)
+    top = LINE + MARGIN // 2
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row.pictures.values()):
+            shown = Image.fromarray(picture)
+            shown = shown.resize((shown.width * scale, shown.height * scale), Image.Resampling.NEAREST)
+            canvas.paste(shown, (MARGIN + column * (width + MARGIN), top))
+        pen.text((MARGIN, top + height + 1), _shortened(row.caption, pen, font, size[0] - 2 * MARGIN), "black", font)
+        top += height + LINE + MARGIN
+    return canvas
+
+
+def _shortened(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> str:
+    """As much of a caption as fits on a line; characters that the font lacks become question marks."""
+    text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+    if pen.textlength(text, font) <= width:
+        return text
+    while text and pen.textlength(text + "...", font) > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _first_valid(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The first samples of a batch that do not only fill it up."""
+    length = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    valid = batch.get("valid")
+    chosen = [i for i in range(length) if valid is None or bool(valid[i])][:count]
+    return {
+        name: [value[i] for i in chosen] if isinstance(value, list) else value[chosen]
+        for name, value in batch.items()
+        if isinstance(value, (list, Tensor, np.ndarray)) and len(value) == length
+    }
+
+
+def _bytes(pictures: Tensor) -> Pixels:
+    scaled = (pictures.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _corpora(trainer: Trainer) -> list[str]:
+    loaders = trainer.val_dataloaders
+    if isinstance(loaders, Mapping):
+        return list(loaders)
+    return [str(index) for index in range(len(loaders))] if isinstance(loaders, (list, tuple)) else ["0"]
+
+
+def _step(trainer: Trainer) -> int:
+    """Completed global batches, as the logged metrics' steps are counted."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

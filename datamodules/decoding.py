@@ -1,0 +1,131 @@
+"""Bytes of an image file to upright RGB pixels, safely: nothing is decoded whose header says too much.
+
+1. The header is read by ``image_header`` and checked against ``max_pixels``; only then is memory taken, and a decoder
+   that finds another size than the header's is stopped before it decodes.
+2. JPEGs that are wanted much smaller are decoded at a half, a quarter or an eighth of their size, by leaving out high
+   frequencies of their cosine transform; simplejpeg does it where installed, otherwise Pillow.
+3. Whatever the file holds becomes RGB of 8 bits: transparency over white, 16 bits rounded to 8, CMYK by Pillow's
+   conversion. Colour profiles are not applied. The EXIF orientation is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from .image_header import MAX_PIXELS, DecodeError, Header, read_header
+
+__all__ = ["MAX_PIXELS", "DecodeError", "Header", "decode", "read_header", "reduction_for"]
+
+Pixels = NDArray[np.uint8]
+
+try:
+    _simplejpeg: Any = importlib.import_module("simplejpeg")
+except ImportError:
+    _simplejpeg = None
+
+# Opened by class: ``Image.open`` would try others, and warns by a limit of its own that is global to the process.
+_OPENERS: dict[str, type[ImageFile.ImageFile]] = {
+    "jpeg": JpegImagePlugin.JpegImageFile,
+    "png": PngImagePlugin.PngImageFile,
+    "gif": GifImagePlugin.GifImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+}
+_SMALLEST_SIDE = 16  # of a reduced picture: below, its size no longer tells by how much it was reduced
+
+
+def decode(
+    data: bytes,
+    at_least: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    simplejpeg: bool = _simplejpeg is not None,
+) -> Pixels:
+    """Decode a JPEG, PNG, WebP or GIF (its first frame).
+
+    Args:
+        data: The file.
+        at_least: Height and width that will do: a JPEG may come smaller than it is, by 2, 4 or 8, but not below. The
+            size is then that of the picture divided by the reduction and rounded up.
+        max_pixels: Larger pictures are refused.
+        simplejpeg: Decode JPEGs with simplejpeg. It is faster, and gives the pixels that Pillow gives: both hold
+            libjpeg-turbo.
+
+    Returns:
+        RGB, upright, shape (height, width, 3).
+
+    Raises:
+        DecodeError: A file that is truncated, corrupt, too large, or of another format.
+    """
+    header = read_header(data, max_pixels)
+    reduction = reduction_for(header, at_least)
+    pixels = None
+    if simplejpeg and header.format == "jpeg" and header.channels in (1, 3):
+        pixels = _with_simplejpeg(data, header, reduction)
+    if pixels is None:
+        pixels = _with_pillow(data, header, reduction)
+    return np.ascontiguousarray(_upright(pixels, header.orientation))
+
+
+def reduction_for(header: Header, at_least: tuple[int, int] | None) -> int:
+    """By how much a picture is reduced while it is decoded: 8, 4, 2 or 1."""
+    if at_least is None or header.format != "jpeg":
+        return 1
+    height, width = (max(side, _SMALLEST_SIDE) for side in at_least)
+    fitting = (by for by in (8, 4, 2) if -(-header.height // by) >= height and -(-header.width // by) >= width)
+    return next(fitting, 1)
+
+
+def _with_simplejpeg(data: bytes, header: Header, reduction: int) -> Pixels | None:
+    """Pixels as stored, or None where it finds a fault: Pillow then says what is one, and what is none."""
+    height, width = (-(-side // reduction) for side in header.stored_size)
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    try:
+        _simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=reduction, buffer=pixels)
+    except (ValueError, RuntimeError):
+        return None
+    return pixels
+
+
+def _with_pillow(data: bytes, header: Header, reduction: int) -> Pixels:
+    """Pixels as stored."""
+    size = header.stored_size[::-1]
+    try:
+        with _OPENERS[header.format](io.BytesIO(data)) as image:
+            if image.size != size:
+                raise DecodeError(f"the picture is {image.size[0]} x {image.size[1]}, its header says otherwise")
+            if reduction > 1:
+                image.draft(image.mode, (size[0] // reduction, size[1] // reduction))
+            image.load()
+            return _to_rgb(image)
+    except DecodeError:
+        raise
+    except Exception as error:  # whatever a decoder stumbles over in a corrupt file: OSError, SyntaxError, struct.error
+        raise DecodeError(f"{header.format}: {str(error).splitlines()[0] if str(error) else repr(error)}") from None
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):  # 16 bits of grey
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return ((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        picture = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(picture, mask=picture.getchannel("A"))
+        return np.asarray(white)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Undo the turning and mirroring that EXIF numbers from 1 to 8."""
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels

@@ -1,0 +1,214 @@
+"""An index for shards that others wrote: one scan over each tar, which is left as it is.
+
+1. Tars are named by path, glob, braces (``shard-{000000..000009}.tar``), folder or URL; their order is the stream's.
+2. Each is scanned by itself, in as many processes as asked for: which bytes make which sample, a hash of all bytes, and
+   what the kind of corpus needs (the shape and range of token rows, the facts of images).
+3. Sidecars and ``index.json`` are written beside the tars, or into a folder of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from .. import UsageError
+from .corpus_index import INDEX_FILE, Shard, write_atomically, writing
+from .kinds import KINDS, Kind, kind_of
+from .storage import Bytes, is_remote, open_bytes
+from .tar_scan import scan
+
+CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """One tar.
+
+    Attributes:
+        shard: Its entry in the index.
+        offsets: Of its samples, and where they end.
+        keys: Of its first and its last sample.
+        found: What the kind of corpus found in it.
+    """
+
+    shard: Shard
+    offsets: NDArray[np.uint64]
+    keys: tuple[str, str]
+    found: Any
+
+
+def index_shards(
+    sources: Sequence[str],
+    out: Path | None = None,
+    *,
+    kind: str | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Write the index of tars that are there already.
+
+    Args:
+        sources: Paths, globs, braces, folders or URLs of tars.
+        out: Folder of the index; by default that of the tars.
+        kind: ``"text"`` or ``"images"``; by default what the first sample looks like.
+        workers: Processes that scan.
+        overwrite: Replace an index, and sidecars that something else wrote.
+        progress: Show a progress bar on stderr.
+        options: Of the kind: ``tokenizer`` of text, ``caption_key`` and ``max_corrupt`` of images.
+
+    Returns:
+        One line that says what was indexed.
+
+    Raises:
+        UsageError: A tar that cannot be read to its end, or holds what webdataset would lose; samples of another kind;
+            shards of one name; an index that is there already.
+    """
+    paths = expand_shards(sources)
+    folder = _folder(paths, out)
+    _check_free(folder, paths, overwrite)
+    chosen = kind or kind_of(next(scan(open_bytes(paths[0]), paths[0])), paths[0])
+    reader = _reader(chosen, options or {})
+    scanned = list(tqdm(_scanned(paths, reader, workers), "indexing", len(paths), unit="tar", disable=not progress))
+    _check_neighbours(scanned)
+    shards = [_placed(one.shard, folder, path) for one, path in zip(scanned, paths, strict=True)]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    found = [one.found for one in scanned]
+    index = reader.index(folder, shards, found, tuple(sources))
+    for one in scanned:
+        sidecar = folder / one.shard.idx_name
+        with writing(sidecar):
+            write_atomically(sidecar, one.offsets.astype("<u8").tobytes())
+    index.save(folder)
+    return f"{folder}: {index.rows:,} rows of {chosen} in {len(shards)} shards{reader.remarks(found)}"
+
+
+def _reader(kind: str, options: Mapping[str, Any]) -> Kind:
+    known = inspect.signature(KINDS[kind]).parameters
+    for name in options:
+        if name not in known:
+            raise UsageError(f"--{name} does not go with shards of {kind}: leave it out")
+    return KINDS[kind](**options)
+
+
+def expand_shards(sources: Sequence[str]) -> list[str]:
+    """Paths and URLs of tars that sources name, in their order; a glob's and a folder's by name.
+
+    Raises:
+        UsageError: A source that names nothing, or a tar that comes twice.
+    """
+    from braceexpand import braceexpand
+
+    paths: list[str] = []
+    for source in sources:
+        for name in braceexpand(source):
+            found = [name] if is_remote(name) else _local(name)
+            if not found:
+                raise UsageError(f"{name}: no such tar; give tars, a folder of them or URLs")
+            paths += found
+    for path in paths:
+        if not path.endswith(".tar"):
+            raise UsageError(f"{path}: only plain tars (.tar) can be read by offset; unpack compressed ones first")
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two shards are called {name}: index each folder by itself, as a corpus of its own")
+    return paths
+
+
+def _local(name: str) -> list[str]:
+    path = Path(name)
+    if path.is_dir():
+        return sorted(map(str, path.glob("*.tar")))
+    if path.is_file():
+        return [name]
+    return sorted(map(str, path.parent.glob(path.name))) if any(sign in path.name for sign in "*?[") else []
+
+
+def _folder(paths: Sequence[str], out: Path | None) -> Path:
+    if out is not None:
+        return out
+    parents = {path.rsplit("/", 1)[0] if "/" in path else "." for path in paths}
+    if len(parents) > 1 or is_remote(paths[0]):
+        raise UsageError("these shards do not lie in one local folder: say with --out where their index is to be")
+    return Path(parents.pop())
+
+
+def _check_free(folder: Path, paths: Sequence[str], overwrite: bool) -> None:
+    if overwrite:
+        return
+    if (folder / INDEX_FILE).exists():
+        raise UsageError(
+            f"{folder} has an {INDEX_FILE} already; add --overwrite to replace it, or choose another --out"
+        )
+    for path in paths:
+        sidecar = folder / Path(path.rsplit("/", 1)[-1]).with_suffix(".idx")
+        if sidecar.exists():
+            raise UsageError(
+                f"{sidecar} exists and is not ours; add --overwrite to replace it, or choose another --out"
+            )
+
+
+def _placed(shard: Shard, folder: Path, path: str) -> Shard:
+    """With the address where the shard does not lie beside the index."""
+    if is_remote(path):
+        return Shard(**{**vars(shard), "url": path})
+    beside = Path(path).resolve().parent == folder.resolve()
+    return shard if beside else Shard(**{**vars(shard), "url": str(Path(path).resolve())})
+
+
+def _scanned(paths: Sequence[str], reader: Kind, workers: int) -> Iterator[Scanned]:
+    one = partial(scan_shard, reader=reader)
+    if workers <= 1:
+        yield from map(one, paths)
+        return
+    try:
+        with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(one, paths)
+    except BrokenProcessPool:
+        raise UsageError(
+            f"a scanning process died, perhaps for want of memory; try --workers below {workers}"
+        ) from None
+
+
+def scan_shard(path: str, reader: Kind) -> Scanned:
+    """Offsets, hash and contents of one tar."""
+    content = open_bytes(path)
+    samples = list(scan(content, path))
+    found = reader.read(samples, content, path)
+    name = path.rsplit("/", 1)[-1]
+    shard = Shard(name, content.size, len(samples), reader.rows(found), sha256_of(content))
+    ends = np.array([*(reader.offset(sample, path) for sample in samples), samples[-1].end], dtype=np.uint64)
+    return Scanned(shard, ends, (samples[0].key, samples[-1].key), found)
+
+
+def _check_neighbours(scanned: Sequence[Scanned]) -> None:
+    for before, after in pairwise(scanned):
+        if before.keys[1] == after.keys[0]:
+            raise UsageError(
+                f"{after.shard.name} begins with key {after.keys[0]!r}, with which {before.shard.name} ends: "
+                "webdataset would make one sample of them; rename one"
+            )
+
+
+def sha256_of(content: Bytes) -> str:
+    """SHA-256, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for begin in range(0, content.size, CHUNK_BYTES):
+        digest.update(content.read(begin, min(begin + CHUNK_BYTES, content.size)))
+    return digest.hexdigest()

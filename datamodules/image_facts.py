@@ -1,0 +1,264 @@
+"""What is settled about a sample when its shard is indexed: sizes, caption, scores of the large public sets; filters.
+
+A sample is the members of a WebDataset tar with one key: an image, ``.txt``, ``.json``. No image is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import UsageError
+from ..hints import closest
+from .image_header import MAX_PIXELS, DecodeError, read_header
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+
+# Keys of .json under which the sets keep a score, in any case; the first that holds a number counts. LAION-5B and what
+# img2dataset makes of it: pwatermark, punsafe; LAION-Aesthetics: AESTHETIC_SCORE, aesthetic; COYO: the longer ones.
+_WATERMARK = ("pwatermark", "watermark_score", "watermark")
+_AESTHETIC = ("aesthetic", "aesthetic_score", "aesthetics_score", "aesthetic_score_laion_v2")
+_UNSAFE = ("punsafe", "unsafe", "nsfw_score_opennsfw2")
+# Before img2dataset resized them; LAION's own tables spell it in capitals (small ``width`` is the stored picture's).
+_ORIGINAL = (("original_width", "original_height"), ("WIDTH", "HEIGHT"))
+
+FACTS_DTYPE = np.dtype(
+    [
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("original_width", "<i4"),
+        ("original_height", "<i4"),
+        ("caption_length", "<i4"),
+        ("watermark", "<f4"),
+        ("aesthetic", "<f4"),
+        ("unsafe", "<f4"),
+    ]
+)
+
+
+class Facts(NamedTuple):
+    """One row of ``FACTS_DTYPE``.
+
+    Attributes:
+        width: Pixels of the stored picture, upright; 0 where it cannot be read.
+        height: The same.
+        original_width: Before the set resized it, as its .json says; 0 where it does not.
+        original_height: The same.
+        caption_length: Characters; -1 where there is no caption.
+        watermark: Probability of a watermark, NaN where unknown.
+        aesthetic: Predicted aesthetic score, 1 to 10, NaN where unknown.
+        unsafe: Probability of being unsafe, NaN where unknown.
+    """
+
+    width: int = 0
+    height: int = 0
+    original_width: int = 0
+    original_height: int = 0
+    caption_length: int = -1
+    watermark: float = math.nan
+    aesthetic: float = math.nan
+    unsafe: float = math.nan
+
+
+UNREADABLE = Facts()
+
+
+def facts_of(members: Mapping[str, bytes], caption_key: str | None = None, max_pixels: int = MAX_PIXELS) -> Facts:
+    """Facts of one sample.
+
+    Args:
+        members: Contents by suffix, such as ``{"jpg": ..., "txt": ..., "json": ...}``.
+        caption_key: Key of the .json with the caption; by default it is the .txt.
+        max_pixels: Larger pictures are refused.
+
+    Raises:
+        DecodeError: No image, one whose header is no image's or says too many pixels, .json that is none.
+    """
+    header = read_header(members[image_suffix(members)], max_pixels)
+    values, caption = _json(members), caption_of(members, caption_key)
+    lowered = {key.lower(): value for key, value in values.items()}
+    original = next((found for keys in _ORIGINAL if all(found := [_count(values.get(key)) for key in keys])), [0, 0])
+    return Facts(
+        header.width,
+        header.height,
+        original[0],
+        original[1],
+        -1 if caption is None else len(caption),
+        _score(lowered, _WATERMARK),
+        _score(lowered, _AESTHETIC),
+        _score(lowered, _UNSAFE),
+    )
+
+
+def image_suffix(members: Mapping[str, Any]) -> str:
+    """The suffix of a sample's image, in the order of ``IMAGE_SUFFIXES`` where it has several.
+
+    Raises:
+        DecodeError: There is none.
+    """
+    lowered: dict[str, str] = {}
+    for suffix in members:
+        lowered.setdefault(suffix.lower(), suffix)
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in lowered:
+            return lowered[suffix]
+    raise DecodeError(f"no image, only {', '.join('.' + suffix for suffix in members) or 'nothing'}")
+
+
+def caption_of(members: Mapping[str, bytes], caption_key: str | None = None) -> str | None:
+    """The caption of a sample, without white space around it; None where it has none, or an empty one.
+
+    Args:
+        members: Contents by suffix.
+        caption_key: Key of the .json; by default the caption is the .txt.
+
+    Raises:
+        DecodeError: .json that is none.
+    """
+    if caption_key is None:
+        text: Any = members["txt"].decode("utf-8-sig", "replace") if "txt" in members else None
+    else:
+        text = _json(members).get(caption_key)
+    return (text.strip() or None) if isinstance(text, str) else None
+
+
+def no_caption(where: str, caption_key: str | None, members: Mapping[str, bytes]) -> UsageError:
+    """What to say when none of the samples has a caption; ``members`` is one of them, for what it has instead."""
+    try:
+        keys = [key for key, value in _json(members).items() if isinstance(value, str)]
+    except DecodeError:
+        keys = []
+    texts = f"caption_key can be one of: {', '.join(keys)}" if keys else "no .json holds text either"
+    if caption_key is None:
+        suffixes = ", ".join("." + suffix for suffix in members)
+        return UsageError(f"{where}: no sample has a caption (.txt), they have {suffixes}; {texts}")
+    near = closest(caption_key, keys)
+    return UsageError(f"{where}: caption_key is {caption_key!r}, which no sample has{near or '; ' + texts}")
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which pictures are trained on. By default all that can be read and have a caption.
+
+    The paper's: ``min_size=512, max_size=4096, max_watermark=0.5, min_aesthetic=5, max_unsafe=0.99``.
+
+    Args:
+        min_size: Shortest side in pixels, of the stored picture and of the original (which a set may have enlarged).
+        max_size: Longest side in pixels, of both.
+        max_watermark: Probability of a watermark.
+        min_aesthetic: Aesthetic score.
+        max_unsafe: Probability of being unsafe.
+        min_caption_length: Characters.
+        max_caption_length: Characters.
+        unknown: What happens to a picture of which a score asked for is not known.
+    """
+
+    min_size: int | None = None
+    max_size: int | None = None
+    max_watermark: float | None = None
+    min_aesthetic: float | None = None
+    max_unsafe: float | None = None
+    min_caption_length: int | None = None
+    max_caption_length: int | None = None
+    unknown: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.unknown not in ("keep", "drop"):
+            raise UsageError(f"unknown is {self.unknown!r}, expected keep or drop")
+        for name in ("size", "caption_length"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low is not None and high is not None and low > high:
+                raise UsageError(f"min_{name} is {low}, expected at most max_{name}, which is {high}")
+        for name in ("max_watermark", "max_unsafe"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"{name} is {value}, expected a probability from 0 to 1")
+
+    def keep(self, facts: NDArray[Any]) -> tuple[NDArray[np.bool_], dict[str, int]]:
+        """Which pictures pass.
+
+        Args:
+            facts: ``FACTS_DTYPE``, shape (n,).
+
+        Returns:
+            Shape (n,), and how many were dropped by reason; one that fails several counts for the first.
+        """
+        kept, counts = np.ones(len(facts), dtype=np.bool_), {}
+        for reason, fails in self._failures(facts):
+            if count := int((kept & fails).sum()):
+                counts[reason] = count
+            kept &= ~fails
+        return kept, counts
+
+    def _failures(self, facts: NDArray[Any]) -> list[tuple[str, NDArray[np.bool_]]]:
+        width, height, length = facts["width"], facts["height"], facts["caption_length"]
+        original_known = facts["original_width"] > 0
+        original = facts["original_width"], facts["original_height"]
+        shortest = np.where(original_known, np.minimum.reduce([width, height, *original]), np.minimum(width, height))
+        longest = np.maximum.reduce([width, height, *original])
+        found = [("unreadable", (width <= 0) | (height <= 0)), ("no caption", length < 0)]
+        found += _outside("size", shortest, self.min_size, None) + _outside("size", longest, None, self.max_size)
+        for name, low, high in (
+            ("watermark", None, self.max_watermark),
+            ("aesthetic", self.min_aesthetic, None),
+            ("unsafe", None, self.max_unsafe),
+        ):
+            if self.unknown == "drop" and (low is not None or high is not None):
+                found.append((f"{name} unknown", np.isnan(facts[name])))
+            found += _outside(name, facts[name], low, high)
+        return found + _outside("caption_length", length, self.min_caption_length, self.max_caption_length)
+
+
+def facts_array(facts: Sequence[Facts]) -> NDArray[Any]:
+    """Rows of ``FACTS_DTYPE``, shape (n,)."""
+    return np.array(list(facts), dtype=FACTS_DTYPE)
+
+
+def _outside(
+    name: str, values: NDArray[Any], low: float | None, high: float | None
+) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Values beyond a limit by the limit's name; NaN is beyond none."""
+    found = []
+    if low is not None:
+        found.append((f"min_{name}", values < values.dtype.type(low)))
+    if high is not None:
+        found.append((f"max_{name}", values > values.dtype.type(high)))
+    return found
+
+
+def _json(members: Mapping[str, bytes]) -> dict[str, Any]:
+    if "json" not in members:
+        return {}
+    try:
+        values = json.loads(members["json"])
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f".json is not valid JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise DecodeError(f".json holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def _score(values: Mapping[str, Any], keys: Sequence[str]) -> float:
+    return next((number for key in keys if not math.isnan(number := _number(values.get(key)))), math.nan)
+
+
+def _count(value: Any) -> int:
+    number = _number(value)
+    return int(number) if 0 < number < 2**31 else 0
+
+
+def _number(value: Any) -> float:
+    """A finite number, also where it is spelt as text; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan

@@ -1,0 +1,192 @@
+"""What an image file says about itself before anything of it is decoded: format, size, orientation.
+
+Read here rather than by a decoder, because some allocate the whole picture when they open a file. Bytes are followed
+as the formats' specifications lay them out: JPEG (ITU T.81, annex B), PNG, GIF89a, WebP (RFC 9649), EXIF 2.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MAX_PIXELS = 2**27  # 134 million, 400 MB once decoded: photographs have up to 108 million, the paper's pictures 17
+# A progressive JPEG is decoded once a scan: a few KB could take minutes. Encoders write about ten.
+MAX_SCANS = 100
+
+_MAGIC = {
+    "jpeg": (b"\xff\xd8\xff",),
+    "png": (b"\x89PNG\r\n\x1a\n",),
+    "gif": (b"GIF87a", b"GIF89a"),
+    "webp": (b"RIFF",),
+}
+_ORIENTATION = 0x0112
+_SHORT = 3
+_NO_FRAME = {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie among the start-of-frame markers
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_SCAN = 0xDA
+_ALONE = {0x00, 0x01, *range(0xD0, 0xDA)}  # no marker, or one that no segment follows
+
+
+class DecodeError(ValueError):
+    """An image that cannot be decoded, or must not be; the message is the reason."""
+
+
+class Header(NamedTuple):
+    """What is known of an image without decoding it.
+
+    Attributes:
+        format: ``jpeg``, ``png``, ``gif`` or ``webp``.
+        height: Pixels, upright: after the EXIF orientation.
+        width: Pixels, upright.
+        orientation: As EXIF numbers it, 1 to 8; from 5 on the stored picture lies on its side.
+        channels: Of a JPEG, else 0.
+    """
+
+    format: str
+    height: int
+    width: int
+    orientation: int = 1
+    channels: int = 0
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width before the orientation is applied."""
+        return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
+
+
+class _Found(NamedTuple):
+    width: int
+    height: int
+    exif: bytes = b""
+    channels: int = 0
+
+
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """Format, size and orientation of an image file.
+
+    Args:
+        data: The file.
+        max_pixels: Larger pictures are refused.
+
+    Raises:
+        DecodeError: Another format, a header that is cut off or contradicts its format, too many pixels.
+    """
+    name = format_of(data)
+    try:
+        found = _READERS[name](data)
+    except IndexError:
+        raise DecodeError(f"the {name} header is cut off") from None
+    if not found.width or not found.height:
+        raise DecodeError(f"the {name} header says {found.width} x {found.height} pixels")
+    if found.width * found.height > max_pixels:
+        raise DecodeError(f"{found.width} x {found.height} pixels are more than {max_pixels}")
+    orientation = exif_orientation(found.exif)
+    width, height = (found.height, found.width) if orientation > 4 else (found.width, found.height)
+    return Header(name, height, width, orientation, found.channels)
+
+
+def format_of(data: bytes) -> str:
+    """``jpeg``, ``png``, ``gif`` or ``webp``, by the first bytes: names of files are often wrong.
+
+    Raises:
+        DecodeError: Something else.
+    """
+    for name, magic in _MAGIC.items():
+        if data.startswith(magic) and (name != "webp" or data[8:12] == b"WEBP"):
+            return name
+    start = f"begins with {data[:4].hex(' ')}" if data else "empty"
+    raise DecodeError(f"not a JPEG, PNG, WebP or GIF ({start})")
+
+
+def exif_orientation(exif: bytes) -> int:
+    """The orientation, 1 to 8, in the TIFF structure that EXIF is; 1 where it says none or something else."""
+    order = {b"II": "little", b"MM": "big"}.get(exif[:2])
+    if order is None:
+        return 1
+    try:
+        entries = _integer(exif, 4, 4, order)
+        for entry in range(entries + 2, entries + 2 + 12 * _integer(exif, entries, 2, order), 12):
+            if _integer(exif, entry, 2, order) == _ORIENTATION and _integer(exif, entry + 2, 2, order) == _SHORT:
+                orientation = _integer(exif, entry + 8, 2, order)
+                return orientation if 1 <= orientation <= 8 else 1
+    except IndexError:
+        pass  # broken EXIF is common, and the picture is there all the same
+    return 1
+
+
+def _integer(data: bytes, offset: int, size: int, order: str = "big") -> int:
+    part = data[offset : offset + size]
+    if len(part) < size:
+        raise IndexError
+    return int.from_bytes(part, "little" if order == "little" else "big")
+
+
+def _jpeg(data: bytes) -> _Found:
+    exif, frame, progressive = b"", _Found(0, 0), False
+    for marker, at, end in _segments(data):
+        if marker == 0xE1 and data[at : at + 6] == b"Exif\0\0":
+            exif = exif or data[at + 6 : end]
+        elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+            frame = _Found(_integer(data, at + 3, 2), _integer(data, at + 1, 2), channels=data[at + 5])
+            progressive = marker in _PROGRESSIVE
+        elif marker == _SCAN:
+            # A sequential picture whose first scan holds all channels ends with it.
+            if (progressive or data[at] < frame.channels) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+                raise DecodeError(f"{scans} scans are more than {MAX_SCANS}")
+            return frame._replace(exif=exif)
+    raise IndexError
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Markers of a JPEG up to its first scan, and where the content of each begins and ends."""
+    position = 2
+    while (position := data.find(b"\xff", position)) >= 0:
+        while data[position] == 0xFF:  # any number of them may stand before a marker
+            position += 1
+        marker = data[position]
+        position += 1
+        if marker not in _ALONE:
+            end = position + max(2, _integer(data, position, 2))
+            yield marker, position + 2, end
+            position = end
+
+
+def _png(data: bytes) -> _Found:
+    if data[12:16] != b"IHDR":
+        raise DecodeError("the png header does not begin with IHDR")
+    exif = next((body for name, body in _chunks(data, 8, "big") if name == b"eXIf"), b"")
+    return _Found(_integer(data, 16, 4), _integer(data, 20, 4), exif)
+
+
+def _gif(data: bytes) -> _Found:
+    return _Found(_integer(data, 6, 2, "little"), _integer(data, 8, 2, "little"))
+
+
+def _webp(data: bytes) -> _Found:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width, height = (1 + _integer(data, offset, 3, "little") for offset in (24, 27))
+        exif = next((body for name, body in _chunks(data, 12, "little") if name == b"EXIF"), b"")
+        return _Found(width, height, exif.removeprefix(b"Exif\0\0"))
+    if kind == b"VP8 ":  # lossy: a frame tag of 3 bytes, a start code of 3, then two times 14 bits
+        return _Found(_integer(data, 26, 2, "little") & 0x3FFF, _integer(data, 28, 2, "little") & 0x3FFF)
+    if kind == b"VP8L":
+        bits = _integer(data, 21, 4, "little")
+        return _Found(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
+    raise DecodeError(f"the webp header begins with {kind!r}")
+
+
+def _chunks(data: bytes, position: int, order: str) -> Iterator[tuple[bytes, bytes]]:
+    """Names and bodies of PNG's chunks (big: length first, a checksum last) or RIFF's (little: name first, padded)."""
+    while position + 8 <= len(data):
+        if order == "big":
+            length, name, after = _integer(data, position, 4), data[position + 4 : position + 8], 4
+        else:
+            name, length = data[position : position + 4], _integer(data, position + 4, 4, order)
+            after = length % 2
+        # Only what may be wanted is copied; pixels are not.
+        yield name, data[position + 8 : position + 8 + length] if name in (b"eXIf", b"EXIF") else b""
+        position += 8 + length + after
+
+
+_READERS = {"jpeg": _jpeg, "png": _png, "gif": _gif, "webp": _webp}

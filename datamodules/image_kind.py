@@ -1,0 +1,125 @@
+"""Corpora of captioned images as a kind: what a scan of foreign shards looks for, and what verification reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import UsageError
+from .corpus_index import CorpusIndex, Shard
+from .image_facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
+from .image_header import DecodeError
+from .image_index import ImageIndex, image_index
+from .image_shards import ImageShards
+from .kind import Kind
+from .storage import Bytes
+from .tar_scan import Member, Sample
+
+NAMED = 5  # unreadable samples that are named; the others are counted
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """Facts of a shard's samples, ``(samples,)``; which cannot be read and why; the files of the first sample."""
+
+    facts: NDArray[Any]
+    unreadable: list[str]
+    first: dict[str, bytes]
+
+
+class Images(Kind):
+    """Shards of images with captions, in the style of the large public sets.
+
+    Args:
+        caption_key: Key of the .json with the caption; by default it is the .txt.
+        max_corrupt: Share of the images that may be unreadable.
+    """
+
+    def __init__(self, caption_key: str | None = None, max_corrupt: float = 0.1) -> None:
+        self.caption_key, self.max_corrupt = caption_key, max_corrupt
+
+    def load(self, folder: str | Path) -> ImageIndex:
+        """The index of such a corpus."""
+        return ImageIndex.load(folder)
+
+    def offset(self, sample: Sample, where: str) -> int:
+        """The first header of the sample."""
+        return sample.begin
+
+    def read(self, samples: Sequence[Sample], content: Bytes, where: str) -> FoundImages:
+        """Reads headers of images, captions and scores."""
+        facts, unreadable = [], []
+        for sample in samples:
+            members = {member.extension: _content(member, content) for member in sample.members}
+            try:
+                facts.append(facts_of(members, self.caption_key))
+            except DecodeError as error:
+                facts.append(UNREADABLE)
+                unreadable.append(f"{where}, {sample.key}: {error}")
+        first = {member.extension: _content(member, content) for member in samples[0].members}
+        return FoundImages(facts_array(facts), unreadable, first)
+
+    def rows(self, found: FoundImages) -> int:
+        """One a sample."""
+        return len(found.facts)
+
+    def index(
+        self, folder: Path, shards: Sequence[Shard], found: Sequence[FoundImages], sources: tuple[str, ...]
+    ) -> ImageIndex:
+        """Checks that there are images, and captions."""
+        facts = np.concatenate([one.facts for one in found])
+        unreadable = [line for one in found for line in one.unreadable]
+        if len(unreadable) > self.max_corrupt * len(facts):
+            raise UsageError(
+                f"{len(unreadable)} of {len(facts)} images cannot be read, more than max_corrupt {self.max_corrupt} "
+                f"allows; the first is {unreadable[0]}"
+            )
+        if not (facts["caption_length"] >= 0).any():
+            raise no_caption(shards[0].name, self.caption_key, found[0].first)
+        return image_index(folder, shards, [one.facts for one in found], sources, self.caption_key)
+
+    def remarks(self, found: Sequence[FoundImages]) -> str:
+        """How many images cannot be read, with the first of them, and how many have no caption."""
+        unreadable = [line for one in found for line in one.unreadable]
+        bare = sum(int(((one.facts["caption_length"] < 0) & (one.facts["width"] > 0)).sum()) for one in found)
+        remarks = f"; {bare} without a caption, which are left out" if bare else ""
+        if unreadable:
+            named = "; ".join(unreadable[:NAMED])
+            remarks += f"; {len(unreadable)} unreadable, which are left out: {named}"
+            remarks += ", ..." if len(unreadable) > NAMED else ""
+        return remarks
+
+    def check_shard(self, folder: str, index: CorpusIndex, number: int) -> None:
+        """Compares the facts of every sample with those beside the index."""
+        assert isinstance(index, ImageIndex)
+        shards = ImageShards(folder)
+        first = sum(shard.rows for shard in index.shards[:number])
+        for row in range(first, first + index.shards[number].rows):
+            facts = _facts(shards, row, index.caption_key or None)
+            if facts_array([facts]).tobytes() != shards.facts[row].tobytes():
+                raise UsageError(f"{shards.path}: {shards.locate(row)} is not what facts.npy says of it")
+
+
+def _facts(shards: ImageShards, row: int, caption_key: str | None) -> Facts:
+    try:
+        return facts_of(shards.members(row), caption_key)
+    except DecodeError:
+        return UNREADABLE
+
+
+def _content(member: Member, content: Bytes) -> bytes:
+    return bytes(content.read(member.begin, member.begin + member.size))
+
+
+def has_image(extensions: Sequence[str]) -> bool:
+    """Whether a sample of files with these extensions holds an image."""
+    try:
+        image_suffix(dict.fromkeys(extensions))
+    except DecodeError:
+        return False
+    return True

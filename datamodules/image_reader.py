@@ -1,0 +1,118 @@
+"""Picked images to batches: decoded, cropped, captioned; a corrupt one is replaced by one that its slot determines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .. import UsageError
+from .batches import Batch, Picks
+from .decoding import MAX_PIXELS, DecodeError, decode
+from .geometry import Crop, Size, crop, resample, size_to_decode, uniform
+from .image_facts import caption_of, image_suffix
+from .image_rows import ImageRows
+from .order import slot_seeds
+
+REPLACEMENTS = 32  # tried for one slot; with half of the images corrupt all of them fail once in 4 billion slots
+
+
+@dataclass(frozen=True)
+class Showing:
+    """How images are shown in training.
+
+    Args:
+        sizes: Height and width of each lane.
+        resize: Side of a square that the resized image covers, from which the size is cropped; none for the size.
+        random_crop: Whether crops are at random places, rather than in the centre.
+        flip: Share of the samples mirrored left to right.
+        caption_dropout: Share of the samples whose caption is "".
+        max_pixels: Larger images are taken for corrupt before they are decoded.
+    """
+
+    sizes: Sequence[Size]
+    resize: int | None = None
+    random_crop: bool = True
+    flip: float = 0.0
+    caption_dropout: float = 0.0
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image of a batch: pixels (h, w, 3), what they show of the stored image, the stored size, the caption."""
+
+    pixels: NDArray[np.uint8]
+    crop: Crop
+    original_size: Size
+    caption: str
+
+
+class ImageReader:
+    """Picks -> a batch of images.
+
+    Args:
+        sources: Corpora, as picks number them.
+        showing: How images are shown.
+    """
+
+    def __init__(self, sources: Sequence[ImageRows], showing: Showing) -> None:
+        self._sources, self._showing = sources, showing
+
+    def __call__(self, picks: Picks) -> Batch:
+        """Reads a micro-batch; ``corrupt`` says where the images lie that had to be replaced, and why."""
+        corrupt: list[str] = []
+        replaced = np.zeros(len(picks.row), dtype=np.bool_)
+        shown = []
+        for i, (corpus, row, seed) in enumerate(zip(picks.corpus, picks.row, picks.seed, strict=True)):
+            before = len(corrupt)
+            shown.append(self._one(self._sources[int(corpus)], int(row), int(seed), picks, corrupt))
+            replaced[i] = len(corrupt) > before
+        pixels = np.stack([one.pixels for one in shown]).transpose(0, 3, 1, 2)
+        return {
+            "image": torch.from_numpy(np.ascontiguousarray(pixels)),
+            "caption": [one.caption for one in shown],
+            "seed": picks.seed,
+            "original_size": np.array([one.original_size for one in shown]),
+            "crop": np.array([one.crop for one in shown]),
+            "replaced": replaced,
+            "corrupt": corrupt,
+        }
+
+    def _one(self, source: ImageRows, row: int, seed: int, picks: Picks, corrupt: list[str]) -> Shown:
+        count = source.lanes[picks.lane]
+        for attempt in range(REPLACEMENTS):
+            try:
+                return self._show(source, row, seed, picks)
+            except DecodeError as error:
+                corrupt.append(f"{source.path}: {source.locate(row)}: {error}")
+            number = slot_seeds(seed, attempt, np.zeros(1, dtype=np.int64)) % max(count, 1)
+            row = int(source.in_lane(picks.lane, number)[0]) if count else row
+        raise UsageError(f"{REPLACEMENTS} images in a row cannot be decoded, the last is {corrupt[-1]}")
+
+    def _show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> Shown:
+        showing = self._showing
+        target = showing.sizes[picks.lane]
+        facts = source.shards.facts[row]
+        size = (int(facts["height"]), int(facts["width"]))
+        covered = None if showing.resize is None else (max(showing.resize, target[0]), max(showing.resize, target[1]))
+        shown = crop(size, target, seed if picks.training and showing.random_crop else None, covered)
+        members = source.shards.members(row)
+        data = members[image_suffix(members)]
+        pixels = resample(decode(data, size_to_decode(size, shown, target), showing.max_pixels), size, shown, target)
+        flip, drop = uniform(seed, "flip, caption", 2) if picks.training else (1.0, 1.0)
+        if flip < showing.flip:
+            pixels = pixels[:, ::-1]
+        caption = caption_of(members, source.shards.index.caption_key or None) or ""
+        return Shown(pixels, shown, size, "" if drop < showing.caption_dropout else caption)
+
+
+def describe_left_out(name: str, rows: ImageRows) -> str:
+    """One line: how many images a corpus gives, and how many are left out by which filter."""
+    reasons: dict[str, Any] = rows.left_out
+    left_out = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+    return f"corpus {name!r}: {len(rows)} of {len(rows.shards)} images" + (f"; left out: {left_out}" if reasons else "")

@@ -1,0 +1,209 @@
+"""What is done to one picture on its way into a shard: read, checked, made smaller if asked for, its facts settled.
+
+It is done in worker processes, many pictures a task, and depends on nothing but the picture and the options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .. import UsageError
+from .decoding import decode, read_header
+from .geometry import Crop, resample, size_to_decode
+from .image_facts import Facts, facts_of
+from .image_header import MAX_PIXELS, DecodeError
+from .image_sources import Drawing, Picture
+from .shapes import draw
+
+FORMATS = ("jpg", "png", "webp")
+TASK_PICTURES = 32
+TASKS_PER_WORKER = 2
+_SUFFIXES = {"jpeg": "jpg"}  # of formats, where it is another word
+
+
+@dataclass(frozen=True)
+class Recoding:
+    """How pictures are stored.
+
+    Args:
+        image_size: Shortest side in pixels; pictures with a longer one are made smaller, none larger.
+        format: ``jpg``, ``png`` or ``webp``. By default files stay as they are, byte by byte, and those that are made
+            smaller keep their format (GIF becomes PNG).
+        quality: Of JPEG and WebP, 1 to 100.
+        max_pixels: Larger pictures count as corrupt.
+    """
+
+    image_size: int | None = None
+    format: str | None = None
+    quality: int = 95
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise UsageError(f"image_size is {self.image_size}, expected 1 or more")
+        if self.format not in (None, *FORMATS):
+            raise UsageError(f"format is {self.format!r}, expected {' or '.join(FORMATS)}")
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"quality is {self.quality}, expected 1 to 100")
+
+
+class Sample(NamedTuple):
+    """A picture ready for a shard: its members, their facts, and a number in [0, 1) that only the file decides."""
+
+    members: dict[str, bytes]
+    facts: Facts
+    draw: float
+    side: str | None
+
+
+class Fault(NamedTuple):
+    """A picture that cannot be used; ``kind`` is ``corrupt`` or ``caption``."""
+
+    kind: str
+    name: str
+    reason: str
+
+
+def work(pictures: Iterable[Picture], recoding: Recoding, workers: int) -> Iterator[Sample | Fault]:
+    """Samples of ``pictures`` in their order, the same for any number of ``workers``.
+
+    Args:
+        pictures: Read only as far as ``TASKS_PER_WORKER`` tasks a worker ahead of what has been returned.
+        recoding: How they are stored.
+        workers: Processes; with 0 or 1 the work is done in this one.
+
+    Raises:
+        UsageError: A worker died, as it does when the system runs out of memory.
+    """
+    if workers <= 1:
+        for picture in pictures:
+            yield sample_of(picture, recoding)
+        return
+    # Spawned, not forked: the parent may hold threads of torch, which do not survive a fork.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupts)
+    pending: deque[Future[list[Sample | Fault]]] = deque()
+    listed = iter(pictures)
+    try:
+        while task := list(itertools.islice(listed, TASK_PICTURES)):
+            pending.append(pool.submit(_work_on, task, recoding))
+            if len(pending) >= workers * TASKS_PER_WORKER:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise UsageError(
+            f"a process that prepares pictures died, perhaps for want of memory; try --workers below {workers}"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
+    """The sample that a picture becomes, or why it becomes none."""
+    try:
+        caption = _caption(picture.caption)
+        if caption is None:
+            return Fault("caption", picture.name, "no caption")
+        values = _values(picture.values)
+        if isinstance(picture.image, Drawing):
+            drawing = picture.image
+            suffix = recoding.format or "png"
+            data = _encode(draw(*drawing), suffix, recoding.quality)
+            decides = data
+        else:
+            decides = picture.image if isinstance(picture.image, bytes) else _read(picture.image)
+            suffix, data, original = _recode(decides, recoding)
+            if original is not None:
+                values = {"original_width": original[1], "original_height": original[0]} | values
+        members = {suffix: data, "txt": caption.encode()}
+        if values:
+            members["json"] = json.dumps(values, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")
+        share = int.from_bytes(hashlib.blake2b(decides, digest_size=8).digest(), "big") / 2**64
+        return Sample(members, facts_of(members, max_pixels=recoding.max_pixels), share, picture.side)
+    except DecodeError as error:
+        return Fault("corrupt", picture.name, str(error))
+
+
+def _recode(data: bytes, recoding: Recoding) -> tuple[str, bytes, tuple[int, int] | None]:
+    """Suffix and content of what is stored, and the size before where that was larger."""
+    header = read_header(data, recoding.max_pixels)
+    size = header.height, header.width
+    suffix = _SUFFIXES.get(header.format, header.format)
+    smaller = recoding.image_size is not None and min(size) > recoding.image_size
+    if not smaller and recoding.format in (None, suffix):
+        decode(data, (1, 1), recoding.max_pixels)  # reads all of it, and says whether it is whole
+        return suffix, data, None
+    target = _target(size, recoding.image_size) if smaller else size
+    whole = Crop(0, 0, *size)
+    pixels = decode(data, size_to_decode(size, whole, target), recoding.max_pixels)
+    suffix = recoding.format or {"gif": "png"}.get(suffix, suffix)
+    return suffix, _encode(resample(pixels, size, whole, target), suffix, recoding.quality), size if smaller else None
+
+
+def _target(size: tuple[int, int], shortest: int | None) -> tuple[int, int]:
+    assert shortest is not None
+    by = shortest / min(size)
+    return max(shortest, round(size[0] * by)), max(shortest, round(size[1] * by))
+
+
+def _encode(pixels: NDArray[np.uint8], suffix: str, quality: int) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    if suffix == "jpg":
+        image.save(file, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
+    elif suffix == "webp":
+        image.save(file, "WEBP", quality=quality)
+    else:
+        image.save(file, "PNG", compress_level=6)
+    return file.getvalue()
+
+
+def _caption(caption: Path | str | None) -> str | None:
+    if isinstance(caption, Path):
+        caption = _read(caption).decode("utf-8-sig", "replace")
+    if caption is not None:
+        caption = caption.encode("utf-8", "replace").decode().strip()  # JSON can spell half a surrogate pair
+    return caption or None
+
+
+def _values(values: Path | dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(values, Path):
+        return values
+    try:
+        found = json.loads(_read(values))
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f"{values} is not valid JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, dict):
+        raise DecodeError(f"{values} holds a {type(found).__name__}, expected an object")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DecodeError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _work_on(task: Sequence[Picture], recoding: Recoding) -> list[Sample | Fault]:
+    return [sample_of(picture, recoding) for picture in task]
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle

@@ -1,0 +1,160 @@
+"""Captioned images of named corpora as exact global batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
+
+from .. import UsageError
+from .batches import Batch, Reader
+from .decoding import MAX_PIXELS
+from .geometry import Size, buckets
+from .image_facts import Filters
+from .image_reader import ImageReader, Showing, describe_left_out
+from .image_rows import ImageRows
+from .image_shards import ImageShards
+from .stream import Corpus, StreamDataModule
+
+__all__ = ["Corpus", "ImageTextDataModule"]
+
+NAMED = 5  # corrupt images that are named in the log; the others are counted
+SETTLED = 200  # samples after which a share of corrupt ones means something
+
+
+class ImageTextDataModule(StreamDataModule[ImageRows]):
+    """Images with captions from named corpora, with replay of old ones, as the same global batches on any machine.
+
+    A batch is a dict of ``image``, a uint8 tensor (n, 3, height, width), ``caption``, a list of n texts, and of NumPy
+    arrays: ``seed`` (n,), from which a model draws all that is random about a sample, so that it does not depend on
+    ranks or micro-batches; ``original_size`` (n, 2), height and width of the stored image; ``crop`` (n, 4), top, left,
+    height and width of what is shown, in its pixels; ``replaced`` (n,), whether the image took a corrupt one's place;
+    in training ``corpus`` and ``row`` (n,). Validation batches have tensors ``row`` and ``valid`` (n,), which is 0 for
+    samples that only fill up; their images are cropped in the centre and keep their captions.
+
+    With ``max_aspect`` above 1 each global batch has one of several shapes of about equal area. Which one is a function
+    of the step; a corpus that has no image of a shape gives those of the nearest one, cropped more.
+
+    Args:
+        dataset: Name of what is being learnt; another name later means another dataset.
+        corpora: Training corpora by name. Old data keeps its name, so that it comes in the order of its first reading.
+        val: Folders of validation corpora by name.
+        image_size: Side in pixels of the square shown, or of the square whose area other shapes have.
+        micro_batch_size: Images in one forward pass of one device.
+        global_batch_size: Images in one optimizer step; gradient accumulation follows from it.
+        num_workers: Loader processes of each device.
+        seed: Seed of the order, and of what is random about samples.
+        shuffle: ``"full"`` over all images, or ``"window"``, which reads blocks of neighbouring ones.
+        max_aspect: Longest side over shortest of the shapes; 1 for squares only.
+        bucket_multiple: Of which the sides of shapes are multiples.
+        shapes: Heights and widths instead of ``max_aspect``.
+        resize: Side of a square that an image covers before the shape is cropped from it; by default the shape itself.
+        random_crop: Whether training crops at random places.
+        flip: Share of training samples mirrored.
+        caption_dropout: Share of training samples whose caption is "".
+        filters: Which images to train on, by their sizes and scores.
+        max_upscale: Leave out images that would have to be enlarged by more than this factor.
+        max_corrupt: Share of samples that may turn out corrupt before the run is stopped.
+        max_pixels: Larger images count as corrupt; they are never decoded.
+
+    Raises:
+        UsageError: Sizes that do not divide, a corpus of which filters leave nothing, a shape that no image has, too
+            many corrupt images, a checkpoint of the same dataset with other data.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        corpora: dict[str, Corpus],
+        val: dict[str, str],
+        image_size: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle: Literal["full", "window"] = "full",
+        max_aspect: float = 1.0,
+        bucket_multiple: int = 64,
+        shapes: list[tuple[int, int]] | None = None,
+        resize: int | None = None,
+        random_crop: bool = True,
+        flip: float = 0.0,
+        caption_dropout: float = 0.0,
+        filters: Filters | None = None,
+        max_upscale: float | None = None,
+        max_corrupt: float = 0.1,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__(dataset, corpora, val, micro_batch_size, global_batch_size, num_workers, seed, shuffle)
+        for name, share in (("flip", flip), ("caption_dropout", caption_dropout), ("max_corrupt", max_corrupt)):
+            if not 0 <= share <= 1:
+                raise UsageError(f"{name} {share} must lie between 0 and 1")
+        if image_size < 1:
+            raise UsageError(f"image_size {image_size} must be at least 1")
+        self.image_size = image_size
+        self.sizes = _sizes(image_size, max_aspect, bucket_multiple, shapes)
+        self.filters = filters or Filters()
+        self.max_upscale, self.max_corrupt = max_upscale, max_corrupt
+        self._chosen = shapes is not None
+        self._showing = Showing(self.sizes, resize, random_crop, flip, caption_dropout, max_pixels)
+        self._samples = self._corrupt = 0
+
+    @property
+    def corrupt_images(self) -> int:
+        """Images replaced in training by this process since it began."""
+        return self._corrupt
+
+    def open_corpus(self, name: str, path: str) -> ImageRows:
+        """Opens a corpus and says what filters leave of it."""
+        rows = ImageRows(ImageShards(path), self.filters, self.sizes, self.max_upscale)
+        rank_zero_info(describe_left_out(name, rows))
+        return rows
+
+    def reader(self, sources: Sequence[ImageRows]) -> Reader:
+        """Decodes, crops and captions."""
+        return ImageReader(sources, self._showing)
+
+    def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:
+        """Shapes by how many new images have them."""
+        rows = [self._opened[self.corpora[name].path] for name in names]
+        new = [(self.corpora[name].weight, one) for name, one in zip(names, rows, strict=True)]
+        new = [(weight, one) for (weight, one), name in zip(new, names, strict=True) if not self.corpora[name].replay]
+        weights = [sum(weight * one.lanes[lane] / len(one) for weight, one in new) for lane in range(len(self.sizes))]
+        if self._chosen and not all(weights):
+            height, width = self.sizes[weights.index(0)]
+            raise UsageError(f"shapes: no new image is nearest to {height}x{width}; leave it out")
+        lanes = []
+        for name, one in zip(names, rows, strict=True):
+            reading = self.reading(name)  # what was not learnt in a shape is not replayed in it
+            lanes.append(one.nearest_lanes(self.sizes, reading.rows if reading else None))
+        return weights, np.array(lanes, dtype=np.int64)
+
+    def lane_name(self, lane: int) -> str:
+        """Height and width, where there are several shapes."""
+        height, width = self.sizes[lane]
+        return f"{height}x{width}" if len(self.sizes) > 1 else ""
+
+    def batch_used(self, batch: Batch) -> dict[str, float]:
+        """Counts corrupt images, names the first ones, and stops where there are too many."""
+        self._samples += len(batch["caption"])
+        for line in batch["corrupt"][: max(0, NAMED - self._corrupt)]:
+            rank_zero_warn(f"corrupt image replaced: {line}")
+        self._corrupt += int(batch["replaced"].sum())
+        if self._samples >= SETTLED and self._corrupt > self.max_corrupt * self._samples:
+            raise UsageError(
+                f"{self._corrupt} of {self._samples} images are corrupt, more than max_corrupt {self.max_corrupt} "
+                f"allows; the last is {batch['corrupt'][-1] if batch['corrupt'] else 'named above'}"
+            )
+        return {"data/corrupt": float(self._corrupt)} if self._corrupt else {}
+
+
+def _sizes(image_size: int, max_aspect: float, multiple: int, shapes: list[tuple[int, int]] | None) -> list[Size]:
+    """Shapes from tall to wide."""
+    if shapes is not None:
+        if not shapes or any(min(shape) < 1 for shape in shapes):
+            raise UsageError(f"shapes {shapes} must be heights and widths in pixels")
+        return sorted(map(tuple, shapes), key=lambda size: size[1] / size[0])  # type: ignore[arg-type]
+    return [(image_size, image_size)] if max_aspect == 1 else buckets(image_size, multiple, max_aspect)

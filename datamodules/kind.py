@@ -1,0 +1,50 @@
+"""Kinds of corpora: what a scan of shards looks for, and what of it can be checked later."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .corpus_index import CorpusIndex, Shard
+from .storage import Bytes
+from .tar_scan import Sample
+
+
+class Kind(ABC):
+    """A kind of corpus; it goes to the processes that scan."""
+
+    @abstractmethod
+    def load(self, folder: str | Path) -> CorpusIndex:
+        """The index of such a corpus."""
+
+    @abstractmethod
+    def offset(self, sample: Sample, where: str) -> int:
+        """Where a sidecar says that a sample begins."""
+
+    @abstractmethod
+    def read(self, samples: Sequence[Sample], content: Bytes, where: str) -> Any:
+        """What a scan finds in a shard."""
+
+    @abstractmethod
+    def rows(self, found: Any) -> int:
+        """Rows in a shard."""
+
+    @abstractmethod
+    def index(
+        self, folder: Path, shards: Sequence[Shard], found: Sequence[Any], sources: tuple[str, ...]
+    ) -> CorpusIndex:
+        """The index over all shards, to be saved; what belongs beside it is written into ``folder``."""
+
+    @abstractmethod
+    def check_shard(self, folder: str, index: CorpusIndex, number: int) -> None:
+        """Raises a ``UsageError`` where a shard's samples are not what the index says."""
+
+    def problems(self, folder: str, index: CorpusIndex) -> list[str]:
+        """What is wrong with the files beside the shards, one line each."""
+        return []
+
+    def remarks(self, found: Sequence[Any]) -> str:
+        """What the user should know of the shards, as the end of a line."""
+        return ""

@@ -1,0 +1,27 @@
+"""The kinds of corpora that there are."""
+
+from __future__ import annotations
+
+from .. import UsageError
+from .image_facts import IMAGE_SUFFIXES
+from .image_kind import Images, has_image
+from .kind import Kind
+from .tar_scan import Sample
+from .token_kind import Tokens
+
+__all__ = ["KINDS", "Kind", "kind_of"]
+
+KINDS: dict[str, type[Kind]] = {"text": Tokens, "images": Images}
+
+
+def kind_of(sample: Sample, where: str) -> str:
+    """The kind of corpus that a first sample belongs to."""
+    extensions = [member.extension for member in sample.members]
+    if has_image(extensions):
+        return "images"
+    if any(extension.endswith("npy") for extension in extensions):
+        return "text"
+    raise UsageError(
+        f"{where}: its first sample {sample.key!r} holds {', '.join(extensions)}; expected .npy of token rows, or an "
+        f"image ({', '.join(IMAGE_SUFFIXES)}) with its caption"
+    )

@@ -1,0 +1,347 @@
+"""Samples of named corpora as exact global batches: what data modules of text and of images have in common.
+
+The chain, each link a pure function of the step (no generator, sampler or worker keeps state):
+
+1. :mod:`.mixture`: step -> corpus and counter of every slot of the global batch.
+2. :mod:`.lanes`: step -> the lane (shape of image) that its batch is of, and counters within it.
+3. :mod:`.order`: counter -> epoch and row of the corpus.
+4. A reader: rows -> what the model is given.
+5. A map-style dataset over micro-batches, read by a stock DataLoader. Rank r takes a contiguous slice of the batch.
+
+What is kept in a checkpoint is the step, the step at which the dataset began, the running sum of the replay share, and
+how far each corpus was read when it was learnt (:mod:`.ledger`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from .. import UsageError
+from .batches import Batch, EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
+from .lanes import Lanes
+from .ledger import Ledger, Reading
+from .mixture import Mixture, RunningShare
+from .order import CorpusOrder
+from .progress import Progress
+
+R = TypeVar("R", bound=Rows)
+
+
+@dataclass
+class Corpus:
+    """A corpus to train on.
+
+    Args:
+        path: Folder with ``index.json``, as ``rewurst prepare`` writes it; also a URL with the extra ``remote``.
+        weight: Share among the new corpora, or among the replayed ones.
+        replay: Old data, read as much as :class:`~rewurst.callbacks.ReplayScheduler` says.
+    """
+
+    path: str
+    weight: float = 1.0
+    replay: bool = False
+
+
+class StreamDataModule(LightningDataModule, Generic[R]):
+    """Corpora, order, replay and resume; a subclass opens corpora and reads batches.
+
+    A training batch says where its samples come from in NumPy arrays ``(n,)``: ``corpus``, numbered with the new
+    corpora first, and ``row`` in it. Validation batches have tensors ``row`` and ``valid``, which is 0 for samples that
+    only fill up. Validation loaders are a dict by corpus.
+
+    Args:
+        dataset: Name of what is being learnt; another name later means another dataset.
+        corpora: Training corpora by name. Old data keeps its name, so that it comes in the order of its first reading.
+        val: Folders of validation corpora by name.
+        micro_batch_size: Samples in one forward pass of one device.
+        global_batch_size: Samples in one optimizer step; gradient accumulation follows from it.
+        num_workers: Loader processes of each device.
+        seed: Seed of the order.
+        shuffle: ``"full"`` over all samples, or ``"window"``, which reads blocks of neighbouring ones.
+
+    Raises:
+        UsageError: Sizes that do not divide, corpora that do not fit together, a checkpoint of the same dataset with
+            other data.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        corpora: dict[str, Corpus],
+        val: dict[str, str],
+        micro_batch_size: int,
+        global_batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle: Literal["full", "window"] = "full",
+    ) -> None:
+        super().__init__()
+        if all(corpus.replay for corpus in corpora.values()):
+            raise UsageError(f"dataset {dataset!r} has no corpus without replay: true; give it one to learn")
+        for name, value in (("micro_batch_size", micro_batch_size), ("global_batch_size", global_batch_size)):
+            if value < 1:
+                raise UsageError(f"{name} {value} must be at least 1")
+        self.dataset = dataset
+        self.corpora = corpora
+        self.val = val
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shuffle = shuffle
+        self.accumulation = 1
+        self.progress = Progress(self.batch_used)
+        self._share: Any = None
+        self._opened: dict[str, R] = {}
+        self._restored_sum = (0, 0)
+        self._restored_lanes: Sequence[Sequence[int]] | None = None
+        self._ledger = Ledger()
+        self._current: Lanes | None = None
+
+    @abstractmethod
+    def open_corpus(self, name: str, path: str) -> R:
+        """Opens a corpus and checks that it fits what is open already."""
+
+    @abstractmethod
+    def reader(self, sources: Sequence[R]) -> Reader:
+        """What turns picked rows of these corpora into a batch."""
+
+    @property
+    def replay_corpora(self) -> Sequence[str]:
+        """Names of the corpora to replay."""
+        return [name for name, corpus in self.corpora.items() if corpus.replay]
+
+    @property
+    def dataset_step(self) -> int:
+        """Completed global batches of this dataset."""
+        return self.progress.step - self.progress.start
+
+    def set_replay_share(self, share: Any) -> None:
+        """Takes the share of old rows: a number in [0, 1], or a picklable function of the dataset's step."""
+        self._share = share
+
+    def rows_read(self) -> Mapping[str, int]:
+        """Rows used in training since the dataset began, by corpus: this process's, plus those before a restore."""
+        return dict(zip(self._order_of_names(), self.progress.rows.tolist(), strict=True))
+
+    def setup(self, stage: str) -> None:
+        """Opens the corpora and settles accumulation."""
+        training = [(name, corpus.path) for name, corpus in self.corpora.items()] if stage == "fit" else []
+        for name, path in [*training, *self.val.items()]:
+            if path not in self._opened:
+                self._opened[path] = self.open_corpus(name, path)
+        if self.trainer is not None and self.trainer.world_size > 1:
+            # Every rank gets its own rows here; Lightning's sampler would take a part of that part.
+            self.trainer._accelerator_connector.use_distributed_sampler = False
+        if stage == "fit" and self.trainer is not None:
+            if not self.val:
+                self.trainer.limit_val_batches = 0  # Lightning warns of loaders that are a dict of none
+            self._settle_accumulation()
+            if self.trainer.global_step == 0:  # a fresh run, or one whose checkpoint is about to be loaded
+                self._begin_anew()
+            self.progress.attach(self.trainer, self.accumulation, len(self.corpora), self._epoch_steps())
+
+    def _begin_anew(self) -> None:
+        """Forgets an earlier run that this object has been through."""
+        self.progress.restore(step=0, start=0, restored=False)
+        self._restored_sum, self._restored_lanes = (0, 0), None
+        self._ledger, self._current = Ledger(), None
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches from the current step to ``max_steps``, or of one pass over the new corpora."""
+        assert self.trainer is not None
+        lanes = self._current = self._lanes()
+        if self.trainer.is_global_zero and not self.progress.rows.any():
+            # what was read before a restore, told once
+            self.progress.rows = lanes.mixture.read_before(self.dataset_step)
+        slots = range(self.global_batch_size)
+        of_rank = len(slots) // self.trainer.world_size  # contiguous: a strided slice could hold every old row
+        slots = slots[self.trainer.global_rank * of_rank :][:of_rank]
+        sources = self._sources()
+        rows = MicroBatches(
+            lanes,
+            self._orders(),
+            sources,
+            self.reader(sources),
+            slots,
+            accumulation=self.accumulation,
+            start=self.progress.start,
+            seed=self.seed,
+        )
+        total = self._steps() * self.accumulation
+        return loader(rows, Positions(self.progress, total, self.trainer.max_steps > 0), self.num_workers)
+
+    def val_dataloader(self) -> dict[str, DataLoader[Batch]]:
+        """Every row of every validation corpus once, in order, over all ranks."""
+        return self._evaluation_loaders()
+
+    def test_dataloader(self) -> dict[str, DataLoader[Batch]]:
+        """The validation corpora."""
+        return self._evaluation_loaders()
+
+    def predict_dataloader(self) -> dict[str, DataLoader[Batch]]:
+        """The validation corpora."""
+        return self._evaluation_loaders()
+
+    def locate(self, batch: Batch) -> str:
+        """Where the samples of a training batch lie: corpus, shard and member of each."""
+        names = self._order_of_names()
+        places = []
+        for corpus, row in zip(batch["corpus"].tolist(), batch["row"].tolist(), strict=True):
+            places.append(f"{names[corpus]}: {self._opened[self.corpora[names[corpus]].path].locate(row)}")
+        return "; ".join(places)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Dataset, steps, the running sum of the share, the ledger, and a fingerprint of all that decides the order."""
+        lanes = self._current or self._lanes()
+        counts = lanes.read_before(self.dataset_step).tolist()
+        names = lanes.mixture.names
+        readings = [(name, self._reading(name, counts[names.index(name)])) for name in lanes.mixture.new]
+        state = {
+            "dataset": self.dataset,
+            "start": self.progress.start,
+            "step": self.progress.step,
+            "share_sum": lanes.mixture.share.total(self.dataset_step),
+            "ledger": self._ledger.with_readings(readings).state(),
+            "fingerprint": self._fingerprint(),
+        }
+        return state if len(lanes) == 1 else state | {"lanes": counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the same dataset where it was, or begins another one at the restored step."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # validation needs no position, and its corpora may be anybody's
+        self._ledger = Ledger(state["ledger"])
+        if state["dataset"] != self.dataset:
+            self.progress.restore(step=state["step"], start=state["step"])
+            return
+        if state["fingerprint"] != self._fingerprint():
+            raise UsageError(
+                f"dataset {self.dataset!r}: its corpora, weights, seed, shuffle or batch size differ from those of the "
+                "checkpoint; put them back, or give what is new another dataset name"
+            )
+        self.progress.restore(step=state["step"], start=state["start"])
+        self._restored_sum = (state["step"] - state["start"], state["share_sum"])
+        self._restored_lanes = state.get("lanes")
+
+    def batch_used(self, batch: Batch) -> dict[str, float]:
+        """Called with every training batch that has been used; returns what is to be logged."""
+        return {}
+
+    def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64] | None]:
+        """Weights of the lanes, and which lane each of these corpora reads from at each: see :class:`.lanes.Lanes`."""
+        return (1.0,), None
+
+    def lane_name(self, lane: int) -> str:
+        """Name of a lane; with that of the corpus it decides the order of the lane's samples."""
+        return ""
+
+    def _settle_accumulation(self) -> None:
+        assert self.trainer is not None
+        rows = self.micro_batch_size * self.trainer.world_size
+        if self.global_batch_size % rows:
+            raise UsageError(
+                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
+                f"{self.micro_batch_size} times {self.trainer.world_size} devices"
+            )
+        self.accumulation = self.global_batch_size // rows
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        before = [c.accumulation for c in callbacks if isinstance(c, Progress)]  # set by us, not by the user
+        if self.trainer.accumulate_grad_batches not in (1, self.accumulation, *before):
+            raise UsageError(
+                f"accumulate_grad_batches {self.trainer.accumulate_grad_batches} contradicts global_batch_size "
+                f"{self.global_batch_size} / ({self.micro_batch_size} x {self.trainer.world_size}) = "
+                f"{self.accumulation}: leave it out"
+            )
+        # Lightning refuses it for modules that step themselves; these read `accumulation`.
+        manual = not getattr(self.trainer.lightning_module, "automatic_optimization", True)
+        self.trainer.accumulate_grad_batches = 1 if manual else self.accumulation
+
+    def _order_of_names(self) -> list[str]:
+        """New corpora first, as the mixture numbers them."""
+        return sorted(self.corpora, key=lambda name: self.corpora[name].replay)
+
+    def _sources(self) -> list[R]:
+        return [self._opened[self.corpora[name].path] for name in self._order_of_names()]
+
+    def _orders(self) -> list[list[CorpusOrder]]:
+        """The order of each lane of each corpus."""
+        orders = []
+        for name, source in zip(self._order_of_names(), self._sources(), strict=True):
+            reading = self.reading(name)
+            of_corpus = []
+            for lane, rows in enumerate(source.lanes):
+                key = f"{name} {self.lane_name(lane)}".rstrip()
+                order = CorpusOrder(key, rows, self.seed, self.shuffle)
+                if reading is not None and reading.rows[lane]:
+                    first = reading.rows[lane]
+                    order = replace(order, seed=reading.seed, shuffle=reading.shuffle, first_reading=first)
+                of_corpus.append(order)
+            orders.append(of_corpus)
+        return orders
+
+    def reading(self, name: str) -> Reading | None:
+        """How a corpus that is replayed was first read, where that is known."""
+        if not self.corpora[name].replay:
+            return None
+        return self._ledger.reading(name, self._opened[self.corpora[name].path].fingerprint())
+
+    def _reading(self, name: str, rows: Sequence[int]) -> Reading:
+        fingerprint = self._opened[self.corpora[name].path].fingerprint()
+        return Reading(self.seed, self.shuffle, rows, fingerprint[:16])
+
+    def _lanes(self) -> Lanes:
+        weights, lane_of = self.lane_of(self._order_of_names())
+        counts = None if self._restored_lanes is None else np.array(self._restored_lanes, dtype=np.int64)
+        return Lanes(self._mixture(), weights, lane_of, self._restored_sum[0], counts)
+
+    def _mixture(self) -> Mixture:
+        if self.replay_corpora and self._share is None:
+            raise UsageError(
+                f"corpus {self.replay_corpora[0]!r} is to be replayed and nothing says how much: "
+                "add the callback ReplayScheduler(share=0.05)"
+            )
+        new = {name: corpus.weight for name, corpus in self.corpora.items() if not corpus.replay}
+        old = {name: corpus.weight for name, corpus in self.corpora.items() if corpus.replay}
+        share = RunningShare(self._share if self.replay_corpora else 0.0, *self._restored_sum)
+        return Mixture(self.global_batch_size, new, old, share)
+
+    def _steps(self) -> int:
+        """Absolute ``max_steps`` where it is set, else the steps of an epoch."""
+        assert self.trainer is not None
+        return int(self.trainer.max_steps) if self.trainer.max_steps > 0 else self._epoch_steps()
+
+    def _epoch_steps(self) -> int:
+        """Steps of one pass over the new corpora."""
+        rows = sum(len(self._opened[corpus.path]) for corpus in self.corpora.values() if not corpus.replay)
+        return max(1, rows // self.global_batch_size)
+
+    def _fingerprint(self) -> str:
+        parts = {
+            "corpora": [  # their order numbers them, so it decides which slots they fill
+                [name, self._opened[corpus.path].fingerprint(), corpus.weight, corpus.replay]
+                for name, corpus in self.corpora.items()
+            ],
+            "order": [self.seed, self.shuffle, self.global_batch_size],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _evaluation_loaders(self) -> dict[str, DataLoader[Batch]]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        loaders = {}
+        for name, path in self.val.items():
+            source = self._opened[path]
+            rows = EvaluationRows(source, self.reader([source]), self.micro_batch_size, rank, world_size, self.seed)
+            loaders[name] = loader(rows, None, self.num_workers)
+        return loaders

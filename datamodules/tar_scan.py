@@ -1,0 +1,154 @@
+"""One scan over a tar's headers: which bytes make which sample, as webdataset groups them.
+
+What webdataset loses silently is refused here: a tar that ends early, a key that comes twice, names without an
+extension, links.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .. import UsageError
+from .storage import Bytes
+
+BLOCK_BYTES = 512
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's: the key ends at the first dot of the file name
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's notes to itself
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a sample: its extension in lower case, the offset of its content and its size, in bytes."""
+
+    extension: str
+    begin: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Neighbouring files of one key.
+
+    Attributes:
+        key: What their names have in common, folders included.
+        members: The files.
+        begin: Offset of the first header, in bytes.
+        end: Offset at which the next sample, or the end of the tar, begins.
+    """
+
+    key: str
+    members: tuple[Member, ...]
+    begin: int
+    end: int
+
+
+class BytesFile(io.RawIOBase):
+    """A read-only file over :class:`.storage.Bytes`, for readers that want one."""
+
+    def __init__(self, content: Bytes) -> None:
+        self._content, self._position = content, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move, past the end too."""
+        self._position = offset + (0, self._position, self._content.size)[whence]
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill a buffer as far as the content goes."""
+        begin = min(self._position, self._content.size)
+        end = min(begin + len(buffer), self._content.size)
+        buffer[: end - begin] = self._content.read(begin, end)
+        self._position = end
+        return end - begin
+
+
+def scan(content: Bytes, where: str) -> Iterator[Sample]:
+    """The samples of a tar, in order.
+
+    Args:
+        content: The tar.
+        where: Its path, for messages.
+
+    Raises:
+        UsageError: It is no tar, cut in a header, cut in data, or lacks its end; it holds nothing; a key comes twice;
+            a name has no extension; a member is no plain file. The message names the offset.
+    """
+    if not content.size:
+        raise UsageError(f"{where}: empty, expected a tar")
+    seen: set[str] = set()
+    key, members, begin = "", dict[str, Member](), 0
+    end = 0
+    for name, offset, member in _members(content, where):
+        match = _NAME.match(name)
+        if match is None:
+            raise UsageError(f"{where}: member {name!r} at byte {offset} has no extension; webdataset would skip it")
+        extension = match[2].lower()
+        if match[1] != key or not members:
+            if members:
+                yield Sample(key, tuple(members.values()), begin, offset)
+            key, members, begin = match[1], {}, offset
+            if key in seen:
+                raise UsageError(f"{where}: key {key!r} at byte {offset} comes again; rename one of the samples")
+            seen.add(key)
+        if extension in members:
+            raise UsageError(f"{where}: member {name!r} at byte {offset} comes twice; webdataset cannot read it")
+        members[extension] = Member(extension, *member)
+        end = offset_after(*member)
+    if not members:
+        raise UsageError(f"{where}: holds no sample")
+    yield Sample(key, tuple(members.values()), begin, end)
+
+
+def offset_after(begin: int, size: int) -> int:
+    """Offset of the header after a member whose content begins at ``begin``, in bytes."""
+    return begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _members(content: Bytes, where: str) -> Iterator[tuple[str, int, tuple[int, int]]]:
+    """Name, offset of the first header, and begin and size of the content, of every plain file."""
+    end = 0
+    try:
+        with tarfile.open(fileobj=BytesFile(content), mode="r:") as tar:
+            while (info := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it keeps every header otherwise
+                end = offset_after(info.offset_data, info.size)
+                if info.isdir() or _META.match(info.name):
+                    continue
+                if not info.isreg():
+                    raise UsageError(f"{where}: member {info.name!r} at byte {info.offset} is no plain file")
+                if info.offset_data + info.size > content.size:
+                    missing = info.offset_data + info.size - content.size
+                    raise UsageError(
+                        f"{where}: cut in the data of {info.name!r} at byte {info.offset}: {missing} bytes are missing"
+                    )
+                yield info.name, info.offset, (info.offset_data, info.size)
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise UsageError(f"{where}: not a readable tar at byte {end} ({error}); copy it again") from None
+    _check_end(content, end, where)
+
+
+def _check_end(content: Bytes, end: int, where: str) -> None:
+    """Tarfile takes a cut or damaged header for the end; the end is two blocks of zeros."""
+    rest = bytes(content.read(min(end, content.size), min(end + 2 * BLOCK_BYTES, content.size)))
+    if any(rest):
+        state = "cut in a header" if len(rest) < BLOCK_BYTES else "no readable header"
+        raise UsageError(f"{where}: {state} at byte {end}; copy it again")
+    if len(rest) < 2 * BLOCK_BYTES:
+        raise UsageError(f"{where}: ends at byte {content.size} without the two zero blocks of a tar; copy it again")

@@ -1,0 +1,58 @@
+"""How much of a codebook is used, and new beginnings for codes that are not."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+RECENT_STEPS = 10
+"""A code counts as used if it was within these last steps."""
+
+
+class CodebookUse(nn.Module):
+    """Counts for each code the steps since any latent was snapped to it.
+
+    Args:
+        num_embeddings: Codes.
+    """
+
+    age: Tensor
+
+    def __init__(self, num_embeddings: int) -> None:
+        super().__init__()
+        self.register_buffer("age", torch.full((num_embeddings,), RECENT_STEPS))
+
+    def counts(self, indices: Int[Tensor, "batch h w"]) -> Int[Tensor, " codes"]:
+        """Return how often each code was taken."""
+        return torch.bincount(indices.flatten(), minlength=len(self.age))
+
+    def update(self, counts: Int[Tensor, " codes"]) -> None:
+        """Close a step in which codes were taken so often."""
+        self.age.copy_(torch.where(counts > 0, 0, self.age + 1))
+
+    @property
+    def share(self) -> Tensor:
+        """Share of the codes that were taken within the last ``RECENT_STEPS`` steps."""
+        return (self.age < RECENT_STEPS).float().mean()
+
+    def dead(self, steps: int) -> Int[Tensor, " dead"]:
+        """Return the codes that have not been taken for ``steps`` steps."""
+        return (self.age >= steps).nonzero().flatten()
+
+    def revive(self, codes: Int[Tensor, " dead"], codebook: nn.Embedding, rows: Float[Tensor, "dead c"]) -> None:
+        """Put codes where latents are."""
+        with torch.no_grad():
+            codebook.weight[codes] = rows.to(codebook.weight)
+        self.age[codes] = 0
+
+
+def drawn_rows(latents: Float[Tensor, "batch c h w"], count: int, seed: int) -> Float[Tensor, "count c"]:
+    """Draw pixels of latents, the same for the same seed, with a little noise so that no two are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2).cpu()
+    drawn = rows[torch.randint(len(rows), (count,), generator=generator)]
+    return drawn + 0.01 * rows.std() * torch.randn(drawn.shape, generator=generator)
+
+
+def snap(latents: Float[Tensor, "batch c h w"], quantized: Tensor, dropped: Tensor) -> Float[Tensor, "batch c h w"]:
+    """Return the codes, but the latents themselves for the samples whose quantisation is dropped, (batch,)."""
+    return torch.where(dropped[:, None, None, None], latents, quantized)

@@ -1,0 +1,348 @@
+"""Stage A: the VQGAN between pixels and latents, trained against its discriminator (arXiv 2306.00637)."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from .. import UsageError
+from .adversarial import ADVERSARIAL, AdversarialLoss
+from .codebook import CodebookUse, drawn_rows, snap
+from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
+from .networks import VQGAN, PatchDiscriminator, describe
+from .perceptual import LPIPS, cached_vgg16
+from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, initialise, pixels, uniforms, widened
+from .watched import check_max_grad_norm, not_finite, scales_losses
+
+Losses = dict[str, Tensor]
+
+
+class StageA(LightningModule):
+    """Würstchen's Stage A as a LightningModule.
+
+    The loss is ``mse + perceptual_weight lpips + codebook + adversarial_weight adversarial``; from step
+    ``adversarial_start`` on the discriminator learns too. A step is one completed global batch: that is also what
+    ``trainer.global_step`` and ``max_steps`` count here, although two optimizers step. Both learning rates are
+    re-warmed by :class:`~rewurst.callbacks.LRRewarming`, which keeps their ratio.
+
+    Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], and ``seed``, (n,).
+
+    Logs ``train/loss`` and its terms (means over the global batch), ``train/discriminator``, ``train/grad_norm``,
+    ``train/codebook_usage`` (share of the codes taken within 10 steps), ``train/latent_std``; for each corpus
+    ``val/loss`` (mse and perceptual), ``val/psnr`` (mean over images of each image's), ``val/ssim``, ``val/lpips``,
+    ``val/codebook_usage``.
+
+    Args:
+        vqgan: Preset of :class:`VQGAN`, or its arguments. Where ``scale_factor`` is not among them, checkpoints hold
+            the latents' measured standard deviation as such, so that Stage B sees latents of deviation 1.
+        discriminator: Preset or arguments of :class:`PatchDiscriminator`; none for no adversary.
+        init_from: Weights of the VQGAN to begin with: a checkpoint of any layout, or a folder.
+        optimizer: Of the VQGAN.
+        discriminator_optimizer: Of the discriminator.
+        fast_lr_scale: Learning rate of the codebook and the blocks' scalars, as a multiple of the others'.
+        perceptual_weight: Of LPIPS on VGG16.
+        vgg16: torchvision's ``vgg16-397923af.pth``; by default where torchvision keeps its downloads. Where there is
+            none, training goes without the perceptual loss and says so once.
+        download_vgg16: Fetch it if it is missing.
+        adversarial_weight: Of the adversarial loss.
+        adversarial_start: Step from which it counts and the discriminator learns.
+        adversarial_loss: "hinge" or "non_saturating".
+        drop_quantisation: Share of the samples that are decoded from latents that were not quantised.
+        revive_after: Codes that no latent was snapped to for so many steps are put where latents are; none leaves them.
+        accumulation: Micro-batches in a global batch, where the data module has no ``accumulation``.
+        max_grad_norm: Norm that the gradients of each network are clipped to, none for no clipping.
+
+    Raises:
+        UsageError: An argument of a network is unknown, weights do not fit, a number is out of range.
+    """
+
+    latent_std: Tensor
+    counted_optimizers = 1  # of which trainer.global_step counts the steps
+
+    def __init__(
+        self,
+        vqgan: Settings = "paper",
+        discriminator: Settings | None = "paper",
+        init_from: str | None = None,
+        optimizer: OptimizerCallable = adamw,
+        discriminator_optimizer: OptimizerCallable = adamw,
+        fast_lr_scale: float = 1.0,
+        perceptual_weight: float = 0.1,
+        vgg16: str | None = None,
+        download_vgg16: bool = False,
+        adversarial_weight: float = 0.01,
+        adversarial_start: int = 10_000,
+        adversarial_loss: AdversarialLoss = "hinge",
+        drop_quantisation: float = 0.1,
+        revive_after: int | None = None,
+        accumulation: int | None = None,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        if not 0 <= drop_quantisation < 1:
+            raise UsageError(f"drop_quantisation {drop_quantisation} must lie in [0, 1)")
+        check_max_grad_norm(max_grad_norm)
+        if adversarial_loss not in ADVERSARIAL:
+            raise UsageError(f"adversarial_loss {adversarial_loss!r} is unknown: choose hinge or non_saturating")
+        self.vqgan = build(VQGAN, vqgan)
+        self._measures_scale = isinstance(vqgan, str) or "scale_factor" not in vqgan
+        if init_from is not None:
+            initialise(self.vqgan, init_from)
+        self.discriminator = None if discriminator is None else build(PatchDiscriminator, discriminator)
+        self.codebook_use = CodebookUse(self.vqgan.config["num_vq_embeddings"])
+        self.register_buffer("latent_std", torch.zeros(()))
+        self.optimizer, self.discriminator_optimizer = optimizer, discriminator_optimizer
+        self.fast_lr_scale, self.max_grad_norm = fast_lr_scale, max_grad_norm
+        self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
+        self.adversarial_start, self.adversarial = adversarial_start, ADVERSARIAL[adversarial_loss]
+        self.drop_quantisation, self.revive_after = drop_quantisation, revive_after
+        self.lpips = _perceptual(vgg16, download_vgg16) if perceptual_weight else None
+        self.step = 0
+        self._accumulation = accumulation
+        self._window: list[Losses] = []
+        self._counts: Tensor | None = None
+        self._means = CorpusMeans()
+        self._codes: dict[int, Tensor] = {}
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in a global batch."""
+        of_data = getattr(self.trainer.datamodule, "accumulation", None)  # type: ignore[attr-defined]
+        return int(self._accumulation or of_data or 1)
+
+    @property
+    def adversary(self) -> PatchDiscriminator | None:
+        """The discriminator, from the step on at which it takes part."""
+        return self.discriminator if self.step >= self.adversarial_start else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstructions of images in [0, 1], through the codebook."""
+        reconstructions: Tensor = self.vqgan(images.to(self.dtype))[0]
+        return reconstructions.float().clamp(0, 1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds the gradients of a micro-batch; the last one of a global batch steps both optimizers."""
+        self._window.append({})
+        terms = self._losses(batch)
+        loss = sum(terms.values(), torch.zeros((), device=self.device))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(not_finite(self.trainer, "loss", loss, self.step, batch))
+        closes = len(self._window) >= self.accumulation or self.trainer.is_last_batch
+        with self._gradients(synchronised=closes):
+            self.manual_backward(loss / self.accumulation)
+        if closes:
+            self._step()
+        else:  # for the loggers Lightning counts each batch of manual optimization as one that stepped
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+
+    def _losses(self, batch: Batch) -> Losses:
+        """Weighted terms of both networks: one backward pass gives each network the gradients of its own terms."""
+        images = pixels(batch)
+        latents = self.vqgan.encode(images.to(self.dtype))
+        quantized = self.vqgan.quantize(latents)
+        [chance] = uniforms(generators(batch), len(images), 1, images.device)
+        decoded = widened(self.vqgan.decode(snap(latents, quantized.latents, chance < self.drop_quantisation)))
+        terms = {"reconstruction": F.mse_loss(decoded, images.to(decoded)), "codebook": widened(quantized.loss)}
+        if self.lpips is not None:
+            terms["perceptual"] = self.perceptual_weight * self.lpips.on(images.device)(decoded, images).mean()
+        if self.adversary is not None:
+            with _without_gradients(self.adversary):
+                terms["adversarial"] = self.adversarial_weight * self.adversarial.generator(
+                    widened(self.adversary(decoded))
+                )
+        self._observe(widened(latents.detach()), quantized.indices)
+        self._window[-1] = {name: term.detach() for name, term in terms.items()}
+        if self.adversary is not None:
+            real, fake = self.adversary(torch.cat([images.to(decoded), decoded.detach()])).chunk(2)
+            terms["discriminator"] = self.adversarial.discriminator(widened(real), widened(fake))
+            self._window[-1]["discriminator"] = terms["discriminator"].detach()
+        elif self.discriminator is not None:  # DDP wants a gradient of every parameter from every backward pass
+            terms["discriminator"] = sum(p.sum() for p in self.discriminator.parameters()) * torch.zeros(())
+        return terms
+
+    @torch.no_grad()
+    def _observe(self, latents: Tensor, indices: Tensor) -> None:
+        """Keep what the end of the global batch looks at."""
+        deviation = latents.std()
+        self.latent_std.copy_(
+            torch.where(self.latent_std == 0, deviation, self.latent_std.lerp(deviation.to(self.latent_std), 0.01))
+        )
+        counts = self.codebook_use.counts(indices)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._latents = latents if self.revive_after is not None else None
+
+    def _step(self) -> None:
+        """Step the optimizers at the end of a global batch, and count it once."""
+        optimizers = self.optimizers()
+        first, *second = optimizers if isinstance(optimizers, list) else [optimizers]
+        assert isinstance(first, LightningOptimizer)
+        first.step()
+        for optimizer in second:
+            assert isinstance(optimizer, LightningOptimizer)
+            if self.adversary is not None:
+                # Lightning would count this step as another one of the run.
+                optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
+                optimizer.step()
+            optimizer.zero_grad()
+        first.zero_grad()
+        self._follow_codebook()
+        self._log_window()
+        self.step += 1
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips the gradients of one network, logs their norm, and stops when it is not finite."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+        if not torch.isfinite(norm) and not scales_losses(self.trainer):
+            raise FloatingPointError(not_finite(self.trainer, "gradient norm", norm, self.step))
+        first = self.trainer.optimizers[0]
+        self.log("train/grad_norm" + ("" if optimizer is first else "/discriminator"), norm, batch_size=1)
+
+    def _follow_codebook(self) -> None:
+        assert self._counts is not None
+        counts = self.trainer.strategy.reduce(self._counts, reduce_op="sum")
+        assert isinstance(counts, Tensor)
+        self.codebook_use.update(counts)
+        self._counts = None
+        self.log("train/codebook_usage", self.codebook_use.share, batch_size=1)
+        self.log("train/latent_std", self.latent_std, batch_size=1)
+        if self.revive_after is None:
+            return
+        dead = self.codebook_use.dead(self.revive_after)
+        if len(dead):
+            assert self._latents is not None
+            rows = self.trainer.strategy.broadcast(drawn_rows(self._latents, len(dead), self.step))
+            self.codebook_use.revive(dead, self.vqgan.vquantizer.embedding, rows)
+        self.log("train/revived_codes", float(len(dead)), batch_size=1)
+
+    def _log_window(self) -> None:
+        """Logs the means over the global batch."""
+        window, self._window = self._window, []
+        means = {name: torch.stack([terms[name] for terms in window]).mean() for name in window[0]}
+        if "discriminator" in means:
+            self.log("train/discriminator", means.pop("discriminator"), sync_dist=True, batch_size=1)
+        for name, mean in means.items():
+            self.log(f"train/{name}", mean, sync_dist=True, batch_size=1)
+        self.log("train/loss", torch.stack(list(means.values())).sum(), prog_bar=True, sync_dist=True, batch_size=1)
+
+    def _gradients(self, synchronised: bool) -> AbstractContextManager[None]:
+        """DDP reduces gradients at the last micro-batch of a global batch only."""
+        wrapped = self.trainer.strategy.model
+        if synchronised or not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        return wrapped.no_sync()
+
+    def on_train_start(self) -> None:
+        """A global batch that was not complete is read again from its start."""
+        # A checkpoint holds the weights after the step that it is named after, as with automatic optimization.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        self._window, self._counts = [], None
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Takes in each sample's metrics, through the codebook."""
+        images = pixels(batch)
+        decoded, quantized = self.vqgan(images.to(self.dtype))
+        decoded, counted = widened(decoded), valid_samples(batch, images)
+        loss = (decoded - images).square().mean((1, 2, 3))
+        if self.lpips is not None:
+            distance = self.lpips.on(images.device)(decoded.clamp(0, 1), images)
+            self._means.add("lpips", dataloader_idx, distance, counted)
+            loss = loss + self.perceptual_weight * distance
+        self._means.add("loss", dataloader_idx, loss, counted)
+        self._means.add("psnr", dataloader_idx, psnr(decoded, images), counted)
+        self._means.add("ssim", dataloader_idx, ssim(decoded, images), counted)
+        counts = self.codebook_use.counts(quantized.indices[counted])
+        self._codes[dataloader_idx] = self._codes.get(dataloader_idx, torch.zeros_like(counts)) + counts
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means of every corpus and the average of their losses."""
+        self._log_corpora("val", self.trainer.val_dataloaders)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As validation, logged under ``test/``."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the means of every corpus and the average of their losses."""
+        self._log_corpora("test", self.trainer.test_dataloaders)
+
+    def _log_corpora(self, stage: str, loaders: Any) -> None:
+        means = self._means.reduce(self.trainer.strategy)
+        for corpus, counts in sorted(self._codes.items()):
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+            means["codebook_usage", corpus] = (counts > 0).double().mean()
+        self._codes = {}
+        log_means(self, means, stage, loaders)
+
+    def draw_samples(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures for :class:`~rewurst.callbacks.LogSamples`: originals, and what A makes of them."""
+        images = pixels(batch)
+        return {"original": images, "A": self(images)}
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Reconstructions, without samples that only fill up."""
+        images = pixels(batch)
+        reconstructions: Tensor = self(images)
+        return reconstructions[valid_samples(batch, images)]
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """One optimizer for each network. Weight decay, if there is any, acts on matrices, not on the codebook."""
+        fast = [p for name, p in self.vqgan.named_parameters() if name.endswith("gammas") or "embedding" in name]
+        others = [p for p in self.vqgan.parameters() if all(p is not one for one in fast)]
+        groups = [
+            {"params": [p for p in others if p.ndim >= 2]},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            {"params": fast, "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer(groups)
+        optimizer.param_groups[-1]["lr"] *= self.fast_lr_scale
+        if self.discriminator is None:
+            return [optimizer]
+        return [optimizer, self.discriminator_optimizer(self.discriminator.parameters())]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the step, and which attribute is which network, with the measured scale of the latents."""
+        if self._measures_scale and self.latent_std > 0:
+            self.vqgan.scale_factor = self.vqgan.config["scale_factor"] = round(float(self.latent_std), 4)
+        checkpoint["networks"] = describe(self)
+        checkpoint["completed_steps"] = self.step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the step over."""
+        self.step = checkpoint.get("completed_steps", 0)
+
+
+def _perceptual(path: str | None, download: bool) -> Frozen[LPIPS] | None:
+    lpips = LPIPS.from_files(path, download)
+    if lpips is not None:
+        return Frozen(lpips, str(path or cached_vgg16()))
+    rank_zero_warn(
+        f"there is no {cached_vgg16()}: Stage A is trained without the perceptual loss; give vgg16, or set "
+        "download_vgg16 to fetch it, or perceptual_weight to 0"
+    )
+    return None
+
+
+class _without_gradients(AbstractContextManager[None]):  # noqa: N801  # a context manager
+    """Lets gradients pass through a network and not into it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __enter__(self) -> None:
+        self.network.requires_grad_(False)
+
+    def __exit__(self, *args: object) -> None:
+        self.network.requires_grad_(True)

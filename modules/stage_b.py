@@ -1,0 +1,272 @@
+"""Stage B with the Semantic Compressor: diffusion in Stage A's latents, from latents 42 times smaller than pixels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+from .. import UsageError
+from . import diffusion
+from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
+from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder, describe
+from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, holds, initialise, pixels, uniforms
+from .watched import WatchedModule
+from .weights import read_file
+
+BUCKETS = 5
+"""Intervals of t that the validation loss is told apart by."""
+
+
+class StageB(WatchedModule):
+    """Würstchen's Stage B and Semantic Compressor, trained together (arXiv 2306.00637).
+
+    A frozen Stage A turns images into the latents that the U-Net denoises; the compressor turns them into the embedding
+    z that it sees. While training, a sample's z is zeroed with probability ``zero_share``, else noised with
+    probability ``noise_share`` to a time drawn from U(0, ``noise_until``), so that Stage B forgives Stage C's errors.
+    The loss is the mean squared error of the predicted noise.
+
+    Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], ``caption``, a list of n texts,
+    and ``seed``, (n,). All that is drawn for a sample comes from its seed.
+
+    Logs ``train/loss``, ``train/grad_norm``; for each corpus ``val/loss`` (t evenly spread over [0, 1]), ``val/psnr``
+    (mean over images of each image's) and ``val/ssim`` of pictures drawn from z, and over all corpora
+    ``val/loss_at/<interval of t>``. Times and noise of validation are the same every time.
+
+    Args:
+        stage_a: Checkpoint or folder of Stage A.
+        unet: Preset of :class:`StageBUNet`, or its arguments.
+        compressor: Preset of :class:`SemanticCompressor`, or its arguments.
+        text_encoder: Folder or hub name of a frozen CLIP text model with its tokenizer. Without one the U-Net is made
+            blind to text (its ``clip_mapper`` has no weights), whatever states it is given later.
+        text_length: States that it sees in the place of text then; a text encoder for it has as many.
+        init_from: Weights to begin with: a checkpoint of any layout; the compressor's too, where it holds them.
+        backbone_weights: torchvision's ``efficientnet_v2_s-dd5fe13b.pth`` for a fresh compressor.
+        optimizer: Of both networks.
+        zero_share: Share of the samples whose embedding is zeroed.
+        noise_share: Share of the others whose embedding is noised.
+        noise_until: Largest time to which it is noised.
+        max_loss_weight: A sample's loss is weighted with 1 / snr(t), kept in [1, max_loss_weight]. 1 is the paper's. The
+            noise's error hardly tells what of a picture is missing near t = 1, where z alone knows; a small model of
+            simple pictures, which shine through the noise for the rest of the time, needs that to make use of z.
+        sampling_steps: Of pictures drawn in validation.
+        sampled_batches: Validation batches of each corpus, on each rank, from which pictures are drawn.
+        max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
+
+    Raises:
+        UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
+    """
+
+    def __init__(
+        self,
+        stage_a: str,
+        unet: Settings = "paper",
+        compressor: Settings = "paper",
+        text_encoder: str | None = None,
+        text_length: int = 77,
+        init_from: str | None = None,
+        backbone_weights: str | None = None,
+        optimizer: OptimizerCallable = adamw,
+        zero_share: float = 0.05,
+        noise_share: float = 0.3,
+        noise_until: float = 0.5,
+        max_loss_weight: float = 1.0,
+        sampling_steps: int = 12,
+        sampled_batches: int = 1,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        super().__init__(max_grad_norm)
+        if max_loss_weight < 1:
+            raise UsageError(f"max_loss_weight {max_loss_weight} must be at least 1, which is no weight")
+        for name, value in (("zero_share", zero_share), ("noise_share", noise_share), ("noise_until", noise_until)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"{name} {value} must lie in [0, 1]")
+        self.unet, self.compressor = build(StageBUNet, unet), build(SemanticCompressor, compressor)
+        if backbone_weights is not None:
+            _load_backbone(self.compressor, backbone_weights)
+        if init_from is not None:
+            initialise(self.unet, init_from)
+            if holds(init_from, SemanticCompressor):
+                initialise(self.compressor, init_from)
+        self.stage_a = Frozen(VQGAN.from_checkpoint(stage_a, torch.float32), stage_a)
+        self.text_encoder: Frozen[TextEncoder] | None = None
+        if text_encoder is not None:
+            self.text_encoder = Frozen(TextEncoder.from_pretrained(text_encoder), text_encoder)
+        else:
+            nn.init.zeros_(self.unet.clip_mapper.weight).requires_grad_(False)
+        self._check_widths()
+        self.text_length, self.optimizer = text_length, optimizer
+        self.zero_share, self.noise_share, self.noise_until = zero_share, noise_share, noise_until
+        self.max_loss_weight = max_loss_weight
+        self.sampling_steps, self.sampled_batches = sampling_steps, sampled_batches
+        self._means = CorpusMeans()
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Stage A's latents (n, 4, h, w) of images in [0, 1], in the scale that the U-Net works in."""
+        with torch.no_grad():
+            return self.stage_a.on(images.device).to_latents(images).float()
+
+    def text_states(self, captions: Sequence[str]) -> Tensor:
+        """States (n, length, width) of captions; zeros without a text encoder."""
+        if self.text_encoder is None:
+            width = self.unet.config["clip_embd"]
+            return torch.zeros(len(captions), self.text_length, width, device=self.device)
+        with warnings.catch_warnings(record=True) as cut:
+            warnings.simplefilter("always")
+            states = self.text_encoder.on(self.device).encode(captions)
+        if self._trainer is not None and self.trainer.training:
+            self.log("train/captions_cut", float(len(cut)), batch_size=1)
+        return states
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of a micro-batch."""
+        images, randomness = pixels(batch), generators(batch)
+        chance, zeroed, noised, level = uniforms(randomness, len(images), 4, images.device)
+        t, latents = diffusion.training_times(chance), self.latents(images)
+        noise = diffusion.draw(latents.shape, randomness, latents)
+        z = self._disturbed(self.compressor(images).float(), zeroed, noised, level, randomness)
+        text = self.text_states(batch["caption"])
+        losses = self._losses(latents, t, noise, z, text)
+        return self.watch((losses * diffusion.inverse_snr_weight(t, self.max_loss_weight)).mean(), batch)
+
+    def _disturbed(
+        self, z: Tensor, zeroed: Tensor, noised: Tensor, level: Tensor, randomness: list[Generator] | None
+    ) -> Tensor:
+        """Zero or noise a sample's embedding by its three uniform numbers, (n,) each."""
+        noise = diffusion.draw(z.shape, randomness, z.detach())
+        with_noise = diffusion.diffuse(z, level * self.noise_until, noise)
+        z = torch.where((noised < self.noise_share)[:, None, None, None], with_noise, z)
+        return torch.where((zeroed < self.zero_share)[:, None, None, None], 0.0, z)
+
+    def _losses(self, latents: Tensor, t: Tensor, noise: Tensor, z: Tensor, text: Tensor) -> Tensor:
+        """Mean squared error (n,) of the noise predicted at t."""
+        predicted = self.unet(diffusion.diffuse(latents, t, noise), t, z, text).float()
+        losses: Tensor = (predicted - noise).square().mean((1, 2, 3))
+        return losses
+
+    @torch.no_grad()
+    def draw_latents(
+        self, z: Tensor, text: Tensor, size: Sequence[int], randomness: list[Generator] | None, steps: int | None = None
+    ) -> Tensor:
+        """Draw Stage A latents (n, 4, *size) from embeddings (n, 16, h, w), by DDPM in evenly spaced steps."""
+        like = torch.empty(0, device=z.device)
+        x = diffusion.draw((len(z), self.unet.config["c_in"], *size), randomness, like)
+        cache: ConditionCache = {}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            noise: Tensor = self.unet(x, t, z, text, cache)
+            return noise.float()
+
+        return diffusion.sample(predict, x, diffusion.timesteps(steps or self.sampling_steps), randomness)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> Tensor:
+        """Pictures in [0, 1] drawn from the embeddings of a batch's images, with the noise of its seeds."""
+        images = pixels(batch)
+        stage_a = self.stage_a.on(images.device)
+        size = [side // stage_a.compression for side in images.shape[-2:]]
+        z, text = self.compressor(images).float(), self.text_states(batch["caption"])
+        return stage_a.to_images(self.draw_latents(z, text, size, generators(batch))).float()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """As ``reconstruct``."""
+        return self.reconstruct(batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Takes in each sample's loss at its own time, and how near a picture drawn from z is in the first batches."""
+        images, randomness = pixels(batch), generators(batch)
+        counted = valid_samples(batch, images)
+        rows = torch.as_tensor(batch.get("row", range(len(images))), device=images.device)
+        [within] = uniforms(randomness, len(images), 1, images.device)
+        bucket, latents = rows % BUCKETS, self.latents(images)
+        t = ((bucket + within) / BUCKETS).clamp_min(0.001)
+        noise = diffusion.draw(latents.shape, randomness, latents)
+        text = self.text_states(batch["caption"])
+        losses = self._losses(latents, t, noise, self.compressor(images).float(), text)
+        self._means.add("loss", dataloader_idx, losses, counted)
+        for index in range(BUCKETS):
+            self._means.add(f"loss_at/{index}", 0, losses, counted & (bucket == index))
+        if batch_idx < self.sampled_batches:
+            drawn = self.reconstruct(batch)
+            self._means.add("psnr", dataloader_idx, psnr(drawn, images), counted)
+            self._means.add("ssim", dataloader_idx, ssim(drawn, images), counted)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means of every corpus, the average of their losses, and the loss by intervals of t."""
+        self._log_corpora("val", self.trainer.val_dataloaders)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As validation, logged under ``test/``."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As after validation."""
+        self._log_corpora("test", self.trainer.test_dataloaders)
+
+    def _log_corpora(self, stage: str, loaders: Any) -> None:
+        means = self._means.reduce(self.trainer.strategy)
+        for index in range(BUCKETS):
+            if (mean := means.pop((f"loss_at/{index}", 0), None)) is not None:
+                self.log(f"{stage}/loss_at/{index / BUCKETS:.1f}-{(index + 1) / BUCKETS:.1f}", mean)
+        log_means(self, means, stage, loaders)
+
+    def draw_samples(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures for :class:`~rewurst.callbacks.LogSamples`: originals, through A, and drawn by B from z."""
+        images = pixels(batch)
+        stage_a = self.stage_a.on(images.device)
+        return {"original": images, "A": stage_a.to_images(self.latents(images)), "B": self.reconstruct(batch)}
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Pictures drawn from z, without samples that only fill up."""
+        drawn = self.reconstruct(batch)
+        return drawn[valid_samples(batch, drawn)]
+
+    def configure_optimizers(self) -> Optimizer:
+        """One optimizer over both networks; weight decay, if there is any, acts on matrices only."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+        others = [parameter for parameter in parameters if parameter.ndim < 2]
+        return self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps which attribute is which network, and what the frozen ones are and where they came from."""
+        checkpoint["networks"] = describe(self)
+        checkpoint["frozen"] = {name: part.state() for name, part in self._frozen().items()}
+        if self.text_encoder is not None:
+            checkpoint["text_encoder"] = self.text_encoder.source
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that was trained with another Stage A or text encoder."""
+        for name, part in self._frozen().items():
+            part.check(checkpoint.get("frozen", {}).get(name), name)
+
+    def _frozen(self) -> dict[str, Frozen[Any]]:
+        parts = {"stage_a": self.stage_a, "text_encoder": self.text_encoder}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _check_widths(self) -> None:
+        config, stage_a = self.unet.config, self.stage_a.module
+        pairs = [
+            ("c_in", "stage_a's latent_channels", stage_a.config["latent_channels"]),
+            ("c_out", "stage_a's latent_channels", stage_a.config["latent_channels"]),
+            ("effnet_embd", "the compressor's c_latent", self.compressor.config["c_latent"]),
+        ]
+        if self.text_encoder is not None:
+            pairs.append(("clip_embd", "the text encoder's width", self.text_encoder.module.width))
+        for name, other, needed in pairs:
+            if config[name] != needed:
+                raise UsageError(f"unet's {name} is {config[name]} but {other} is {needed}: set {name} to that")
+
+
+def _load_backbone(compressor: SemanticCompressor, path: str) -> None:
+    """Take EfficientNetV2-S's features from torchvision's file."""
+    state = {name.removeprefix("features."): tensor for name, tensor in read_file(path).items()}
+    own = compressor.backbone.state_dict()
+    if wrong := [name for name in own if name not in state or state[name].shape != own[name].shape]:
+        raise UsageError(f"{path} has no features.{wrong[0]} as the backbone has: give efficientnet_v2_s-dd5fe13b.pth")
+    compressor.backbone.load_state_dict({name: state[name] for name in own})
