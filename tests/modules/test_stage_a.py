@@ -340,8 +340,7 @@ from lightning.pytorch import Trainer
 from rewurst.modules import StageA
 
 settings = json.loads(Path(sys.argv[1]).read_text())
-conftest = runpy.run_path(settings["conftest"])
-Pictures = conftest["picture_data"].__wrapped__() if hasattr(conftest["picture_data"], "__wrapped__") else None
+Pictures = runpy.run_path(settings["conftest"])["picture_data"].__wrapped__()
 
 torch.manual_seed(0)
 sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
