@@ -116,7 +116,6 @@ class MicroBatches(Dataset[Batch]):
         # What only the host reads stays NumPy: each tensor costs a worker a shared memory file, and a copy to a device.
         return self._read(Picks(corpus, rows, seeds, lane, training=True)) | {"corpus": corpus, "row": rows}
 
-
     def _index(self, corpus: int, lane: int, counters: Numbers) -> Numbers:
         """Index within the lane of each counter: permuted by the block, which NumPy does for little more than a row."""
         first = int(counters[0]) // BLOCK * BLOCK
