@@ -169,7 +169,7 @@ class StageA(LightningModule):
             terms["discriminator"] = self.adversarial.discriminator(widened(real), widened(fake))
             self._window[-1]["discriminator"] = terms["discriminator"].detach()
         elif self.discriminator is not None:  # DDP wants a gradient of every parameter from every backward pass
-            terms["discriminator"] = sum(p.sum() for p in self.discriminator.parameters()) * torch.zeros(())
+            terms["discriminator"] = 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
         return terms
 
     @torch.no_grad()
