@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .. import UsageError
-from .adversarial import ADVERSARIAL, AdversarialLoss
+from .adversarial import ADVERSARIAL, AdversarialLoss, without_gradients
 from .codebook import CodebookUse, drawn_rows, snap
 from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .networks import VQGAN, PatchDiscriminator, describe
-from .perceptual import LPIPS, cached_vgg16
-from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, initialise, pixels, uniforms, widened
+from .perceptual import frozen_lpips
+from .stage_parts import Batch, Settings, adamw, build, generators, initialise, pixels, uniforms, widened
 from .watched import check_max_grad_norm, not_finite, scales_losses
 
 Losses = dict[str, Tensor]
@@ -108,7 +107,7 @@ class StageA(LightningModule):
         self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
         self.adversarial_start, self.adversarial = adversarial_start, ADVERSARIAL[adversarial_loss]
         self.drop_quantisation, self.revive_after = drop_quantisation, revive_after
-        self.lpips = _perceptual(vgg16, download_vgg16) if perceptual_weight else None
+        self.lpips = frozen_lpips(vgg16, download_vgg16) if perceptual_weight else None
         self.step = 0
         self._accumulation = accumulation
         self._window: list[Losses] = []
@@ -158,7 +157,7 @@ class StageA(LightningModule):
         if self.lpips is not None:
             terms["perceptual"] = self.perceptual_weight * self.lpips.on(images.device)(decoded, images).mean()
         if self.adversary is not None:
-            with _without_gradients(self.adversary):
+            with without_gradients(self.adversary):
                 terms["adversarial"] = self.adversarial_weight * self.adversarial.generator(
                     widened(self.adversary(decoded))
                 )
@@ -169,7 +168,7 @@ class StageA(LightningModule):
             terms["discriminator"] = self.adversarial.discriminator(widened(real), widened(fake))
             self._window[-1]["discriminator"] = terms["discriminator"].detach()
         elif self.discriminator is not None:  # DDP wants a gradient of every parameter from every backward pass
-            terms["discriminator"] = sum(p.sum() for p in self.discriminator.parameters()) * torch.zeros(())
+            terms["discriminator"] = 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
         return terms
 
     @torch.no_grad()
@@ -322,27 +321,3 @@ class StageA(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the step over."""
         self.step = checkpoint.get("completed_steps", 0)
-
-
-def _perceptual(path: str | None, download: bool) -> Frozen[LPIPS] | None:
-    lpips = LPIPS.from_files(path, download)
-    if lpips is not None:
-        return Frozen(lpips, str(path or cached_vgg16()))
-    rank_zero_warn(
-        f"there is no {cached_vgg16()}: Stage A is trained without the perceptual loss; give vgg16, or set "
-        "download_vgg16 to fetch it, or perceptual_weight to 0"
-    )
-    return None
-
-
-class _without_gradients(AbstractContextManager[None]):  # noqa: N801  # a context manager
-    """Lets gradients pass through a network and not into it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def __enter__(self) -> None:
-        self.network.requires_grad_(False)
-
-    def __exit__(self, *args: object) -> None:
-        self.network.requires_grad_(True)
