@@ -111,6 +111,7 @@ class TokenReader:
 
     def __init__(self, sources: Sequence[TokenShards]) -> None:
         self._sources = sources
+        self._smallest = min(source.index.vocab_size for source in sources)
 
     def __call__(self, picks: Picks) -> Batch:
         """Reads the rows of a micro-batch."""
@@ -119,7 +120,9 @@ class TokenReader:
         shape = (len(picks.row), self._sources[0].index.sequence_length + 1)
         tokens = np.empty(shape, dtype=np.result_type(*(source.index.dtype for source in self._sources)))
         for index, shards in enumerate(self._sources):
-            mine = picks.corpus == index
-            if mine.any():
-                tokens[mine] = shards.read(picks.row[mine])
+            slots = np.flatnonzero(picks.corpus == index)
+            shards.read_into(tokens, slots.tolist(), picks.row[slots])
+        if tokens.max() >= self._smallest or (tokens.dtype.kind == "i" and tokens.min() < 0):
+            for index, shards in enumerate(self._sources):  # whose rows they are, and whether its vocabulary is larger
+                shards.read(picks.row[picks.corpus == index])
         return {"input_ids": torch.from_numpy(tokens)}
