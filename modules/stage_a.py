@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from .. import UsageError
 from .adversarial import ADVERSARIAL, AdversarialLoss, without_gradients
 from .codebook import CodebookUse, drawn_rows, snap
+from .finite import FiniteWatch
 from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .networks import VQGAN, PatchDiscriminator, describe
 from .perceptual import frozen_lpips
 from .stage_parts import Batch, Settings, adamw, build, generators, initialise, pixels, uniforms, widened
-from .watched import check_max_grad_norm, not_finite, scales_losses
+from .watched import check_max_grad_norm, logs_now, look, place_of, scales_losses
 
 Losses = dict[str, Tensor]
 
@@ -112,6 +113,7 @@ class StageA(LightningModule):
         self._accumulation = accumulation
         self._window: list[Losses] = []
         self._counts: Tensor | None = None
+        self._watch = FiniteWatch()
         self._means = CorpusMeans()
         self._codes: dict[int, Tensor] = {}
 
@@ -136,8 +138,7 @@ class StageA(LightningModule):
         self._window.append({})
         terms = self._losses(batch)
         loss = sum(terms.values(), torch.zeros((), device=self.device))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(not_finite(self.trainer, "loss", loss, self.step, batch))
+        self._watch.add("loss", self.step, loss, [place_of(batch)])
         closes = len(self._window) >= self.accumulation or self.trainer.is_last_batch
         with self._gradients(synchronised=closes):
             self.manual_backward(loss / self.accumulation)
@@ -201,11 +202,13 @@ class StageA(LightningModule):
         self.step += 1
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clips the gradients of one network, logs their norm, and stops when it is not finite."""
+        """Clips the gradients of one network, and watches and logs their norm."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
-        if not torch.isfinite(norm) and not scales_losses(self.trainer):
-            raise FloatingPointError(not_finite(self.trainer, "gradient norm", norm, self.step))
+        if not scales_losses(self.trainer):
+            self._watch.add("gradient norm", self.step, norm)
+        if self._watch.full or logs_now(self.trainer):
+            look(self._watch, self.trainer)
         first = self.trainer.optimizers[0]
         self.log("train/grad_norm" + ("" if optimizer is first else "/discriminator"), norm, batch_size=1)
 
@@ -248,6 +251,15 @@ class StageA(LightningModule):
         # A checkpoint holds the weights after the step that it is named after, as with automatic optimization.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         self._window, self._counts = [], None
+        self._watch.forget()
+
+    def on_validation_start(self) -> None:
+        """A validation waits for the device anyway."""
+        look(self._watch, self.trainer)
+
+    def on_train_end(self) -> None:
+        """Looks at the steps since the last logging interval."""
+        look(self._watch, self.trainer)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Takes in each sample's metrics, through the codebook."""
@@ -313,6 +325,7 @@ class StageA(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the step, and which attribute is which network, with the measured scale of the latents."""
+        look(self._watch, self._trainer)
         if self._measures_scale and self.latent_std > 0:
             self.vqgan.scale_factor = self.vqgan.config["scale_factor"] = round(float(self.latent_std), 4)
         checkpoint["networks"] = describe(self)

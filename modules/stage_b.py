@@ -235,6 +235,7 @@ class StageB(WatchedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps which attribute is which network, and what the frozen ones are and where they came from."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["networks"] = describe(self)
         checkpoint["frozen"] = {name: part.state() for name, part in self._frozen().items()}
         if self.text_encoder is not None:
