@@ -240,6 +240,8 @@ class StageB(WatchedModule):
         checkpoint["frozen"] = {name: part.state() for name, part in self._frozen().items()}
         if self.text_encoder is not None:
             checkpoint["text_encoder"] = self.text_encoder.source
+        else:
+            checkpoint["text_length"] = self.text_length
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that was trained with another Stage A or text encoder."""
