@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rewurst.datamodules.corpus_index import CorpusIndex, Shard
+from rewurst.datamodules.corpus_index import Shard
 from rewurst.datamodules.shards import TokenShards, TokenWriter
+from rewurst.datamodules.token_index import TokenIndex
 
 PYTHIA_70M = {"layers": 6, "width": 512, "heads": 8, "vocabulary": 50304, "length": 512, "rows": 8}
 PYTHIA_410M = {"layers": 24, "width": 1024, "heads": 16, "vocabulary": 50304, "length": 2048, "rows": 16}
@@ -185,9 +186,9 @@ def indexes() -> list[Result]:
         index = {"dtype": "uint16", "sequence_length": 2048, "rows_per_sample": 256, "rows": rows}
         index |= {"tokens": rows * 2048, "vocab_size": 50304, "end_token": 0, "tokenizer_sha256": "", "sources": ()}
         with tempfile.TemporaryDirectory() as folder:
-            CorpusIndex(
+            TokenIndex(
                 **{**index, "kind": "text", "version": 1, "dropped_tokens": 0, "documents": 0, "shards": shards}
-            ).save(folder)  # type: ignore[arg-type]  # noqa: E501
+            ).save(folder)  # type: ignore[arg-type]
             size = (Path(folder) / "index.json").stat().st_size
             times = []
             for _ in range(5):
