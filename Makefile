@@ -35,6 +35,7 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
+	$(BIN)/python benchmarks/decoding.py --out benchmarks/results/images.json
 	$(BIN)/python benchmarks/wuerstchen.py --out benchmarks/results/wuerstchen.json
 
 reproduce: $(STAMP)

@@ -122,6 +122,7 @@ class StageC(WatchedModule):
 
     def setup(self, stage: str) -> None:
         """Refuses latents and text states that other networks made."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         made_by: Mapping[str, Mapping[str, str]] = getattr(data, "made_by", {})
         for name, kept in made_by.items():
@@ -265,6 +266,7 @@ class StageC(WatchedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps which attribute is which network, the scale of z, the text encoder, and what the frozen parts are."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["networks"] = describe(self)
         checkpoint["latent_scale"] = self._scale()
         checkpoint["frozen"] = {name: part.state() for name, part in self._frozen().items()}

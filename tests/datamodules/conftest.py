@@ -108,10 +108,10 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A bucket of moto's S3 server on loopback."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'rewurst[remote]'")
-    boto3 = pytest.importorskip("boto3")
-    moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[s3]' flask flask-cors")
-    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
     endpoint = "http://{}:{}".format(*running.get_host_and_port())
     for name, value in {

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -493,6 +494,25 @@ def test_a_damaged_block_is_fetched_again(server: Any, cache: BlockCache, damage
         opened = CachedBytes(server.url(), BlockCache(cache.folder, block_bytes=BLOCK))
         assert opened.read(0, 100) == CONTENT[:100]
         assert (opened.stats.damaged, opened.stats.requests) == (damaged, requests)
+
+
+def test_a_process_checks_a_block_once(server: Any, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    CachedBytes(server.url(), cache).read(0, 100)
+    fresh = BlockCache(cache.folder, block_bytes=BLOCK)
+    opened, lengths, crc32 = CachedBytes(server.url(), fresh), [], block_cache.zlib.crc32
+    monkeypatch.setattr(block_cache.zlib, "crc32", lambda content: lengths.append(len(content)) or crc32(content))
+    for _ in range(3):
+        assert opened.read(0, 100) == CONTENT[:100]
+        fresh._mapped.clear()
+    assert lengths == [BLOCK]
+    blocks(cache)[0].unlink()  # evicted, and then written by another process
+    CachedBytes(server.url(), BlockCache(cache.folder, block_bytes=BLOCK)).read(0, 100)
+    lengths.clear()
+    flip(blocks(cache)[0])
+    os.link(blocks(cache)[0], cache.folder / "kept")  # so that its inode is not used again
+    os.replace(shutil.copy(cache.folder / "kept", cache.folder / "copy"), blocks(cache)[0])
+    assert opened.read(0, 100) == CONTENT[:100]
+    assert opened.stats.damaged == 1
 
 
 def no_space(*_: Any) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -317,3 +321,55 @@ def test_captions_that_are_cut_are_counted(
 
     trainer(tmp_path, max_steps=1, callbacks=[Lengthen()]).fit(module, picture_data(4, 4))
     assert cut == [1.0]
+
+
+TWO_PROCESSES = """
+import json, runpy, sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from rewurst.callbacks import LogSamples, WeightAverage
+from rewurst.modules import StageB
+
+settings = json.loads(Path(sys.argv[1]).read_text())
+Pictures = runpy.run_path(settings["conftest"])["picture_data"].__wrapped__()
+torch.manual_seed(0)
+module = StageB(**settings["model"], optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05))
+for part in module.modules():
+    if isinstance(part, torch.nn.BatchNorm2d):
+        part.eval()
+trainer = Trainer(
+    accelerator="cpu", devices=settings["devices"], strategy="ddp" if settings["devices"] > 1 else "auto",
+    max_steps=3, max_epochs=-1, val_check_interval=6 // settings["devices"], check_val_every_n_epoch=None,
+    num_sanity_val_steps=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False, use_distributed_sampler=False, default_root_dir=settings["folder"],
+    callbacks=[WeightAverage(0.5), LogSamples(2)],
+)
+trainer.fit(module, Pictures(2, 4))
+if trainer.is_global_zero:
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    weights = {name: value.double().sum().item() for name, value in module.named_parameters()}
+    Path(settings["folder"], "result.json").write_text(json.dumps([metrics, weights]))
+"""
+
+
+def test_two_processes_train_and_validate_as_one(stage_a_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    conftest = Path(__file__).parents[1] / "conftest.py"
+    results = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        model = {**SMALL, "stage_a": stage_a_folder, "sampled_batches": 9}
+        settings = {"conftest": str(conftest), "model": model, "devices": devices, "folder": str(folder)}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        command = [sys.executable, str(tmp_path / "script.py"), str(folder / "settings.json")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((folder / "result.json").read_text()))
+        assert len(list((folder / "samples").glob("*.png"))) == 2
+    (metrics, weights), (metrics_of_two, weights_of_two) = results
+    assert metrics_of_two == pytest.approx(metrics, rel=1e-3)
+    assert weights_of_two == pytest.approx(weights, rel=1e-3, abs=1e-3)
