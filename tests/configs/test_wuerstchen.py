@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from rewurst import callbacks, modules
 from rewurst.callbacks import LRRewarming
-from rewurst.modules.networks import VQGAN, SemanticCompressor, StageBUNet
+from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet
 from rewurst.modules.stage_parts import build
 
 FOLDER = Path(__file__).parents[2] / "configs" / "wuerstchen"
@@ -39,13 +40,13 @@ def made(part: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("path", RECIPES, ids=names)
 def test_says_how_it_is_run(path: Path) -> None:
     head = path.read_text(encoding="utf8").split("seed_everything")[0]
-    assert f"wuerstchen/{names(path)}.yaml" in head or "{stage_b,stage_b_1024}.yaml" in head
+    assert f"wuerstchen/{names(path)}.yaml" in head or f"{{{path.stem[:-5]},{path.stem}}}.yaml" in head
     for line in head.splitlines():
         assert line.startswith("# ")
         assert len(line) <= 120
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "stage_b_1024"], ids=names)
+@pytest.mark.parametrize("path", [path for path in RECIPES if not path.stem.endswith("_1024")], ids=names)
 def test_modules_and_callbacks_are_built_as_it_says(path: Path) -> None:
     config = load(names(path))
     arguments = config["model"]["init_args"]
@@ -54,6 +55,9 @@ def test_modules_and_callbacks_are_built_as_it_says(path: Path) -> None:
     with torch.device("meta"):
         if path.stem == "stage_a":
             build(VQGAN, arguments["vqgan"])
+        elif config["model"]["class_path"] == "StageC":
+            prior = build(Prior, arguments["prior"])
+            assert prior.config["c_cond"] == width_of(arguments["text_encoder"])
         else:
             unet = build(StageBUNet, arguments["unet"])
             compressor = build(SemanticCompressor, arguments["compressor"])
@@ -63,11 +67,50 @@ def test_modules_and_callbacks_are_built_as_it_says(path: Path) -> None:
     built = [made(callback) for callback in ours]
     [rewarming] = [callback for callback in built if isinstance(callback, LRRewarming)]
     length = next(c["init_args"]["length"] for c in ours if c["class_path"] == "LRRewarming")
-    assert length == config["trainer"]["max_steps"]
+    begun = load("shapes/stage_c")["trainer"]["max_steps"] if path.stem == "continue_c" else 0
+    assert begun + length == config["trainer"]["max_steps"]
     assert rewarming.schedule.value(length // 2, length) > 0
     data = config["data"]["init_args"]
     devices = config["trainer"]["devices"] * config["trainer"].get("num_nodes", 1)
     assert data["global_batch_size"] % (data["micro_batch_size"] * devices) == 0
+
+
+def width_of(text_encoder: Any) -> int:
+    """Width of the states: a setting of ours, or what the hub's models have."""
+    if isinstance(text_encoder, dict):
+        return int(text_encoder["hidden_size"])
+    return {"vit-large": 768, "ViT-H": 1024, "ViT-bigG": 1280}[re.search(r"vit-large|ViT-H|ViT-bigG", text_encoder)[0]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("folder", ["shapes", "emoji"])
+def test_stages_fit_each_other(folder: str) -> None:
+    b, c = (load(f"{folder}/{stage}")["model"]["init_args"] for stage in ("stage_b", "stage_c"))
+    assert c["stage_b"] == f"runs/wuerstchen/{folder}/stage_b/checkpoints/last.ckpt"
+    assert build(SemanticCompressor, b["compressor"]).config["c_latent"] == build(Prior, c["prior"]).config["c_in"]
+    assert b["text_length"] == c["text_encoder"]["max_position_embeddings"], "an export needs as many states"
+
+
+def test_the_continued_prior_is_the_same_model_with_replay() -> None:
+    before, after = load("shapes/stage_c"), load("continue_c")
+    assert before["model"] == after["model"]
+    assert after["ckpt_path"] == "auto:runs/wuerstchen/shapes/stage_c"
+    assert after["data"]["init_args"]["dataset"] != before["data"]["init_args"]["dataset"]
+    assert after["data"]["init_args"]["corpora"]["shapes"]["replay"]
+    [replay] = [c for c in after["trainer"]["callbacks"] if c["class_path"] == "ReplayScheduler"]
+    assert 0.05 <= replay["init_args"]["share"] <= 0.25
+
+
+def test_the_papers_prior() -> None:
+    c, later = load("paper/stage_c"), load("paper/stage_c_1024")
+    assert (c["trainer"]["max_steps"], c["data"]["init_args"]["global_batch_size"]) == (500_000, 1536)
+    assert later["trainer"]["max_steps"] - c["trainer"]["max_steps"] == 364_000
+    schedule = next(made(one) for one in c["trainer"]["callbacks"] if one["class_path"] == "LRRewarming").schedule
+    assert schedule.value(10_000, 500_000) == pytest.approx(1e-4)
+    average = next(one["init_args"] for one in c["trainer"]["callbacks"] if one["class_path"] == "WeightAverage")
+    assert average == {"decay": 0.9, "every": 100, "start_step": 5000}
+    with torch.device("meta"):
+        prior = build(Prior, load("finetune_c")["model"]["init_args"]["prior"])
+    assert sum(p.numel() for p in prior.parameters()) == 993_636_896
 
 
 def test_the_papers_numbers() -> None:
