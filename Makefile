@@ -39,7 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/wuerstchen.py --out benchmarks/results/wuerstchen.json
 
 reproduce: $(STAMP)
-	$(BIN)/python examples/demo.py --runs all
+	$(BIN)/python examples/demo.py --only continual --runs all
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) data build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
