@@ -118,12 +118,14 @@ class MicroBatches(Dataset[Batch]):
 
     def _index(self, corpus: int, lane: int, counters: Numbers) -> Numbers:
         """Index within the lane of each counter: permuted by the block, which NumPy does for little more than a row."""
-        first = int(counters[0]) // BLOCK * BLOCK
-        if counters[-1] >= first + BLOCK or counters[0] > counters[-1]:
-            return self._orders[corpus][lane].row(counters)
+        order = self._orders[corpus][lane]
+        size = min(BLOCK, order.rows)  # of at most two epochs: each is permuted by itself
+        first = int(counters[0]) // size * size
+        if counters[-1] >= first + size or counters[0] > counters[-1]:
+            return order.row(counters)
         known = self._blocks.get((corpus, lane))
         if known is None or known[0] != first:
-            known = first, self._orders[corpus][lane].row(np.arange(first, first + BLOCK))
+            known = first, order.row(np.arange(first, first + size))
             self._blocks[corpus, lane] = known
         return known[1][counters - first]
 
