@@ -233,6 +233,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--suite", choices=("cpu", "gpu", "tiny"), default="cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the suite cpu; others stay in OUT")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--add", type=Path, nargs="*", help="results of earlier sittings whose runs are counted with")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix", default="", help="before each command, such as 'numactl -N 0'")
     parser.add_argument("--litgpt", help="the Python of an environment with litgpt")
@@ -244,10 +245,27 @@ def main(args: Sequence[str] | None = None) -> None:
     parts = arguments.parts if arguments.suite == "cpu" else [arguments.suite]
     kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     for part in parts:
-        rows = measure(bench, part, arguments.rounds)
+        rows = measure(bench, part, arguments.rounds) if arguments.rounds else []
+        for path in arguments.add or []:
+            rows = together(rows, [row for row in json.loads(path.read_text()) if row["part"] == part])
         kept = [row for row in kept if row["part"] != part] + [row | setting | {"part": part} for row in rows]
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def together(rows: list[Result], earlier: list[Result]) -> list[Result]:
+    """The same rows over the runs of both; where a sitting gave one number, that is a run."""
+    if not rows or not earlier:
+        return rows or earlier
+    found = []
+    for a, b in zip(rows, earlier, strict=True):
+        assert (a["what"], a["peer"], a["unit"]) == (b["what"], b["peer"], b["unit"])
+        row = dict(a)
+        for side in ("ours", "theirs"):
+            runs = [*b.get(f"runs_{side}", [b[side]]), *a.get(f"runs_{side}", [a[side]])]
+            row |= {f"runs_{side}": runs, side: statistics.median(runs)}
+        found.append(row | {"ratio": row["ours"] / row["theirs"]})
+    return found
 
 
 def measure(bench: Bench, part: str, rounds: int) -> list[Result]:
