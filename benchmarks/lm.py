@@ -40,6 +40,7 @@ GROWTH = {
     "vocabulary": [SMALL | {"vocabulary": entries} for entries in (8192, 50304, 131072)],
     "layers": [SMALL | {"layers": layers} for layers in (2, 6, 12)],
 }
+PARTS = ("train", "overhead", "documents", "growth", "indexes")
 DOCUMENT = 128  # tokens between end tokens, on average
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, as the makers give them
 
@@ -176,19 +177,17 @@ def documents(bench: Bench, rounds: int) -> list[Result]:
     return rows_of("document masks", "ours without", *sides, tokens)
 
 
-def indexes() -> list[Result]:
-    """Bytes of an index and seconds until its corpus is open, by tokens; rows of 2,048, shards of 256 MiB."""
-    found = []
+def indexes() -> None:
+    """Prints bytes of an index and milliseconds until its corpus is open; rows of 2,048 tokens, shards of 256 MiB."""
     for exponent in range(6, 12):
         rows, per_shard = 10**exponent // 2048, 65536 // 256 * 256
         sizes = [min(per_shard, rows - begin) for begin in range(0, rows, per_shard)]
         shards = tuple(Shard(f"train-{i:06d}.tar", n * 4098, -(-n // 256), n, f"{i:064x}") for i, n in enumerate(sizes))
-        index = {"dtype": "uint16", "sequence_length": 2048, "rows_per_sample": 256, "rows": rows}
+        index: dict[str, Any] = {"dtype": "uint16", "sequence_length": 2048, "rows_per_sample": 256, "rows": rows}
         index |= {"tokens": rows * 2048, "vocab_size": 50304, "end_token": 0, "tokenizer_sha256": "", "sources": ()}
+        index |= {"kind": "text", "version": 1, "dropped_tokens": 0, "documents": 0}
         with tempfile.TemporaryDirectory() as folder:
-            TokenIndex(
-                **{**index, "kind": "text", "version": 1, "dropped_tokens": 0, "documents": 0, "shards": shards}
-            ).save(folder)  # type: ignore[arg-type]
+            TokenIndex(**index, shards=shards).save(folder)
             size = (Path(folder) / "index.json").stat().st_size
             times = []
             for _ in range(5):
@@ -196,10 +195,10 @@ def indexes() -> list[Result]:
                 TokenShards(folder).fingerprint()
                 times.append(time.perf_counter() - begin)
         sidecars = 8 * sum(shard.samples + 1 for shard in shards)
-        row = {"what": f"index of 1e{exponent} tokens", "shards": len(shards), "index_bytes": size}
-        found.append(row | {"sidecar_bytes": sidecars, "open_seconds": statistics.median(times)})
-        print(f"{row}, open in {1000 * statistics.median(times):.2f} ms", flush=True)
-    return found
+        opened = 1000 * statistics.median(times)
+        print(
+            f"1e{exponent} tokens: {len(shards)} shards, index {size} bytes, sidecars {sidecars}, open {opened:.2f} ms"
+        )
 
 
 def flops(shape: dict[str, int]) -> tuple[float, float]:
@@ -233,29 +232,63 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lm.json"))
     parser.add_argument("--suite", choices=("cpu", "gpu", "tiny"), default="cpu")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the suite cpu; others stay in OUT")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--add", type=Path, nargs="*", help="results of earlier sittings whose runs are counted with")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix", default="", help="before each command, such as 'numactl -N 0'")
     parser.add_argument("--litgpt", help="the Python of an environment with litgpt")
     arguments = parser.parse_args(args)
     gpu = arguments.suite == "gpu"
     bench = Bench(arguments.threads, "cuda" if gpu else "cpu", arguments.prefix, arguments.litgpt)
-    rounds, peers = arguments.rounds, ["raw loop", "transformers.Trainer"]
-    if gpu:
-        results = compare(bench, "405M, 16 x 2048, bfloat16", PYTHIA_410M, peers, min(rounds, 2), (8, 12), compile=True)
-        results.append(utilisation(bench, results, PYTHIA_410M))
-    elif arguments.suite == "tiny":
-        results = compare(bench, "tiny", TINY, peers, rounds, (2, 5))
-        results.append(utilisation(bench, results, TINY))
-    else:
-        peers += ["litgpt"] if arguments.litgpt else []
-        results = compare(bench, "Pythia-70M, 8 x 512, fp32", PYTHIA_70M, peers, rounds, (1, 3))
-        results.append(utilisation(bench, results, PYTHIA_70M))
-        results += [overhead(bench, rounds), *documents(bench, 3), *grow(bench), *indexes()]
     device = torch.cuda.get_device_name() if gpu else platform.machine()
     setting = {"torch": torch.__version__, "device": device, "threads": arguments.threads, "date": time.strftime("%F")}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps([row | setting for row in results], indent=2) + "\n")
+    parts = arguments.parts if arguments.suite == "cpu" else [arguments.suite]
+    kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    for part in parts:
+        rows = measure(bench, part, arguments.rounds) if arguments.rounds else []
+        for path in arguments.add or []:
+            rows = together(rows, [row for row in json.loads(path.read_text()) if row["part"] == part])
+        kept = [row for row in kept if row["part"] != part] + [row | setting | {"part": part} for row in rows]
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def together(rows: list[Result], earlier: list[Result]) -> list[Result]:
+    """The same rows over the runs of both; where a sitting gave one number, that is a run."""
+    if not rows or not earlier:
+        return rows or earlier
+    found = []
+    for a, b in zip(rows, earlier, strict=True):
+        assert (a["what"], a["peer"], a["unit"]) == (b["what"], b["peer"], b["unit"])
+        row = dict(a)
+        for side in ("ours", "theirs"):
+            runs = [*b.get(f"runs_{side}", [b[side]]), *a.get(f"runs_{side}", [a[side]])]
+            row |= {f"runs_{side}": runs, side: statistics.median(runs)}
+        found.append(row | {"ratio": row["ours"] / row["theirs"]})
+    return found
+
+
+def measure(bench: Bench, part: str, rounds: int) -> list[Result]:
+    """One part of the table."""
+    peers = ["raw loop", "transformers.Trainer"]
+    if part == "gpu":
+        results = compare(bench, "405M, 16 x 2048, bfloat16", PYTHIA_410M, peers, min(rounds, 2), (8, 12), compile=True)
+        return [*results, utilisation(bench, results, PYTHIA_410M)]
+    if part == "tiny":
+        return compare(bench, "tiny", TINY, peers, rounds, (2, 5))
+    if part == "train":
+        peers += ["litgpt"] if bench.litgpt else []
+        results = compare(bench, "Pythia-70M, 8 x 512, fp32", PYTHIA_70M, peers, rounds, (1, 2))
+        return [*results, utilisation(bench, results, PYTHIA_70M)]
+    if part == "overhead":
+        return [overhead(bench, rounds)]
+    if part == "documents":
+        return documents(bench, min(rounds, 3))
+    if part == "growth":
+        return grow(bench)
+    indexes()  # printed: no peer to compare with
+    return []
 
 
 if __name__ == "__main__":

@@ -263,8 +263,7 @@ def main() -> None:
     name, given, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     run = Run(**json.loads(given))
-    import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
-    from transformers import Trainer  # noqa: F401  # libraries count for nobody
+    from transformers import GPTNeoXForCausalLM, Trainer  # noqa: F401  # libraries count for nobody
 
     torch.manual_seed(0)
     before = memory_line("VmRSS")
