@@ -8,6 +8,14 @@ from typing import Any
 import lightning.pytorch  # noqa: F401  # first imported under a captured stderr, its handler would keep that one
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are checked. Here, before any test imports the modules: those that are collected first too.
+# (Beartype cannot check `Self`, which base and cascade use.)
+NETWORKS = [f"networks.{name}" for name in ("layers", "conditioned", "vqgan", "unet", "prior", "encoders")]
+install_import_hook(
+    [f"rewurst.modules.{name}" for name in (*NETWORKS, "diffusion", "prompts", "pipeline")], "beartype.beartype"
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
