@@ -76,9 +76,7 @@ class StageB(DiffusionStage):
         sampled_batches: int = 1,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(optimizer, max_grad_norm)
-        if max_loss_weight < 1:
-            raise UsageError(f"max_loss_weight {max_loss_weight} must be at least 1, which is no weight")
+        super().__init__(optimizer, max_grad_norm, max_loss_weight)
         for name, value in (("zero_share", zero_share), ("noise_share", noise_share), ("noise_until", noise_until)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} {value} must lie in [0, 1]")
@@ -98,7 +96,6 @@ class StageB(DiffusionStage):
         self._check_widths()
         self.text_length = text_length
         self.zero_share, self.noise_share, self.noise_until = zero_share, noise_share, noise_until
-        self.max_loss_weight = max_loss_weight
         self.sampling_steps, self.sampled_batches = sampling_steps, sampled_batches
 
     def latents(self, images: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class StageC(DiffusionStage):
     """Würstchen's Stage C, the text-conditional prior (arXiv 2306.00637).
 
     It learns to denoise x = (z + latent_std) / latent_mean, z being what the frozen Semantic Compressor makes of an
-    image. The loss is the mean squared error of the predicted noise, weighted with p2 = 1 - alpha_bar(t). Captions are
+    image. The loss is the mean squared error of the predicted noise, weighted with p2 = 1 - alpha_bar(t), and more
+    near t = 1 where ``max_loss_weight`` says so. Captions are
     seen through all states of a text encoder, padding included; one that was dropped is the text "".
 
     Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], or ``z`` (n, 16, h, w), with
@@ -49,6 +50,9 @@ class StageC(DiffusionStage):
             None for numbers that bring this compressor's z to mean 0 and deviation 1, which a small one needs.
         latent_std: See ``latent_mean``.
         stage_a: Checkpoint or folder of Stage A, for pictures; by default the one that Stage B's checkpoint names.
+        max_loss_weight: The loss is weighted with 1 / snr(t) too, kept in [1, max_loss_weight]; 1 is the paper's. Near
+            t = 1, where the text alone knows the picture, the noise's error hardly tells what is missing: in a short
+            run a small model learns the text from this weight.
         sampling_steps: Of Stage C, for pictures.
         guidance_scale: The same; up to 1 there is no guidance.
         stage_b_steps: Of Stage B, for pictures.
@@ -68,12 +72,13 @@ class StageC(DiffusionStage):
         latent_mean: float | None = Prior.latent_mean,
         latent_std: float | None = Prior.latent_std,
         stage_a: str | None = None,
+        max_loss_weight: float = 1.0,
         sampling_steps: int = 60,
         guidance_scale: float = 4.0,
         stage_b_steps: int = 12,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(optimizer, max_grad_norm)
+        super().__init__(optimizer, max_grad_norm, max_loss_weight)
         self.prior = build(Prior, prior)
         self.compressor = Frozen(SemanticCompressor.from_checkpoint(stage_b, torch.float32), stage_b)
         self._set_scale(latent_mean, latent_std)
@@ -173,7 +178,7 @@ class StageC(DiffusionStage):
         randomness = generators(batch)
         [chance] = uniforms(randomness, _count(batch), 1, self.device)
         t = diffusion.training_times(chance)
-        return self.watch((self.losses(batch, t, randomness) * diffusion.p2_weight(t)).mean(), batch)
+        return self.watch((self.losses(batch, t, randomness) * self._weight(t)).mean(), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Takes in each sample's loss at its own time."""
@@ -181,7 +186,10 @@ class StageC(DiffusionStage):
         bucket, t = self.validation_times(batch, count, randomness)
         losses = self.losses(batch, t, randomness)
         counted = valid_samples(batch, losses)
-        self.take_in(dataloader_idx, losses * diffusion.p2_weight(t), losses, bucket, counted)
+        self.take_in(dataloader_idx, losses * self._weight(t), losses, bucket, counted)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        return diffusion.p2_weight(t) * diffusion.inverse_snr_weight(t, self.max_loss_weight)
 
     @torch.no_grad()
     def draw_embeddings(
