@@ -1,0 +1,100 @@
+"""Which parts of a module are sharded together, and what else is done to each: recomputation, compilation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import UsageError
+from ..hints import closest
+
+
+def find_blocks(module: nn.Module, names: Sequence[str] | None = None) -> list[nn.Module]:
+    """The blocks of a module, inner ones before those that hold them, as ``fully_shard`` wants them.
+
+    Args:
+        module: Any module.
+        names: Class names of its blocks. By default those that the module, or any module in it, lists in
+            ``_no_split_modules`` (transformers' models and our networks do); where none does, the modules that stand
+            at least twice in one ``ModuleList``, such as the layers of ``nn.TransformerEncoder``.
+
+    Raises:
+        UsageError: A name matches nothing, or there is nothing that repeats.
+    """
+    there = Counter(type(part).__name__ for part in module.modules())
+    for name in names or ():
+        if name not in there:
+            repeated = [f"{kind} ({count})" for kind, count in there.most_common() if count > 1]
+            raise UsageError(
+                f"blocks {name!r} matches nothing in {type(module).__name__}{closest(name, there)}; what repeats in it: "
+                f"{', '.join(repeated[:8]) or 'nothing'}"
+            )
+    wanted = set(names or ()) or _listed(module)
+    found = [part for part in module.modules() if type(part).__name__ in wanted] or _repeated(module)
+    found = [block for block in found if any(True for _ in block.parameters())]
+    if not found:
+        raise UsageError(
+            f"{type(module).__name__} does not say which its blocks are and holds no list of alike modules: name their "
+            "classes, FSDP(blocks=[...])"
+        )
+    return found[::-1]  # `modules` walks from the outside inwards
+
+
+def _listed(module: nn.Module) -> set[str]:
+    """Class names in any ``_no_split_modules``, of classes that are there."""
+    lists: Iterable[Any] = (getattr(part, "_no_split_modules", None) or () for part in module.modules())
+    return {name for names in lists for name in names}
+
+
+def _repeated(module: nn.Module) -> list[nn.Module]:
+    lists = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList)]
+    return [entry for entries in lists for entry in entries if sum(type(other) is type(entry) for other in entries) > 1]
+
+
+def frozen_children(module: nn.Module) -> list[nn.Module]:
+    """Direct children that train nothing, such as an encoder beside the network that learns."""
+    return [
+        child
+        for child in module.children()
+        if (parameters := list(child.parameters())) and not any(parameter.requires_grad for parameter in parameters)
+    ]
+
+
+def recompute(blocks: Sequence[nn.Module], every: int) -> None:
+    """Has every n-th block keep its inputs alone and compute the rest anew in the backward pass.
+
+    Hooks, FSDP's too, stay outside: they run once, around the block, and its parameters are there in the backward pass.
+    """
+    for block in blocks[::every]:
+        _replace_forward(block, _recomputed)
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compiles each block's own computation; hooks stay outside and run as they are."""
+    for block in blocks:
+        _replace_forward(block, torch.compile)
+
+
+def _replace_forward(block: nn.Module, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    block.__dict__["forward"] = change(block.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+
+    return run
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers, those that checkpoints leave out too; shared ones under their first name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

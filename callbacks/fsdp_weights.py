@@ -1,0 +1,97 @@
+"""Weights that one process makes and all the others take over, shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from lightning.fabric.utilities.rank_zero import _get_rank
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .. import UsageError
+from .fsdp_blocks import tensors_of
+
+
+@contextmanager
+def construct_on_rank_zero() -> Iterator[None]:
+    """Builds modules for real in the first process and without memory in all others.
+
+    Every process of a node would otherwise hold the whole model at once: 8 times 38 GB for 9.6B parameters. What the
+    first one has built, drawn or loaded, all buffers included, is handed out when :class:`~rewurst.callbacks.FSDP` has
+    sharded the module, so that it is what it would have been, bit for bit.
+
+    Example::
+
+        with construct_on_rank_zero():
+            module = CausalLM({"model_type": "gpt_neox", ...})
+        Trainer(strategy=FSDP(), devices=8).fit(module, data)
+    """
+    if (_get_rank() or 0) == 0:
+        yield
+    else:
+        with torch.device("meta"):
+            yield
+
+
+def whole_on_rank_zero(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """What the first process will hand out: its tensors as they are before sharding.
+
+    Raises:
+        UsageError: It has none: the weights were built on the meta device, and nobody knows their values.
+    """
+    whole = {name: tensor.detach() for name, tensor in tensors_of(module).items()}
+    empty = [name for name, tensor in whole.items() if tensor.is_meta]
+    nobody_knows = torch.tensor(int(bool(empty)), device=device)
+    distributed.broadcast(nobody_knows, src=0)  # so that all processes stop, and none waits for the first one
+    if nobody_knows:
+        raise UsageError(
+            f"{type(module).__name__} was built on the meta device by the first process too, so nobody knows the values "
+            f"of {next(iter(empty), 'its parameters')}: build it under rewurst.callbacks.construct_on_rank_zero()"
+        )
+    return whole
+
+
+def any_rank_is_empty(module: nn.Module, device: torch.device) -> bool:
+    """Whether any process built the module without memory."""
+    empty = any(tensor.is_meta for tensor in tensors_of(module).values())
+    flag = torch.tensor(int(empty), device=device)
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+@torch.no_grad()
+def hand_out(module: nn.Module, whole: Mapping[str, Tensor], device: torch.device) -> None:
+    """Fills a sharded module in every process from the first one's whole tensors.
+
+    Args:
+        module: Sharded, with memory in every process.
+        whole: In the first process the values, on any device; elsewhere only their shapes matter.
+        device: Where processes communicate.
+    """
+    first = distributed.get_rank() == 0
+    for name, tensor in tensors_of(module).items():
+        like = whole[name]
+        value = like.to(device) if first else torch.empty(like.shape, dtype=like.dtype, device=device)
+        if isinstance(tensor, DTensor):
+            shard = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.to_local().copy_(shard.to_local())
+        else:
+            distributed.broadcast(value, src=0)
+            tensor.copy_(value)
+
+
+def refuse_empty_frozen(module: nn.Module) -> None:
+    """Refuses networks beside the module tree (Stage A, a text encoder) that were built without memory.
+
+    Raises:
+        UsageError: Names the attribute.
+    """
+    for name, value in vars(module).items():
+        beside = getattr(value, "module", None)
+        if isinstance(beside, nn.Module) and any(tensor.is_meta for tensor in tensors_of(beside).values()):
+            raise UsageError(
+                f"{name} of {type(module).__name__} was built without memory and is not sharded: build this module "
+                "outside of construct_on_rank_zero()"
+            )

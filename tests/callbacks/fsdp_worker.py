@@ -1,0 +1,237 @@
+"""One process of the pool that tests of FSDP run their scenarios in; not collected by pytest.
+
+Reads a line of JSON for each scenario ({"name", "world_size", "port", "arguments"}), runs the function of that name in
+a process group of so many, and answers with a line that begins with @@.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from rewurst import UsageError
+from rewurst.callbacks import FSDP
+from rewurst.modules import CausalLM
+from rewurst.modules.networks import Prior
+
+warnings.filterwarnings("ignore")
+NEOX = {
+    "model_type": "gpt_neox",
+    "vocab_size": 65,  # shards of unequal size
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+SCENARIOS: dict[str, Callable[..., Any]] = {}
+
+
+def scenario(function: Callable[..., Any]) -> Callable[..., Any]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+class PriorModule(LightningModule):
+    """Stage C's network on noised latents; what is drawn for a row depends on the row alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Prior.from_preset("tiny")
+        nn.init.normal_(self.network.get_parameter("out.1.weight"), std=0.01)  # zeros would hide what is before
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x, noise, t, text = batch["x"], batch["noise"], batch["t"], batch["text"]
+        a = (1 - t)[:, None, None, None]
+        predicted = self.network(a.sqrt() * x + (1 - a).sqrt() * noise, t, text)
+        return (predicted - noise).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class Foreign(LightningModule):
+    """No ``configure_model``, blocks of torch, a frozen encoder, parameters of its own."""
+
+    def __init__(self, frozen: bool = True) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.shift = nn.Parameter(torch.zeros(16))
+        self.head = nn.Linear(16, 1)
+        self.frozen = nn.Linear(16, 16).requires_grad_(not frozen)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        hidden = self.encoder(self.frozen(batch["x"].flatten(2).transpose(1, 2)) + self.shift)
+        return (self.head(hidden) - batch["t"][:, None, None]).square().mean()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Rows:
+    def __init__(self, first: int, count: int, every: int, size: int, steps: int) -> None:
+        self.first, self.count, self.every, self.size, self.steps = first, count, every, size, steps
+
+    def __len__(self) -> int:
+        return self.steps * self.count // self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        per_step = self.count // self.size
+        begin = index // per_step * self.every + self.first + index % per_step * self.size
+        rows = []
+        for row in range(begin, begin + self.size):
+            draw = torch.Generator().manual_seed(row)
+            rows.append(
+                {
+                    "x": torch.randn(16, 4, 4, generator=draw),
+                    "noise": torch.randn(16, 4, 4, generator=draw),
+                    "t": torch.rand((), generator=draw),
+                    "text": torch.randn(3, 32, generator=draw),
+                }
+            )
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+class RowData(LightningDataModule):
+    def __init__(self, micro_batch_size: int, steps: int) -> None:
+        super().__init__()
+        self.micro_batch_size, self.steps = micro_batch_size, steps
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        mine = 8 // self.trainer.world_size
+        rows = Rows(self.trainer.global_rank * mine, mine, 8, self.micro_batch_size, self.steps)
+        return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+class Losses(Callback):
+    """Mean loss of every global batch, over all processes."""
+
+    def __init__(self, at: int | None = None, act: Callable[..., None] | None = None) -> None:
+        self.losses: list[float] = []
+        self.at, self.act = at, act
+        self._window: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        self._window.append(outputs["loss"].detach().double())
+        if len(self._window) == trainer.accumulate_grad_batches:
+            loss = torch.stack(self._window).mean()
+            if distributed.is_initialized():
+                distributed.all_reduce(loss)
+                loss /= distributed.get_world_size()
+            self.losses.append(loss.item())
+            self._window = []
+            if self.act is not None and trainer.global_step == self.at:
+                self.act(trainer, pl_module)
+
+
+def strategy_of(kind: str, **options: Any) -> Any:
+    limit = timedelta(seconds=60)
+    if kind == "hybrid":
+        return FSDP(replicas=2, timeout=limit, **options)
+    return FSDP(timeout=limit, **options) if kind == "fsdp" else kind
+
+
+def make_trainer(kind: str, steps: int, callbacks: list[Callback], folder: str = ".", **options: Any) -> Trainer:
+    own = {key: options.pop(key) for key in list(options) if key in FSDP.__init__.__code__.co_varnames}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet |= {"enable_checkpointing": options.pop("enable_checkpointing", False), "default_root_dir": folder}
+    return Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=strategy_of(kind, **own),
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        **(quiet | options),
+    )
+
+
+def make_module(kind: str, **options: Any) -> LightningModule:
+    seed_everything(0)
+    if kind == "prior":
+        return PriorModule()
+    if kind == "foreign":
+        return Foreign()
+    settings = {**NEOX, **options.pop("settings", {})}
+    return CausalLM(settings, **options)
+
+
+def text_data(folder: str, world_size: int, accumulation: int = 2) -> Any:
+    from rewurst.datamodules.text import Corpus, TextDataModule
+
+    micro = 8 // (world_size * accumulation)
+    corpora = {"code": Corpus(f"{folder}/corpora/code")}
+    return TextDataModule("code", corpora, {"code": f"{folder}/corpora/code"}, 8, micro, 8)
+
+
+@scenario
+def losses(
+    module: str = "neox",
+    strategy: str = "fsdp",
+    steps: int = 20,
+    folder: str = "",
+    accumulation: int = 2,
+    settings: dict[str, Any] | None = None,
+    clip: float | None = None,
+    **options: Any,
+) -> Any:
+    """Losses of a run with accumulation and clipping."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    recorder = Losses()
+    model = make_module(module, **({"settings": settings or {}} if module == "neox" else {}))
+    if module == "neox":
+        data = text_data(folder, world_size, accumulation)
+    else:
+        data = RowData(8 // (world_size * accumulation), steps)
+        options |= {"accumulate_grad_batches": accumulation, "gradient_clip_val": clip or 0.05}
+    trainer = make_trainer(strategy, steps, [recorder], folder, limit_val_batches=0, **options)
+    trainer.fit(model, data)
+    sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return {"losses": recorder.losses, "sharded": sharded, "parameters": len(list(model.parameters()))}
+
+
+def main(rank: int) -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        task = json.loads(line)
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(task["port"]),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(task["world_size"]),
+            "NODE_RANK": "0",
+        }
+        try:
+            answer = {"ok": SCENARIOS[task["name"]](**task["arguments"])}
+        except UsageError as error:
+            answer = {"usage": str(error)}
+        except BaseException:
+            answer = {"failed": traceback.format_exc()}
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        print("@@" + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
