@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
@@ -88,7 +87,7 @@ class FSDP(ModelParallelStrategy):
         reshard_after_forward: bool | int = True,
         forward_methods: Sequence[str] = (),
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         if isinstance(blocks, str):
@@ -114,7 +113,8 @@ class FSDP(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Connects the processes and lays them out as replicas times shards."""
-        assert self.accelerator is not None and self.lightning_module is not None
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
         self.accelerator.setup_device(self.root_device)
         self._setup_distributed()
         replicas = self.num_nodes if self.replicas == "nodes" else self.replicas
@@ -127,7 +127,8 @@ class FSDP(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Shards the module and makes its optimizers."""
         module = self.lightning_module
-        assert self.accelerator is not None and module is not None
+        assert self.accelerator is not None
+        assert module is not None
         self.accelerator.setup(trainer)
         _check(trainer, module, self.world_size)
         if not isinstance(module, FSDPModule):
@@ -144,13 +145,11 @@ class FSDP(ModelParallelStrategy):
         """Shards; where a process has no memory yet, or replicas could differ, the first one's values go to all."""
         refuse_empty_frozen(module)
         empty = any_rank_is_empty(module, self.root_device)
-        whole = (
-            whole_on_rank_zero(module, self.root_device) if empty or self.device_mesh["replicate"].size() > 1 else None
-        )
+        handed_out = empty or self.device_mesh["replicate"].size() > 1
+        whole = whole_on_rank_zero(module, self.root_device) if handed_out else None
         self._shard(module)
-        if empty:
-            if self.global_rank:
-                module.to_empty(device="cpu" if self.cpu_offload else self.root_device)
+        if empty and self.global_rank:
+            module.to_empty(device="cpu" if self.cpu_offload else self.root_device)
         if whole is not None:
             hand_out(module, whole, self.root_device)
         if not self.cpu_offload:

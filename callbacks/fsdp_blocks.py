@@ -32,8 +32,8 @@ def find_blocks(module: nn.Module, names: Sequence[str] | None = None) -> list[n
         if name not in there:
             repeated = [f"{kind} ({count})" for kind, count in there.most_common() if count > 1]
             raise UsageError(
-                f"blocks {name!r} matches nothing in {type(module).__name__}{closest(name, there)}; what repeats in it: "
-                f"{', '.join(repeated[:8]) or 'nothing'}"
+                f"blocks {name!r} matches nothing in {type(module).__name__}{closest(name, there)}; what repeats in it "
+                f"is {', '.join(repeated[:8]) or 'nothing'}"
             )
     wanted = set(names or ()) or _listed(module)
     found = [part for part in module.modules() if type(part).__name__ in wanted] or _repeated(module)

@@ -15,7 +15,7 @@ State = dict[str, Any]
 
 def named_state(optimizer: Optimizer, module: nn.Module) -> State:
     """``state`` by parameter name, and ``param_groups`` with names in ``params``."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         | {"params": [names[parameter] for parameter in group["params"]]}
@@ -37,8 +37,8 @@ def restore_named_state(optimizer: Optimizer, saved: Mapping[str, Any], module: 
     if own != kept:
         raise UsageError(
             f"the checkpoint's optimizer has groups of {[len(group) for group in kept]} parameters and this run's "
-            f"{type(optimizer).__name__} of {[len(group) for group in own]}, or other ones: keep the optimizer, or begin "
-            "with the weights alone (init_from)"
+            f"{type(optimizer).__name__} of {[len(group) for group in own]}, or other ones: keep the optimizer, or "
+            "begin with the weights alone (init_from)"
         )
     numbers = {name: number for number, name in enumerate(name for group in kept for name in group)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in saved["param_groups"]]

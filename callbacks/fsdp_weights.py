@@ -15,12 +15,12 @@ from .fsdp_blocks import tensors_of
 
 
 @contextmanager
-def construct_on_rank_zero() -> Iterator[None]:
+def construct_on_rank_zero() -> Iterator[bool]:
     """Builds modules for real in the first process and without memory in all others.
 
     Every process of a node would otherwise hold the whole model at once: 8 times 38 GB for 9.6B parameters. What the
     first one has built, drawn or loaded, all buffers included, is handed out when :class:`~rewurst.callbacks.FSDP` has
-    sharded the module, so that it is what it would have been, bit for bit.
+    sharded the module, so that it is what it would have been, bit for bit. Yields whether this process is the first.
 
     Example::
 
@@ -29,10 +29,10 @@ def construct_on_rank_zero() -> Iterator[None]:
         Trainer(strategy=FSDP(), devices=8).fit(module, data)
     """
     if (_get_rank() or 0) == 0:
-        yield
+        yield True
     else:
         with torch.device("meta"):
-            yield
+            yield False
 
 
 def whole_on_rank_zero(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
@@ -47,8 +47,8 @@ def whole_on_rank_zero(module: nn.Module, device: torch.device) -> dict[str, Ten
     distributed.broadcast(nobody_knows, src=0)  # so that all processes stop, and none waits for the first one
     if nobody_knows:
         raise UsageError(
-            f"{type(module).__name__} was built on the meta device by the first process too, so nobody knows the values "
-            f"of {next(iter(empty), 'its parameters')}: build it under rewurst.callbacks.construct_on_rank_zero()"
+            f"{type(module).__name__} was built on the meta device by the first process too, so nobody knows the "
+            f"values of {next(iter(empty), 'its parameters')}: build it under construct_on_rank_zero()"
         )
     return whole
 

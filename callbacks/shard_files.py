@@ -1,4 +1,4 @@
-"""The files of sharded checkpoints: read without unpickling anything but plain descriptions, and put in place at once."""
+"""The files of sharded checkpoints: read without unpickling more than descriptions of tensors, put in place at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import sys
 import uuid
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from .. import UsageError
@@ -43,6 +43,8 @@ class _Unpickler(pickle.Unpickler):
     """Knows the classes that describe tensors, and no others."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if module_name.split(".")[0] == "pathlib" and global_name in ("PosixPath", "WindowsPath"):
+            return PurePosixPath  # where it was first written, which does not matter
         value = getattr(torch, global_name, None) if module_name == "torch" else None
         if (module_name, global_name) in _ALLOWED or isinstance(value, torch.dtype):
             return super().find_class(module_name, global_name)

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
@@ -51,7 +54,7 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
         problem = _begin(target, temporary)
     _raise_everywhere(problem, target)
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(temporary), sync_files=True))
+        save(tensors, storage_writer=FileSystemWriter(str(temporary), sync_files=True))
     except (CheckpointException, OSError, RuntimeError) as error:
         problem = _reason(error)
     if first:
@@ -62,7 +65,8 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
 
 def split(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
     """What processes write together, by names within the checkpoint, and the rest, without any shard in it."""
-    meta, tensors, keys = dict(checkpoint), {}, []
+    meta, keys = dict(checkpoint), []
+    tensors: dict[str, Tensor] = {}
     for key, value in checkpoint.items():
         if key == "state_dict" or _is_sharded_state(value):
             keys.append(key)
@@ -97,7 +101,7 @@ def load_checkpoint(path: Path, module: nn.Module, optimizers: Sequence[Optimize
         return _load_file(path, module, optimizers)
     meta, there = read_meta(path), shapes(path)
     own = module.state_dict()
-    require_same(own, {name: shape for name, shape in there.get("state_dict", {}).items()}, path)
+    require_same(own, there.get("state_dict", {}), path)
     require_files(path)
     result: Checkpoint = {"state_dict": own}
     wanted = {f"state_dict.{name}": tensor for name, tensor in own.items() if name in there["state_dict"]}
@@ -111,7 +115,7 @@ def load_checkpoint(path: Path, module: nn.Module, optimizers: Sequence[Optimize
         result["optimizer_states"] = [state for state, _ in states]
         for _, tensors in states:
             wanted |= tensors
-    dcp.load(wanted, storage_reader=SafeReader(str(path)))
+    load(wanted, storage_reader=SafeReader(str(path)))
     return meta | result
 
 
@@ -137,8 +141,51 @@ def read_checkpoint(path: Path, optimizers: bool = False) -> Checkpoint:
         states = _optimizer_templates(sharded["optimizers"], there, {}, path)
         result["optimizer_states"] = [state for state, _ in states]
         wanted |= {name: tensor for _, tensors in states for name, tensor in tensors.items()}
-    dcp.load(wanted, storage_reader=SafeReader(str(path)), no_dist=True)
+    load(wanted, storage_reader=SafeReader(str(path)), no_dist=True)
     return meta | result
+
+
+def describe_checkpoint(path: Path) -> Checkpoint:
+    """A sharded checkpoint without the values of its tensors, which lie on the meta device.
+
+    Raises:
+        UsageError: It is not whole.
+    """
+    meta, there = read_meta(path), shapes(path)
+    require_files(path)
+    sharded = meta.pop(SHARDED, {"keys": ["state_dict"], "optimizers": []})
+    described = {key: there.get(key, {}) for key in sharded["keys"]}
+    return meta | described | ({"optimizer_states": sharded["optimizers"]} if sharded["optimizers"] else {})
+
+
+def consolidate(path: Path, out: Path, prefix: str = "") -> int:
+    """Writes the module's tensors of a checkpoint, sharded or not, as one safetensors file.
+
+    Args:
+        path: The checkpoint.
+        out: The file; it appears whole or not at all.
+        prefix: Only tensors whose names begin so, named without it: ``"model."`` for what
+            ``CausalLM(init_from=...)`` reads.
+
+    Returns:
+        How many tensors.
+
+    Raises:
+        UsageError: There is no tensor of such a name, or ``out`` exists.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists already: choose another name")
+    content = read_checkpoint(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+    state = content["state_dict"].items()
+    # Tied tensors are one memory in a file of Lightning's, which safetensors refuses.
+    kept = {name.removeprefix(prefix): tensor.clone() for name, tensor in state if name.startswith(prefix)}
+    if not kept:
+        raise UsageError(f"{path} holds no tensor that begins with {prefix!r}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    save_file(kept, temporary, metadata={"format": "pt"})
+    os.replace(temporary, out)
+    return len(kept)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -163,7 +210,7 @@ def require_same(own: Mapping[str, Tensor], there: Mapping[str, Tensor], path: P
     if missing or unexpected:
         first = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}"
         raise UsageError(
-            f"{path} is of another model: it {first}, {len(missing)} tensors are missing and {len(unexpected)} unexpected"
+            f"{path} is of another model: it {first}; {len(missing)} tensors are missing, {len(unexpected)} unexpected"
         )
     for name, tensor in there.items():
         if tensor.shape != own[name].shape:
@@ -275,4 +322,12 @@ def _reason(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-__all__ = ["is_sharded", "load_checkpoint", "read_checkpoint", "remove_checkpoint", "save_checkpoint"]
+__all__ = [
+    "consolidate",
+    "describe_checkpoint",
+    "is_sharded",
+    "load_checkpoint",
+    "read_checkpoint",
+    "remove_checkpoint",
+    "save_checkpoint",
+]

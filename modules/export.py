@@ -97,7 +97,7 @@ def export_diffusers(
 
 
 def _named_text_encoder(checkpoint: str | Path) -> str | None:
-    if not Path(checkpoint).is_file():
+    if not weights.is_one_file(checkpoint):
         return None
     named = weights.read_file(checkpoint).get("text_encoder")
     return named if isinstance(named, str) else None
@@ -105,7 +105,7 @@ def _named_text_encoder(checkpoint: str | Path) -> str | None:
 
 def _compressor(checkpoint: str | Path) -> SemanticCompressor | None:
     """Return the compressor that was trained with Stage B, if the checkpoint holds it."""
-    if not Path(checkpoint).is_file():
+    if not weights.is_one_file(checkpoint):
         return None
     content = weights.read_file(checkpoint)
     held = [entry["class"] for entry in content.get("networks", {}).values()]

@@ -55,7 +55,7 @@ def initialise(network: Network, path: str) -> None:
 
 def holds(path: str, network: type[Network]) -> bool:
     """Say whether a checkpoint file, beside what else it holds, has a network of a class."""
-    if not Path(path).is_file():
+    if not weights.is_one_file(path):
         return False
     content = weights.read_file(path)
     classes = [entry["class"] for entry in content.get("networks", {}).values()]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .. import UsageError
@@ -57,6 +58,8 @@ class WatchedModule(LightningModule):
             return
         limit = self.max_grad_norm if gradient_clip_val is None else gradient_clip_val
         norm = nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))  # Lightning's 0 is no clipping
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not torch.isfinite(norm) and not scales_losses(self.trainer):
             raise FloatingPointError(not_finite(self.trainer, "gradient norm", norm, self.trainer.global_step))
         self.log("train/grad_norm", norm, batch_size=1)

@@ -17,12 +17,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from rewurst import UsageError
-from rewurst.callbacks import FSDP
+from rewurst.callbacks import (
+    FSDP,
+    ExactResume,
+    Forgetting,
+    LRRewarming,
+    ReplayScheduler,
+    WarmupCosine,
+    WeightAverage,
+    construct_on_rank_zero,
+)
+from rewurst.datamodules.text import Corpus, TextDataModule
 from rewurst.modules import CausalLM
 from rewurst.modules.networks import Prior
 
@@ -133,7 +144,7 @@ class Losses(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         self._window.append(outputs["loss"].detach().double())
         if len(self._window) == trainer.accumulate_grad_batches:
-            loss = torch.stack(self._window).mean()
+            loss = torch.stack(self._window).sum()  # Lightning has divided them by the accumulation
             if distributed.is_initialized():
                 distributed.all_reduce(loss)
                 loss /= distributed.get_world_size()
@@ -176,12 +187,13 @@ def make_module(kind: str, **options: Any) -> LightningModule:
     return CausalLM(settings, **options)
 
 
-def text_data(folder: str, world_size: int, accumulation: int = 2) -> Any:
-    from rewurst.datamodules.text import Corpus, TextDataModule
-
+def text_data(folder: str, world_size: int, accumulation: int = 2, dataset: str = "code", replay: bool = False) -> Any:
     micro = 8 // (world_size * accumulation)
-    corpora = {"code": Corpus(f"{folder}/corpora/code")}
-    return TextDataModule("code", corpora, {"code": f"{folder}/corpora/code"}, 8, micro, 8)
+    code, prose = f"{folder}/corpora/code", f"{folder}/corpora/prose"
+    corpora, val = {"code": Corpus(code)}, {"code": code}
+    if replay:
+        corpora["prose"], val["prose"] = Corpus(prose, replay=True), prose
+    return TextDataModule(dataset, corpora, val, 8, micro, 8)
 
 
 @scenario
@@ -208,6 +220,93 @@ def losses(
     trainer.fit(model, data)
     sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
     return {"losses": recorder.losses, "sharded": sharded, "parameters": len(list(model.parameters()))}
+
+
+@scenario
+def run(
+    folder: str,
+    name: str,
+    steps: int,
+    resume: str | None = None,
+    strategy: str = "fsdp",
+    settings: dict[str, Any] | None = None,
+    dataset: str = "code",
+    rewarming: dict[str, Any] | None = None,
+    checkpoints: list[dict[str, Any]] | None = None,
+    average: bool = True,
+    gather: str | None = None,
+    **options: Any,
+) -> Any:
+    """A run with everything of ours: re-warming, replay, exact resume, forgetting, averaged weights, checkpoints."""
+    recorder = Losses()
+    model = make_module("neox", settings=settings or {})
+    data = text_data(folder, int(os.environ["WORLD_SIZE"]), dataset=dataset, replay=True)
+    wanted = checkpoints or [{"every_n_train_steps": 4, "save_top_k": -1}]
+    savers = [ModelCheckpoint(**{"dirpath": f"{folder}/{name}", "filename": "{step}"} | one) for one in wanted]
+    forgetting = Forgetting(old=["prose"], new=["code"])
+    callbacks: list[Callback] = [
+        recorder,
+        LRRewarming(WarmupCosine(1e-2, 1e-3), 12, **(rewarming or {})),
+        ReplayScheduler(0.3),
+        ExactResume(world_size_may_change=True),
+        forgetting,
+        *savers,
+    ]
+    callbacks += [WeightAverage(decay=0.8)] if average else []
+    trainer = make_trainer(
+        strategy,
+        steps,
+        callbacks,
+        folder,
+        enable_checkpointing=True,
+        **({"val_check_interval": 8, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0} | options),
+    )
+    trainer.fit(model, data, ckpt_path=resume)
+    if gather is not None:
+        whole = {key: getattr(t, "full_tensor", t.clone)() for key, t in model.state_dict().items()}
+        if trainer.is_global_zero:
+            torch.save(whole, gather)
+    optimizer = trainer.optimizers[0]
+    return {
+        "losses": recorder.losses,
+        "start": forgetting.start,
+        "validation": float(trainer.callback_metrics.get("val/loss/code", 0)),
+        "counts": sorted({float(state["step"]) for state in optimizer.state.values()}),
+    }
+
+
+@scenario
+def built_on_rank_zero(nobody: bool = False, hybrid: bool = False) -> Any:
+    """Whether weights and buffers are those of a module that every process built whole."""
+    whole = make_module("neox")
+    seed_everything(0)
+    with torch.device("meta") if nobody else construct_on_rank_zero():
+        model = CausalLM(NEOX)
+    empty = sum(tensor.is_meta for tensor in model.parameters())
+    trainer = make_trainer("hybrid" if hybrid else "fsdp", 0, [], limit_val_batches=0)
+    trainer.fit(model, RowData(1, 1))
+    expected = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert own.keys() == expected.keys()
+    equal = [torch.equal(getattr(own[n], "full_tensor", own[n].clone)(), expected[n]) for n in expected]
+    return {"equal": all(equal), "inv_freq": any("inv_freq" in n for n in own), "empty": empty}
+
+
+@scenario
+def refused(what: str, folder: str = "") -> Any:
+    """Wrong use, which has to raise in every process."""
+    model, options = make_module("foreign"), {}
+    if what == "blocks":
+        options["blocks"] = ["TransformerEncoderLayers"]
+    elif what == "replicas":
+        options["replicas"] = 3
+    elif what == "manual":
+        model.automatic_optimization = False
+    elif what == "no blocks":
+        model.encoder = nn.Linear(16, 16)
+    elif what == "optimizer":
+        model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters())  # type: ignore[method-assign]
+    make_trainer("fsdp", 1, [], **options).fit(model, RowData(1, 1))
 
 
 def main(rank: int) -> None:
