@@ -166,7 +166,9 @@ class FSDP(ModelParallelStrategy):
         options: dict[str, Any] = {
             "mesh": self._sharding_mesh(),
             "mp_policy": self._mixed_precision(),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+            if self.cpu_offload
+            else OffloadPolicy(),
             "ignored_params": whole,
         }
         for block in blocks:

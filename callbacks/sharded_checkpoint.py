@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def read_checkpoint(path: Path, optimizers: bool = False) -> Checkpoint:
         states = _optimizer_templates(sharded["optimizers"], there, {}, path)
         result["optimizer_states"] = [state for state, _ in states]
         wanted |= {name: tensor for _, tensors in states for name, tensor in tensors.items()}
-    load(wanted, storage_reader=SafeReader(str(path)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is meant
+        load(wanted, storage_reader=SafeReader(str(path)), no_dist=True)
     return meta | result
 
 
@@ -281,8 +284,9 @@ def _sharded(tensor: Tensor) -> bool:
 def _begin(target: Path, temporary: Path) -> str:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of saves of this name that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in target.parent.glob(".*.tmp"):  # of saves and removals that were killed
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
     except OSError as error:
         return _reason(error)

@@ -1,7 +1,7 @@
 """One process of the pool that tests of FSDP run their scenarios in; not collected by pytest.
 
 Reads a line of JSON for each scenario ({"name", "world_size", "port", "arguments"}), runs the function of that name in
-a process group of so many, and answers with a line that begins with @@.
+a process group of so many, and answers with a line of JSON.
 """
 
 from __future__ import annotations
@@ -309,9 +309,9 @@ def refused(what: str, folder: str = "") -> Any:
     make_trainer("fsdp", 1, [], **options).fit(model, RowData(1, 1))
 
 
-def main(rank: int) -> None:
-    torch.set_num_threads(1)
-    for line in sys.stdin:
+def serve(rank: int, tasks: int, answers: int) -> None:
+    """Runs what comes through one pipe and answers through another."""
+    for line in os.fdopen(tasks):
         task = json.loads(line)
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
@@ -329,8 +329,19 @@ def main(rank: int) -> None:
             answer = {"failed": traceback.format_exc()}
         if distributed.is_initialized():
             distributed.destroy_process_group()
-        print("@@" + json.dumps(answer), flush=True)
+        os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    # Importing takes longer than most scenarios, so it is done once, and the processes are forked.
+    torch.set_num_threads(1)
+    pipes = [int(number) for number in sys.argv[1:]]
+    for rank in range(len(pipes) // 2):
+        if os.fork() == 0:
+            serve(rank, *pipes[2 * rank : 2 * rank + 2])
+            os._exit(0)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            break

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import select
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 
+from rewurst import UsageError
+from rewurst.callbacks.checkpoints import newest_checkpoint
 from rewurst.callbacks.sharded_checkpoint import consolidate, describe_checkpoint, read_checkpoint
 from rewurst.datamodules.shards import TokenWriter
 from rewurst.modules import CausalLM
@@ -29,17 +33,25 @@ class Pool:
     """Four processes that stay: importing torch takes longer than most scenarios."""
 
     def __init__(self) -> None:
+        theirs: list[int] = []
+        self._tasks: list[int] = []
+        self._answers: list[Any] = []
+        for _ in range(4):
+            (tasks, mine), (answers, their_answers) = os.pipe(), os.pipe()
+            theirs += [tasks, their_answers]
+            self._tasks.append(mine)
+            self._answers.append(os.fdopen(answers, "rb", buffering=0))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(rank)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
-            for rank in range(4)
-        ]
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), *map(str, theirs)],
+            pass_fds=theirs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=environment,
+        )
+        for descriptor in theirs:
+            os.close(descriptor)
 
     def run(self, scenario: str, world_size: int = 4, /, **arguments: Any) -> Any:
         """The first process's answer; any failure is the test's."""
@@ -47,33 +59,26 @@ class Pool:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         task = {"name": scenario, "world_size": world_size, "port": port, "arguments": arguments}
-        for process in self.processes[:world_size]:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(task).encode() + b"\n")
-            process.stdin.flush()
-        answers = [self._answer(process) for process in self.processes[:world_size]]
+        for tasks in self._tasks[:world_size]:
+            os.write(tasks, json.dumps(task).encode() + b"\n")
+        answers = [self._answer(answers) for answers in self._answers[:world_size]]
         for answer in answers:
             assert "failed" not in answer, answer["failed"]
         assert len({frozenset(answer) for answer in answers}) == 1, answers
         return answers[0].get("ok", answers[0])
 
-    def _answer(self, process: subprocess.Popen[bytes]) -> Any:
-        assert process.stdout is not None
-        end = time.monotonic() + DEADLINE_SECONDS
-        while select.select([process.stdout], [], [], max(0, end - time.monotonic()))[0]:
-            line = process.stdout.readline()
-            assert line, f"a process of the pool ended with {process.wait()}"
-            if line.startswith(b"@@"):
-                return json.loads(line[2:])
-        raise AssertionError("a process of the pool hangs")
+    def _answer(self, answers: Any) -> Any:
+        assert select.select([answers], [], [], DEADLINE_SECONDS)[0], "a process of the pool hangs"
+        line = answers.readline()
+        assert line, "the pool has ended"
+        return json.loads(line)
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for tasks, answers in zip(self._tasks, self._answers, strict=True):
+            os.close(tasks)
+            answers.close()
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,22 @@ def test_losses_equal_one_process(pool: Pool, folder: str, module: str) -> None:
         np.testing.assert_allclose(result["losses"], alone, atol=1e-5, rtol=0, err_msg=f"{strategy} {world_size}")
         if strategy != "ddp":
             assert result["sharded"] == result["parameters"] - 2 * (module == "foreign")
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"activation_checkpointing": 2},
+    {"cpu_offload": True},
+    {"reshard_after_forward": False, "settings": {"tie_word_embeddings": True}},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_losses_with_options(pool: Pool, folder: str, options: dict[str, Any]) -> None:
+    same = {key: value for key, value in options.items() if key == "settings"}
+    alone = pool.run("losses", 1, strategy="auto", folder=folder, steps=4, **same)["losses"]
+    result = pool.run("losses", 2, folder=folder, steps=4, **options)
+    np.testing.assert_allclose(result["losses"], alone, atol=1e-5, rtol=0)
+    assert result["sharded"] == result["parameters"]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +188,7 @@ def test_checkpoints_of_every_kind(pool: Pool, whole: dict[str, Any], tmp_path: 
         name="kinds",
         steps=6,
         average=False,
+        settings={"tie_word_embeddings": True},
         gather=str(tmp_path / "gathered.pt"),
         val_check_interval=4,
         checkpoints=[
@@ -187,7 +209,8 @@ def test_checkpoints_of_every_kind(pool: Pool, whole: dict[str, Any], tmp_path: 
         assert content["state_dict"].keys() == gathered.keys()
         assert all(torch.equal(content["state_dict"][name], gathered[name]) for name in gathered)
     assert "optimizer_states" in describe_checkpoint(kinds / "last.ckpt")
-    answer = pool.run("run", 2, folder=folder, name="no", steps=8, resume=str(weights))
+    tied = {"tie_word_embeddings": True}
+    answer = pool.run("run", 2, folder=folder, name="no", steps=8, resume=str(weights), settings=tied)
     assert "holds weights only" in answer["usage"]
     check_exports(kinds / "last.ckpt", gathered, tmp_path)
 
@@ -238,3 +261,35 @@ def test_nobody_built_it(pool: Pool) -> None:
 )
 def test_wrong_use(pool: Pool, what: str, expected: str) -> None:
     assert expected in pool.run("refused", 2, what=what)["usage"]
+
+
+def test_foreign_objects_are_not_unpickled(whole: dict[str, Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(Path(whole["folder"]) / "whole" / "step=4.ckpt", tmp_path / "bad.ckpt")
+    (folder / ".metadata").write_bytes(pickle.dumps(Path.unlink))
+    with pytest.raises(UsageError, match="which is not loaded"):
+        read_checkpoint(folder)
+    assert newest_checkpoint([tmp_path]) is None or newest_checkpoint([tmp_path]) != folder
+
+
+def test_lost_files_and_other_models(pool: Pool, whole: dict[str, Any], tmp_path: Path) -> None:
+    good = Path(whole["folder"]) / "whole" / "step=4.ckpt"
+    answer = pool.run(
+        "run", 2, folder=whole["folder"], name="no", steps=8, resume=str(good), settings={"num_hidden_layers": 3}
+    )
+    assert "is of another model: it lacks model.gpt_neox.layers.2" in answer["usage"]
+    folder = shutil.copytree(good, tmp_path / "newer.ckpt")
+    assert newest_checkpoint([tmp_path]) == folder
+    (folder / "__1_0.distcp").unlink()
+    with pytest.warns(UserWarning, match="is cut off: an older checkpoint is taken"):
+        assert newest_checkpoint([tmp_path]) is None
+    answer = pool.run("run", 2, folder=whole["folder"], name="no", steps=8, resume=str(folder))
+    assert "lacks __1_0.distcp" in answer["usage"]
+
+
+def test_an_unsharded_checkpoint_goes_on_sharded(pool: Pool, whole: dict[str, Any]) -> None:
+    folder = whole["folder"]
+    alone = pool.run("run", 1, folder=folder, name="alone", steps=12, strategy="auto")
+    np.testing.assert_allclose(alone["losses"], whole["losses"], atol=1e-5, rtol=0)
+    result = pool.run("run", 2, folder=folder, name="on", steps=12, resume=f"{folder}/alone/step=8.ckpt")
+    np.testing.assert_allclose(result["losses"], alone["losses"][8:], atol=1e-5, rtol=0)
+    assert abs(result["validation"] - alone["validation"]) < 1e-5
