@@ -31,6 +31,7 @@ from .. import UsageError
 from .fsdp_blocks import compile_blocks, find_blocks, frozen_children, recompute
 from .fsdp_optimizer import named_state, restore_named_state
 from .fsdp_weights import any_rank_is_empty, hand_out, refuse_empty_frozen, whole_on_rank_zero
+from .samples import LogSamples
 from .sharded_checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -72,7 +73,8 @@ class FSDP(ModelParallelStrategy):
 
     Example::
 
-        Trainer(strategy=FSDP(), devices=8, precision="bf16-mixed").fit(module, data)  # YAML: strategy: FSDP
+        Trainer(strategy=FSDP(), devices=8, precision="bf16-mixed").fit(module, data)
+        Trainer(strategy="rewurst.callbacks.FSDP", devices=8).fit(module, data)  # and so in YAML
     """
 
     def __init__(
@@ -252,8 +254,7 @@ def _check(trainer: Trainer, module: LightningModule, world_size: int) -> None:
     name = type(module).__name__
     if not module.automatic_optimization:
         raise UsageError(f"FSDP: {name} steps its optimizers itself, between partial backward passes: use strategy ddp")
-    drawing = [type(callback).__name__ for callback in trainer.callbacks if type(callback).__name__ == "LogSamples"]  # type: ignore[attr-defined]
-    if drawing and world_size > 1:
+    if world_size > 1 and any(isinstance(callback, LogSamples) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise UsageError("FSDP: LogSamples draws in the first process alone, which has but a shard: take it out")
 
 
@@ -265,5 +266,5 @@ def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
             raise UsageError(f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW")
 
 
-for _name in ("FSDP", "rewurst.callbacks.FSDP"):
-    StrategyRegistry.register(_name, FSDP, description="rewurst's fully sharded training", override=True)
+# The Trainer looks names up in lower case; "fsdp" is Lightning's own, of before.
+StrategyRegistry.register("rewurst.callbacks.fsdp", FSDP, description="FSDP2 for any LightningModule", override=True)

@@ -110,7 +110,9 @@ class CLI(LightningCLI):
             return
         strategy = str(self._get(self.config, "trainer").get("strategy"))
         if "FSDP" not in strategy:
-            raise UsageError(f"construct_on_rank_zero needs --trainer.strategy FSDP, the strategy is {strategy}")
+            raise UsageError(
+                f"construct_on_rank_zero needs the strategy rewurst.callbacks.FSDP, this one is {strategy}"
+            )
         self.parser.add_instantiator(_on_rank_zero, LightningModule)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -184,7 +186,7 @@ class CLI(LightningCLI):
     def _require_sharding(self, path: Path) -> None:
         if path.is_dir() and not _saves_by_itself(self.trainer.strategy):
             raise UsageError(
-                f"ckpt_path {path} is sharded: go on with it by --trainer.strategy FSDP, on any number of devices"
+                f"ckpt_path {path} is sharded: it needs --trainer.strategy rewurst.callbacks.FSDP, on any number of devices"
             )
 
     def _checked(self, path: str | None, safe: bool) -> dict[str, Any]:
