@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow soak lint types bench reproduce clean
+.PHONY: install demo test test-slow soak lint types bench bench-gpu reproduce clean
 
 install: $(STAMP)
 
@@ -35,10 +35,17 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
+	$(BIN)/python benchmarks/decoding.py --out benchmarks/results/images.json
 	$(BIN)/python benchmarks/wuerstchen.py --out benchmarks/results/wuerstchen.json
+	$(BIN)/python benchmarks/lm.py --parts train overhead --rounds 3 --out benchmarks/results/lm.json
+
+# One GPU, bfloat16: 405M parameters at 2,048 tokens, then Stage C and B as released.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/lm.py --suite gpu --out benchmarks/results/lm-gpu.json
+	$(BIN)/python benchmarks/wuerstchen.py --suite released --device cuda --dtype bfloat16 --out benchmarks/results/wuerstchen-gpu.json
 
 reproduce: $(STAMP)
-	$(BIN)/python examples/demo.py --runs all
+	$(BIN)/python examples/demo.py --only continual --runs all
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) data build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

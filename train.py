@@ -22,6 +22,7 @@ usage: rewurst COMMAND [--help] ...
   schedule --config ... --out FILE  draw the learning rate and the replay share before anything is trained
   prepare tokenizer SOURCE...       train a byte-level BPE tokenizer
   prepare text SOURCE...            tokenize text into shards
+  prepare latents FOLDER ...        what a compressor makes of images into shards
   prepare verify FOLDER             compare shards with their index
   export hf CKPT OUT                write a checkpoint as a Hugging Face folder
   export diffusers --stage_a ...    write Würstchen checkpoints as folders that diffusers loads

@@ -29,9 +29,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rewurst.datamodules.batches import MicroBatches, as_is
+from rewurst.datamodules.lanes import Lanes
 from rewurst.datamodules.mixture import Mixture, RunningShare
 from rewurst.datamodules.order import CorpusOrder
 from rewurst.datamodules.shards import TokenShards, TokenWriter
+from rewurst.datamodules.text import TokenReader
 
 LAYOUTS = {"litdata": "TokensLoader", "mosaicml-streaming": "one row a sample"}
 
@@ -84,12 +86,17 @@ def make_data(folder: Path) -> None:
 
 
 def ours(folder: Path, batches: int, shuffle: Literal["full", "window"], share: float) -> Contender:
-    """Global batches of one micro-batch, with or without replay."""
-    shards = {name: TokenShards(folder / name) for name in (("new", "old") if share else ("new",))}
-    orders = [(CorpusOrder(name, len(rows), 0, shuffle), rows) for name, rows in shards.items()]
+    """Global batches of one micro-batch, with or without replay; tokens are widened where they arrive."""
+    sources = [TokenShards(folder / name) for name in (("new", "old") if share else ("new",))]
     mixture = Mixture(BATCH, {"new": 1.0}, {"old": 1.0} if share else {}, RunningShare(share))
-    data = Counted(MicroBatches(mixture, orders, range(BATCH), 1, 0), batches)
-    return lambda workers: DataLoader(data, batch_size=None, num_workers=workers, collate_fn=as_is)
+    orders = [[CorpusOrder(name, len(rows), 0, shuffle)] for name, rows in zip(mixture.names, sources, strict=True)]
+    data = Counted(MicroBatches(Lanes(mixture), orders, sources, TokenReader(sources), range(BATCH)), batches)
+
+    def load(workers: int) -> Iterable[Any]:
+        for batch in DataLoader(data, batch_size=None, num_workers=workers, collate_fn=as_is):
+            yield batch["input_ids"].long()
+
+    return load
 
 
 def memmap(folder: Path, batches: int) -> Contender:

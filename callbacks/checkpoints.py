@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,13 @@ def newest_checkpoint(folders: Iterable[str | Path]) -> Path | None:
             return path
         rank_zero_warn(f"{path} is cut off: an older checkpoint is taken instead")
     return None
+
+
+def remove_leftovers(folders: Iterable[str | Path]) -> None:
+    """Takes away what sharded saves that were killed have left under a run's folders, for which no other run saves."""
+    for leftover in [path for folder in folders for path in Path(folder).rglob(".*.ckpt.*.tmp") if path.is_dir()]:
+        rank_zero_warn(f"{leftover} is what a save that was cut off has left: it is removed")
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _time(path: Path) -> int:

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .image_facts import Filters
     from .images import ImageTextDataModule
+    from .latents import LatentDataModule
     from .stream import Corpus
     from .text import TextDataModule
 
-__all__ = ["Corpus", "Filters", "ImageTextDataModule", "TextDataModule"]
-_MODULES = {"Corpus": "stream", "Filters": "image_facts", "ImageTextDataModule": "images", "TextDataModule": "text"}
+__all__ = ["Corpus", "Filters", "ImageTextDataModule", "LatentDataModule", "TextDataModule"]
+_MODULES = {
+    "Corpus": "stream",
+    "Filters": "image_facts",
+    "ImageTextDataModule": "images",
+    "LatentDataModule": "latents",
+    "TextDataModule": "text",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from .lanes import Lanes
 from .order import CorpusOrder, slot_seeds
 from .progress import Progress
 
+BLOCK = 4096  # counters that are permuted together
 Batch = dict[str, Any]
 Numbers = NDArray[np.int64]
 
@@ -97,6 +98,7 @@ class MicroBatches(Dataset[Batch]):
     ) -> None:
         self._lanes, self._orders, self._sources, self._read = lanes, orders, sources, read
         self._slots, self._accumulation, self._start, self._seed = slots, accumulation, start, seed
+        self._blocks: dict[tuple[int, int], tuple[int, Numbers]] = {}
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self._accumulation)
@@ -105,14 +107,27 @@ class MicroBatches(Dataset[Batch]):
         corpus, counter, lane = self._lanes.batch(step - self._start)
         corpus, counter = corpus[slots.start : slots.stop], counter[slots.start : slots.stop]
         rows = np.empty_like(counter)
-        for index, (orders, source) in enumerate(zip(self._orders, self._sources, strict=True)):
+        for index, source in enumerate(self._sources):
             mine = corpus == index
             if mine.any():
                 own = int(self._lanes.lane_of[index, lane])
-                rows[mine] = source.in_lane(own, orders[own].row(counter[mine]))
+                rows[mine] = source.in_lane(own, self._index(index, own, counter[mine]))
         seeds = slot_seeds(self._seed, step, np.arange(slots.start, slots.stop))
         # What only the host reads stays NumPy: each tensor costs a worker a shared memory file, and a copy to a device.
         return self._read(Picks(corpus, rows, seeds, lane, training=True)) | {"corpus": corpus, "row": rows}
+
+    def _index(self, corpus: int, lane: int, counters: Numbers) -> Numbers:
+        """Index within the lane of each counter: permuted by the block, which NumPy does for little more than a row."""
+        order = self._orders[corpus][lane]
+        size = min(BLOCK, order.rows)  # of at most two epochs: each is permuted by itself
+        first = int(counters[0]) // size * size
+        if counters[-1] >= first + size or counters[0] > counters[-1]:
+            return order.row(counters)
+        known = self._blocks.get((corpus, lane))
+        if known is None or known[0] != first:
+            known = first, order.row(np.arange(first, first + size))
+            self._blocks[corpus, lane] = known
+        return known[1][counters - first]
 
 
 class EvaluationRows(Dataset[Batch]):

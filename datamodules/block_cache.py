@@ -6,7 +6,8 @@
    fetched again. No fsync: a block torn by a power failure fails its check.
 3. A block is written to a temporary file and renamed. Who misses it takes a lock first and looks again, so that the
    processes of a node download it once; without working locks they may download it twice.
-4. Blocks in use are memory maps, so that processes share their pages and eviction harms no reader.
+4. Blocks in use are memory maps, so that processes share their pages and eviction harms no reader. A process checks
+   the CRC of a file once: a shuffle over more blocks than stay mapped would spend its time on nothing else.
 5. Above the cap the blocks longest unused go. Folders are measured each time a process has written 1/64 of the cap, so
    N processes may exceed it by N/64 for a while.
 """
@@ -34,6 +35,7 @@ from .. import UsageError
 
 BLOCK_BYTES = 4 << 20
 DEFAULT_CACHE_BYTES = 32 << 30
+CHECKED_BLOCKS = 1 << 16  # 256 GiB of them
 MAPPED_BLOCKS = 128  # each map holds a file descriptor, of which a process often has 1,024
 HEADER = struct.Struct("<4sIQ")
 MAGIC = b"RWB1"
@@ -87,6 +89,7 @@ class BlockCache:
     def __init__(self, folder: str | Path, capacity: int = DEFAULT_CACHE_BYTES, block_bytes: int = BLOCK_BYTES) -> None:
         self.folder, self.capacity, self.block_bytes = Path(folder), capacity, block_bytes
         self._mapped: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
+        self._checked: OrderedDict[Path, int] = OrderedDict()  # with the inode of the file whose CRC was right
         self._unmeasured = capacity  # measured before the first write
         self._warned = False
 
@@ -135,13 +138,14 @@ class BlockCache:
     def _load(self, path: Path, length: int, stats: ReadStats) -> memoryview | None:
         try:
             with path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
                 content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except OSError:
             return None
         except ValueError:  # an empty file
-            content = memoryview(b"")
+            inode, content = -1, memoryview(b"")
         payload = content[HEADER.size :]
-        if bytes(content[: HEADER.size]) != HEADER.pack(MAGIC, zlib.crc32(payload), length) or len(payload) != length:
+        if not self._is_whole(path, inode, content, length):
             stats.add(damaged=1)
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -150,6 +154,22 @@ class BlockCache:
             os.utime(path)
         stats.add(cache_hits=1)
         return payload
+
+    def _is_whole(self, path: Path, inode: int, content: memoryview, length: int) -> bool:
+        if len(content) != HEADER.size + length:
+            return False
+        magic, crc, stored_length = HEADER.unpack(content[: HEADER.size])
+        if magic != MAGIC or stored_length != length:
+            return False
+        if self._checked.get(path) == inode:
+            return True
+        if zlib.crc32(content[HEADER.size :]) != crc:
+            return False
+        self._checked[path] = inode
+        if len(self._checked) > CHECKED_BLOCKS:
+            with contextlib.suppress(KeyError):
+                self._checked.popitem(last=False)
+        return True
 
     def _store(self, path: Path, content: bytes, stats: ReadStats) -> memoryview:
         size = HEADER.size + len(content)

@@ -67,6 +67,7 @@ class Facts(NamedTuple):
 
 
 UNREADABLE = Facts()
+_LARGEST = float(np.finfo(np.float32).max)  # scores are stored as float32
 
 
 def facts_of(members: Mapping[str, bytes], caption_key: str | None = None, max_pixels: int = MAX_PIXELS) -> Facts:
@@ -261,4 +262,4 @@ def _number(value: Any) -> float:
         number = float(value)
     except (ValueError, OverflowError):
         return math.nan
-    return number if math.isfinite(number) else math.nan
+    return number if abs(number) <= _LARGEST else math.nan

@@ -72,18 +72,24 @@ def image_index(
     caption_key: str | None = None,
 ) -> ImageIndex:
     """Write ``facts.npy``; the index, to be saved last."""
-    content = io.BytesIO()
-    np.lib.format.write_array(content, np.concatenate(facts).astype(FACTS_DTYPE), version=(1, 0), allow_pickle=False)
-    path = folder / FACTS_FILE
-    with writing(path):
-        write_atomically(path, content.getvalue())
+    facts_sha256 = write_facts(folder, np.concatenate(facts))
     return ImageIndex(
         shards=tuple(shards),
         rows=sum(shard.rows for shard in shards),
         sources=tuple(sources),
-        facts_sha256=hashlib.sha256(content.getvalue()).hexdigest(),
+        facts_sha256=facts_sha256,
         caption_key=caption_key or "",
     )
+
+
+def write_facts(folder: Path, facts: NDArray[Any]) -> str:
+    """Write ``facts.npy`` with ``FACTS_DTYPE`` rows, and return its SHA-256."""
+    content = io.BytesIO()
+    np.lib.format.write_array(content, facts.astype(FACTS_DTYPE), version=(1, 0), allow_pickle=False)
+    path = folder / FACTS_FILE
+    with writing(path):
+        write_atomically(path, content.getvalue())
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def read_facts(folder: str, index: ImageIndex) -> NDArray[Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -51,9 +52,35 @@ class Shown:
     original_size: Size
     caption: str
 
+    def about(self) -> tuple[str, list[int], list[int]]:
+        """Caption, crop and stored size as plain values."""
+        return self.caption, list(map(int, self.crop)), list(map(int, self.original_size))
 
-class ImageReader:
-    """Picks -> a batch of images.
+
+class Sample(Protocol):
+    """What every sample of a batch has."""
+
+    @property
+    def crop(self) -> Crop:
+        """What is shown of the stored image."""
+        ...
+
+    @property
+    def original_size(self) -> Size:
+        """Height and width of the stored image."""
+        ...
+
+    @property
+    def caption(self) -> str:
+        """Its caption, or "" where that was dropped."""
+        ...
+
+
+S = TypeVar("S", bound=Sample)
+
+
+class ReplacingReader(ABC, Generic[S]):
+    """Picks -> a batch, in which other samples stand for those that cannot be read.
 
     Args:
         sources: Corpora, as picks number them.
@@ -61,7 +88,7 @@ class ImageReader:
     """
 
     def __init__(self, sources: Sequence[ImageRows], showing: Showing) -> None:
-        self._sources, self._showing = sources, showing
+        self.sources, self._showing = sources, showing
 
     def __call__(self, picks: Picks) -> Batch:
         """Reads a micro-batch; ``corrupt`` says where the images lie that had to be replaced, and why."""
@@ -70,11 +97,10 @@ class ImageReader:
         shown = []
         for i, (corpus, row, seed) in enumerate(zip(picks.corpus, picks.row, picks.seed, strict=True)):
             before = len(corrupt)
-            shown.append(self._one(self._sources[int(corpus)], int(row), int(seed), picks, corrupt))
+            shown.append(self._one(self.sources[int(corpus)], int(row), int(seed), picks, corrupt))
             replaced[i] = len(corrupt) > before
-        pixels = np.stack([one.pixels for one in shown]).transpose(0, 3, 1, 2)
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(pixels)),
+            **self.arrays(shown),
             "caption": [one.caption for one in shown],
             "seed": picks.seed,
             "original_size": np.array([one.original_size for one in shown]),
@@ -83,18 +109,40 @@ class ImageReader:
             "corrupt": corrupt,
         }
 
-    def _one(self, source: ImageRows, row: int, seed: int, picks: Picks, corrupt: list[str]) -> Shown:
+    @abstractmethod
+    def show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> S:
+        """One sample; a ``DecodeError`` where it cannot be read."""
+
+    @abstractmethod
+    def arrays(self, shown: Sequence[S]) -> Batch:
+        """The tensors of a batch."""
+
+    def _one(self, source: ImageRows, row: int, seed: int, picks: Picks, corrupt: list[str]) -> S:
         count = source.lanes[picks.lane]
         for attempt in range(REPLACEMENTS):
             try:
-                return self._show(source, row, seed, picks)
+                return self.show(source, row, seed, picks)
             except DecodeError as error:
                 corrupt.append(f"{source.path}: {source.locate(row)}: {error}")
             number = slot_seeds(seed, attempt, np.zeros(1, dtype=np.int64)) % max(count, 1)
             row = int(source.in_lane(picks.lane, number)[0]) if count else row
         raise UsageError(f"{REPLACEMENTS} images in a row cannot be decoded, the last is {corrupt[-1]}")
 
-    def _show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> Shown:
+
+class ImageReader(ReplacingReader[Shown]):
+    """Picks -> a batch of images."""
+
+    def arrays(self, shown: Sequence[Shown]) -> Batch:
+        """Pixels, channels first."""
+        pixels = np.stack([one.pixels for one in shown]).transpose(0, 3, 1, 2)
+        return {"image": torch.from_numpy(np.ascontiguousarray(pixels))}
+
+    def show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> Shown:
+        """Decode and crop one image.
+
+        Raises:
+            DecodeError: It is corrupt.
+        """
         showing = self._showing
         target = showing.sizes[picks.lane]
         facts = source.shards.facts[row]

@@ -6,6 +6,7 @@ import io
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,9 +27,11 @@ class ImageShards:
         UsageError: No corpus there, or one that cannot be read.
     """
 
+    index_type: ClassVar[type[ImageIndex]] = ImageIndex
+
     def __init__(self, folder: str | Path) -> None:
         self.path = str(folder)
-        self.index = ImageIndex.load(folder)
+        self.index = self.index_type.load(folder)
         self.facts = read_facts(self.path, self.index)
         self._ends = ends_of(self.index.shards)
         self._shards = Shards(OpenShard, self.path, self.index)

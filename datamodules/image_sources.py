@@ -5,6 +5,7 @@ They are listed in one fixed order; images and caption files are read later, whe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -80,11 +81,20 @@ def drawings(name: str, size: int, pictures: int, seed: int) -> Listing:
         for side, (of, number) in sides.items():
             for i in range(number):  # all combinations once, then again
                 variant = shapes.picture_seed(seed, side, i)
-                for shape in of:
+                for shape in _shuffled(of, variant):
                     caption = shapes.caption(shape)
                     yield Picture(caption, Drawing(shape, variant, size), caption, shape._asdict(), side)
 
     return Listing(draw(), sum(len(of) * number for of, number in sides.values()), tuple(sides))
+
+
+def _shuffled(of: Iterable[shapes.Shape], key: int) -> list[shapes.Shape]:
+    """In an order by hash: whoever looks at the first few pictures sees all kinds."""
+
+    def hashed(shape: shapes.Shape) -> bytes:
+        return hashlib.blake2b(f"{key} {shapes.caption(shape)}".encode(), digest_size=8).digest()
+
+    return sorted(of, key=hashed)
 
 
 def listing(source: str, image_field: str | None, caption_field: str | None) -> Listing:

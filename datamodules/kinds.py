@@ -6,12 +6,13 @@ from .. import UsageError
 from .image_facts import IMAGE_SUFFIXES
 from .image_kind import Images, has_image
 from .kind import Kind
+from .latent_index import Latents
 from .tar_scan import Sample
 from .token_kind import Tokens
 
 __all__ = ["KINDS", "Kind", "kind_of"]
 
-KINDS: dict[str, type[Kind]] = {"text": Tokens, "images": Images}
+KINDS: dict[str, type[Kind]] = {"text": Tokens, "images": Images, "latents": Latents}
 
 
 def kind_of(sample: Sample, where: str) -> str:
@@ -19,6 +20,8 @@ def kind_of(sample: Sample, where: str) -> str:
     extensions = [member.extension for member in sample.members]
     if has_image(extensions):
         return "images"
+    if "z.npy" in extensions:
+        return "latents"
     if any(extension.endswith("npy") for extension in extensions):
         return "text"
     raise UsageError(

@@ -83,6 +83,10 @@ class Mixture:
 
     def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Corpus (index into ``names``) and counter of every slot of a global batch, each ``(G,)``."""
+        if len(self.names) == 1:
+            first = self.global_batch_size * step
+            whole = np.arange(first, first + self.global_batch_size, dtype=np.int64)
+            return np.zeros(self.global_batch_size, dtype=np.int64), whole
         before = self.read_before(step)
         counts = self.read_before(step + 1) - before
         size, new = self.global_batch_size, len(self.new)
@@ -91,9 +95,8 @@ class Mixture:
         corpus[~is_old] = _arrange(counts[:new])
         corpus[is_old] = new + _arrange(counts[new:])
         counter = np.empty(size, dtype=np.int64)
-        for index, first in enumerate(before):
-            of_corpus = corpus == index
-            counter[of_corpus] = first + np.arange(counts[index])
+        for index in np.flatnonzero(counts).tolist():
+            counter[corpus == index] = np.arange(before[index], before[index] + counts[index])
         return corpus, counter
 
 
@@ -120,13 +123,17 @@ def split(rows: int, parts: Sequence[int]) -> list[int]:
 
 def _spread(marked: int, size: int) -> NDArray[np.bool_]:
     """``marked`` of ``size`` slots, evenly: any two slices of one length differ by at most one."""
-    steps = np.arange(size + 1, dtype=np.int64) * marked // max(size, 1)
+    if marked in (0, size):
+        return np.full(size, marked > 0)
+    steps = np.arange(size + 1, dtype=np.int64) * marked // size
     return np.diff(steps) > 0
 
 
 def _arrange(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Indices with the given counts, each spread evenly over the slots that the ones before leave over."""
     result = np.full(int(counts.sum()), len(counts) - 1, dtype=np.int64)
+    if len(counts) == 1:
+        return result
     free = np.arange(len(result))
     for index, count in enumerate(counts):
         mine = _spread(int(count), len(free))

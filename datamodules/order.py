@@ -98,10 +98,12 @@ class CorpusOrder:
         if self.first_reading is not None:
             counters = counters % self.first_reading
         epochs, index = np.divmod(counters, self.rows)
+        shuffle = self._full if self.shuffle == "full" else self._window
+        if epochs.size and epochs[0] == epochs.min() == epochs.max():
+            return shuffle(int(epochs[0]), index)
         result = np.empty_like(index)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
-            shuffle = self._full if self.shuffle == "full" else self._window
             result[of_epoch] = shuffle(int(epoch), index[of_epoch])
         return result
 

@@ -67,8 +67,10 @@ class Progress(Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if not self._restored:  # a checkpoint of another data module: Lightning counts every optimizer's steps
-            step = checkpoint["global_step"] // max(len(checkpoint["optimizer_states"]), 1)
+        if not self._restored:  # a checkpoint of another data module
+            # Lightning counts every optimizer's steps, unless the module sees to it that it does not.
+            counted = getattr(pl_module, "counted_optimizers", len(checkpoint["optimizer_states"]))
+            step = checkpoint["global_step"] // max(counted, 1)
             self.restore(step=step, start=step)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         current, last = progress["current"], progress["is_last_batch"]

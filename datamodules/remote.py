@@ -6,13 +6,14 @@ handshake is small beside the transfer. For s3 and gs, fsspec brings signing and
 anew in every process.
 
 What may pass (statuses 408, 425, 429 and 5xx, time-outs, broken connections) is tried again after a growing, random
-pause; anything else ends at once in one line. Credentials are the usual ones of fsspec's file systems. An S3 endpoint
-of one's own: ``AWS_ENDPOINT_URL``, or ``FSSPEC_S3_ENDPOINT_URL``. Messages leave out what a URL says behind ``?``: it
-may be a signature.
+pause; anything else ends at once in one line. Credentials are the usual ones of fsspec's file systems; for http, a
+``user:password@`` or a signature in the URL, which messages leave out. An S3 endpoint of one's own:
+``AWS_ENDPOINT_URL``, or ``FSSPEC_S3_ENDPOINT_URL``.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
 import random
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from .. import UsageError
 from .block_cache import ReadStats
@@ -145,8 +146,7 @@ class HttpObject:
 
     @contextmanager
     def _answer(self, headers: dict[str, str], accepted: tuple[int, ...]) -> Iterator[Any]:
-        address = quote(self.url, safe="%/:=&?~#+!$,;'@()*[]")  # what a request line cannot hold, and nothing more
-        request = urllib.request.Request(address, headers={"User-Agent": "rewurst", **headers})
+        request = _request(self.url, headers)
         try:
             try:
                 answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
@@ -162,6 +162,8 @@ class HttpObject:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise UsageError(f"{shown(self.url)}: {reason.verify_message}") from None
+            if isinstance(error, http.client.InvalidURL):
+                raise UsageError(f"{shown(self.url)}: no valid address") from None
             raise PassingError(str(reason) or type(reason).__name__) from None
 
 
@@ -198,6 +200,18 @@ class FsspecObject:
         if size > limit:
             raise UsageError(f"{shown(self.url)}: {size} bytes, which is too large to be read whole")
         return self.fetch(0, size, size, "") if size else b""
+
+
+def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    address = urlunsplit(parts._replace(netloc=host, fragment=""))
+    address = quote(address, safe="%/:=&?~+!$,;'@()*[]")  # what a request line cannot hold, and nothing more
+    request = urllib.request.Request(address, headers={"User-Agent": "rewurst", **headers})
+    if at:
+        token = base64.b64encode(unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")  # not for the host of a redirect
+    return request
 
 
 def _identity(headers: Any) -> str:

@@ -12,6 +12,7 @@ then: size, sidecar, and each member's header.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class TokenShards:
         self.path = str(folder)
         self.index = TokenIndex.load(folder)
         self.lanes = (self.index.rows,)
+        self._signed = self.index.dtype.startswith("int")
         self._ends = ends_of(self.index.shards)
         self._shards = Shards(partial(TokenShard, self.index), self.path, self.index)
 
@@ -67,27 +69,31 @@ class TokenShards:
         """Row numbers: there is one lane of all rows."""
         return index
 
-    def read(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    def read(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """Read rows in the order asked for.
 
         Args:
             rows: Row numbers, shape (n,), each in [0, len(self)).
 
         Returns:
-            Tokens, shape (n, sequence_length + 1).
+            Tokens of the corpus's dtype, shape (n, sequence_length + 1).
 
         Raises:
             IndexError: A row that the corpus does not have.
             UsageError: A shard that is missing or is not what the index says, a token beyond the vocabulary.
         """
         rows = np.asarray(rows)
-        shards, within = places(self._ends, rows, self.path)
-        tokens = np.empty((len(within), self.index.sequence_length + 1), dtype=np.int64)
-        for i, (shard, row) in enumerate(zip(shards.tolist(), within.tolist(), strict=True)):
-            tokens[i] = self._shards[shard].row(row)
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.index.vocab_size:
-            self._refuse(rows, tokens)
+        tokens = np.empty((rows.size, self.index.sequence_length + 1), dtype=self.index.dtype)
+        self.read_into(tokens, range(rows.size), rows)
+        if tokens.size and (tokens.max() >= self.index.vocab_size or (self._signed and tokens.min() < 0)):
+            self.refuse(rows, tokens)
         return tokens
+
+    def read_into(self, tokens: NDArray[Any], slots: Iterable[int], rows: NDArray[np.integer[Any]]) -> None:
+        """Read rows into these slots of ``tokens``, without a look at their values."""
+        shards, within = places(self._ends, rows, self.path)
+        for slot, shard, row in zip(slots, shards.tolist(), within.tolist(), strict=True):
+            tokens[slot] = self._shards[shard].row(row)
 
     def locate(self, row: int) -> str:
         """Where a row lies, for messages: ``"code-000001.tar, member 000012.npy, row 17"``."""
@@ -100,7 +106,8 @@ class TokenShards:
         """SHA-256 over everything that decides which tokens come in which rows."""
         return self.index.fingerprint()
 
-    def _refuse(self, rows: NDArray[Any], tokens: NDArray[np.int64]) -> None:
+    def refuse(self, rows: NDArray[Any], tokens: NDArray[Any]) -> None:
+        """Raises with the place of the first of these rows that holds a token beyond the vocabulary."""
         first = int(((tokens < 0) | (tokens >= self.index.vocab_size)).any(1).argmax())
         token = tokens[first].min() if tokens[first].min() < 0 else tokens[first].max()
         raise UsageError(

@@ -16,13 +16,15 @@ from typing import Any
 from .. import UsageError
 from ..hints import did_you_mean
 from . import builtin
+from .storage import open_bytes
 from .streams import COMPRESSIONS, lines, text_pieces
+from .tar_scan import scan
 
 PIECE_CHARS = 2**16  # an encoding takes about 150 bytes a token, and a character can be four tokens
 LINE_BYTES = 2**25  # a line of JSON is parsed whole, and takes up to eight times its size while it is
 PARQUET_BATCH_ROWS = 64
 _PLAIN_KINDS = (".txt", ".md", ".jsonl")
-KINDS = (*_PLAIN_KINDS, ".parquet")
+KINDS = (*_PLAIN_KINDS, ".parquet", ".tar")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]
             documents = _json_lines(Path(file.name), text_field)
         case ".parquet":
             documents = _parquet(Path(file.name), text_field)
+        case ".tar":
+            documents = _captions(file.name)
         case _:
             documents = builtin.documents(file.name)
     for document in documents:
@@ -115,6 +119,15 @@ def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]
             skipped.empty_documents += 1
         else:
             yield from _cut(_valid(document, skipped))
+
+
+def _captions(path: str) -> Iterator[str]:
+    """The ``.txt`` files of a WebDataset tar: captions of its images."""
+    content = open_bytes(path)
+    for sample in scan(content, path):
+        for member in sample.members:
+            if member.extension == "txt":
+                yield bytes(content.read(member.begin, member.begin + member.size)).decode("utf-8-sig", "replace")
 
 
 def _kind(path: Path) -> str | None:
@@ -126,7 +139,9 @@ def _kind(path: Path) -> str | None:
 
 def _expected() -> str:
     built_in = f"{builtin.PREFIX}prose or {builtin.PREFIX}code"
-    return f"{', '.join(_PLAIN_KINDS)} (or these with {' or '.join(COMPRESSIONS)}), .parquet, a folder, {built_in}"
+    return (
+        f"{', '.join(_PLAIN_KINDS)} (or these with {' or '.join(COMPRESSIONS)}), .parquet, .tar, a folder, {built_in}"
+    )
 
 
 def _expand_folder(folder: Path, skipped: Skipped) -> list[SourceFile]:

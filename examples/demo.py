@@ -1,18 +1,18 @@
-"""Continual pre-training on this machine: learn prose, then code, with and without replay of the prose.
+"""Both halves on this machine: learn prose, then code, with and without replay; and pictures from text, stage by stage.
 
 Every step is a command that can be typed (they are printed as they run). What is there already is not done again, so
 that a run that was stopped goes on.
 
-    python examples/demo.py              # the three runs of the demo
-    python examples/demo.py --runs all   # and replay of 1, 10, 25 and 50 %
+    python examples/demo.py                       # three language-model runs, then Stages A, B and C (pictures.py)
+    python examples/demo.py --only continual      # one half; or --only wuerstchen
+    python examples/demo.py --runs all            # and replay of 1, 10, 25 and 50 %
 
-Everything is written under runs/demo.
+Reports are written under runs/demo; the stages' runs and data lie where their configs say.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pictures
 import report
 
 CONFIGS = Path("configs/continual")
@@ -58,8 +59,20 @@ RUNS["all"] = [START, NO_REPLAY, replay_of(0.01), REPLAY, *map(replay_of, (0.1, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", choices=sorted(RUNS), default="demo", help="which runs")
-    runs = RUNS[parser.parse_args().runs]
+    parser.add_argument("--only", choices=("continual", "wuerstchen"), help="one half")
+    arguments = parser.parse_args()
     os.chdir(Path(__file__).parent.parent)
+    OUT.mkdir(parents=True, exist_ok=True)
+    if arguments.only != "wuerstchen":
+        continual(RUNS[arguments.runs])
+    if arguments.only != "continual":
+        summary = pictures.run(command, OUT)
+        report.add(OUT, "wuerstchen", summary, pictures.markdown(summary))
+    print((OUT / "report.json").read_text(encoding="utf8"))
+    print(f"{OUT / 'report.md'}: tables, figures and samples. The curves: tensorboard --logdir runs")
+
+
+def continual(runs: list[Run]) -> None:
     begin = time.monotonic()
     prepare(OUT / "data")
     for run in runs:
@@ -67,9 +80,7 @@ def main() -> None:
         command("fit", *configs, *run.options)
     samples = {run.name: export(run.name) for run in runs}
     results = [report.read(run.name, run.title, OUT / run.name, run.share) for run in runs]
-    summary = report.write(results, samples, PROMPT, OUT, time.monotonic() - begin)
-    print(json.dumps(summary, indent=2))
-    print(f"\n{OUT / 'report.md'}: table, figure and samples. The curves: tensorboard --logdir {OUT}")
+    report.write(results, samples, PROMPT, OUT, time.monotonic() - begin)
 
 
 def prepare(data: Path) -> None:

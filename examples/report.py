@@ -32,12 +32,12 @@ class Result:
 
 def read(name: str, title: str, folder: Path, share: float) -> Result:
     """Reads a run's scalars over all its versions. A step that was logged as n has completed n + 1 batches."""
-    last_step, tokens = _scalars(folder, "tokens")[-1]
+    last_step, tokens = scalars(folder, "tokens")[-1]
     per_step = tokens / (last_step + 1)
     losses = {}
     for corpus in CORPORA:
-        losses[corpus] = [((step + 1) * per_step, value) for step, value in _scalars(folder, f"val/loss/{corpus}")]
-    shares = _scalars(folder, "replay/share_read")
+        losses[corpus] = [((step + 1) * per_step, value) for step, value in scalars(folder, f"val/loss/{corpus}")]
+    shares = scalars(folder, "replay/share_read")
     return Result(name, title, losses, tokens, share, shares[-1][1] if shares else 0.0)
 
 
@@ -64,7 +64,17 @@ def write(results: list[Result], samples: dict[str, str], prompt: str, out: Path
     return summary
 
 
-def _scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+def add(out: Path, name: str, summary: dict[str, Any], text: str) -> None:
+    """Adds a part to report.json and report.md, in place of an earlier one of that name."""
+    path, begin = out / "report.json", f"<!-- {name} -->\n"
+    content = json.loads(path.read_text("utf8")) if path.exists() else {}
+    path.write_text(json.dumps(content | {name: summary}, indent=2) + "\n", encoding="utf8")
+    path = out / "report.md"
+    before = path.read_text("utf8").partition(begin)[0] if path.exists() else ""
+    path.write_text(before + begin + text, encoding="utf8")
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     values: dict[int, float] = {}

@@ -10,10 +10,17 @@ if TYPE_CHECKING:
     from .pipeline import TextToImage
     from .stage_a import StageA
     from .stage_b import StageB
+    from .stage_c import StageC
 
-_MODULES = {"CausalLM": "causal_lm", "StageA": "stage_a", "StageB": "stage_b", "TextToImage": "pipeline"}
+_MODULES = {
+    "CausalLM": "causal_lm",
+    "StageA": "stage_a",
+    "StageB": "stage_b",
+    "StageC": "stage_c",
+    "TextToImage": "pipeline",
+}
 
-__all__ = ["CausalLM", "StageA", "StageB", "TextToImage"]
+__all__ = ["CausalLM", "StageA", "StageB", "StageC", "TextToImage"]
 
 
 def __getattr__(name: str) -> Any:

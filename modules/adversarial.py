@@ -1,10 +1,11 @@
 """Losses of a discriminator and of what it judges, as pure functions of logits (positive: real)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, TypeAlias
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Logits: TypeAlias = Float[Tensor, "batch 1 h w"]
@@ -47,3 +48,13 @@ ADVERSARIAL: dict[str, Adversarial] = {
     "hinge": Adversarial(hinge_discriminator, hinge_generator),
     "non_saturating": Adversarial(non_saturating_discriminator, non_saturating_generator),
 }
+
+
+@contextmanager
+def without_gradients(network: nn.Module) -> Iterator[None]:
+    """Let gradients pass through a network and not into it: the generator's turn."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
 from .attention import IGNORED, document_arguments, document_targets, require_positions
-from .finite import FiniteWatch
 from .head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
 from .initial_weights import build, load_initial_weights
 from .losses import cross_entropy, linear_cross_entropy
+from .watched import WatchedModule
 
 Batch = dict[str, Tensor]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -32,7 +30,7 @@ def adamw(params: ParamsT) -> Optimizer:
     return torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
 
 
-class CausalLM(LightningModule):
+class CausalLM(WatchedModule):
     """Any transformers causal language model as a LightningModule.
 
     Batches are dicts with ``input_ids`` (rows, sequence_length + 1): the model sees all but the last token and
@@ -79,9 +77,7 @@ class CausalLM(LightningModule):
         activation_checkpointing: int | None = None,
         compile: bool = False,  # noqa: A002  # the field's word
     ) -> None:
-        super().__init__()
-        if max_grad_norm is not None and max_grad_norm <= 0:
-            raise UsageError(f"max_grad_norm {max_grad_norm} must be above 0, or null for no clipping")
+        super().__init__(max_grad_norm)
         if z_loss < 0:
             raise UsageError(f"z_loss {z_loss} must not be below 0")
         self.model: nn.Module = build(model).train()  # from_pretrained leaves it in evaluation mode, without dropout
@@ -94,18 +90,13 @@ class CausalLM(LightningModule):
         if document_masks:
             require_positions(self.model)
         self.optimizer = optimizer
-        self.max_grad_norm = max_grad_norm
         self.z_loss = z_loss
         self.document_masks = document_masks
         self.end_token: int | None = getattr(self.model.config, "eos_token_id", None)
         self.tokens = 0
         self._to_compile = blocks(self.model) if compile else []
         self._plain_head: bool | None = None
-        self._window: list[Tensor] = []
-        self._window_batches: list[Any] = []
         self._window_tokens = 0
-        self._latest: dict[str, Tensor] = {}
-        self._watch = FiniteWatch()
         self._sums: dict[int, Tensor] = {}
 
     def setup(self, stage: str) -> None:
@@ -124,13 +115,14 @@ class CausalLM(LightningModule):
                 f"document_masks: neither {type(datamodule).__name__} nor the model's config says which token ends a "
                 "document: give the config an eos_token_id"
             )
-        self._watch.forget()
+        super().setup(stage)
         self._find_head()
         while self._to_compile:
             self._to_compile.pop().compile()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of token ids (batch, length)."""
+        input_ids = input_ids.long()  # a loader without a Trainer gives them as they are stored
         arguments = {} if self._end is None else document_arguments(self.model, input_ids, self._end)
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **arguments).logits
         return logits
@@ -149,63 +141,19 @@ class CausalLM(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""
         input_ids = batch["input_ids"]
-        loss = self.loss(input_ids)
-        self._window.append(loss.detach())
-        self._window_batches.append({key: part for key, part in batch.items() if not isinstance(part, Tensor)})
         self._window_tokens += len(input_ids) * (input_ids.shape[1] - 1) * self.trainer.world_size
-        return loss
+        return self.watch(self.loss(input_ids), batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Counts the tokens of the whole global batch, and at the logging interval looks at its loss and logs it.
+        """Counts the tokens of the whole global batch, then takes in its loss."""
+        self.tokens += self._window_tokens
+        self._window_tokens = 0
+        super().on_before_optimizer_step(optimizer)
 
-        Here and not at the end of the batch: callbacks save checkpoints before the module's own hook runs there.
-        """
-        if self._window:
-            losses = torch.stack(self._window)
-            self._watch.add("loss", self.trainer.global_step, losses, self._window_batches)
-            self._latest = {"train/loss": losses}
-            self.tokens += self._window_tokens
-            if self._logging or self._watch.full:
-                self._check_finite()
-            if self._logging:
-                self._log_latest()
-        self._window, self._window_batches, self._window_tokens = [], [], 0
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the Trainer's setting or ``max_grad_norm``, and watches and logs the norm."""
-        if gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        limit = self.max_grad_norm if gradient_clip_val is None else gradient_clip_val
-        norm = nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))  # Lightning's 0 is no clipping
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        # With a loss scaler a norm that overflows is no accident: the scaler leaves that step out and scales less.
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            self._watch.add("gradient norm", self.trainer.global_step, norm)
-            if self._logging:
-                self._check_finite()
-        self._latest["train/grad_norm"] = norm
-        if self._logging:
-            self.log("train/grad_norm", norm, batch_size=1)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs the last step of a run that a callback stops: Lightning logs then, whatever the interval."""
-        if self.trainer.should_stop:
-            self._log_latest()
-
-    def on_validation_start(self) -> None:
-        """A validation waits for the device anyway."""
-        self._check_finite()
-
-    def on_train_end(self) -> None:
-        """Looks at the steps since the last logging interval."""
-        self._check_finite()
+    def log_latest(self) -> None:
+        """Logs the latest loss and norm, and the tokens so far."""
+        super().log_latest()
+        self.log("tokens", float(self.tokens), batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums losses and tokens of a corpus, so that the mean does not depend on batches or ranks."""
@@ -242,12 +190,8 @@ class CausalLM(LightningModule):
         return self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the count of tokens and the model's config, with which an export needs nothing else.
-
-        Raises:
-            FloatingPointError: A step since the last look was not finite; the checkpoint before stays the last.
-        """
-        self._check_finite()
+        """Keeps the count of tokens and the model's config, with which an export needs nothing else."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["tokens"] = self.tokens
         checkpoint["model_config"] = self.model.config.to_dict()  # type: ignore[union-attr,operator]
 
@@ -268,24 +212,6 @@ class CausalLM(LightningModule):
         if means:
             self.log(f"{stage}/loss/average", torch.stack(list(means.values())).mean(), prog_bar=True)
 
-    @property
-    def _logging(self) -> bool:
-        return bool(self.trainer._logger_connector.should_update_logs)
-
-    def _log_latest(self) -> None:
-        losses, norm = self._latest.get("train/loss"), self._latest.get("train/grad_norm")
-        if losses is not None:
-            loss = self.trainer.strategy.reduce(losses.mean(), reduce_op="mean")
-            # Lightning reads what is on the progress bar at every batch, also what is old: let that lie on the host.
-            self.log("train/loss", loss.cpu(), prog_bar=True, batch_size=1)
-        if norm is not None:
-            self.log("train/grad_norm", norm, batch_size=1)
-        self.log("tokens", float(self.tokens), batch_size=1)
-
-    def _check_finite(self) -> None:
-        if not self._watch.empty:
-            self._watch.check(getattr(self.trainer.datamodule, "locate", None))  # type: ignore[attr-defined]
-
     def _find_head(self) -> bool:
         if self._plain_head is None:
             self._plain_head = is_plain_head(self.model)
@@ -300,6 +226,7 @@ class CausalLM(LightningModule):
         return self.end_token if self.document_masks else None
 
     def _targets(self, input_ids: Tensor) -> Tensor:
+        input_ids = input_ids.long()
         targets = input_ids[:, 1:]
         return targets if self._end is None else document_targets(input_ids[:, :-1], targets, self._end)
 

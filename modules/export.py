@@ -9,6 +9,7 @@ from .. import UsageError
 from . import weights
 from .folders import check_widths
 from .networks import VQGAN, Prior, SemanticCompressor, StageBUNet, TextEncoder
+from .text_encoding import checkpoint_text_encoder
 
 CLASSES = "from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior\n"
 """What diffusers executes when it is allowed to: its own loader looks for the classes where they no longer are."""
@@ -52,8 +53,8 @@ def export_diffusers(
 ) -> Path:
     """Write a folder that diffusers and ``TextToImage`` load, and a README that says how.
 
-    Models of the released compression (42.67 pixels a latent) become one combined pipeline; others become two folders,
-    ``prior`` and ``decoder``, because the combined pipeline has that number built in.
+    Models of the released compression (42.67 pixels a latent) and scale of z become one combined pipeline; others
+    become two folders, ``prior`` and ``decoder``, because the combined pipeline has these numbers built in.
 
     Args:
         stage_a: Checkpoint of ours, the authors' file or a network's folder; so are the next two.
@@ -62,7 +63,8 @@ def export_diffusers(
         out: Must not exist, or be empty.
         stage_c_mean: A second checkpoint of Stage C: the mean of both is written, which is how the release was made.
         text_encoder: Of Stage B: a hub name or folder; by default what the checkpoint names as "text_encoder".
-        prior_text_encoder: The same of Stage C; by default Stage C's own, or else Stage B's.
+        prior_text_encoder: The same of Stage C; by default the one that Stage C's checkpoint names or, having trained
+            it, holds, or else Stage B's. A Stage B that was trained without text gets Stage C's.
         resolution_multiple: Pixels on each side of a compressor latent; by default the compressor's, or else 42.67.
 
     Raises:
@@ -76,17 +78,23 @@ def export_diffusers(
         other = Prior.from_checkpoint(stage_c_mean)
         weights.check(other.state_dict(), prior.state_dict(), "Prior", str(stage_c_mean))
         prior.load_state_dict(weights.mean([prior.state_dict(), other.state_dict()]))
-    lower = text_encoder or _named_text_encoder(stage_b)
-    upper = prior_text_encoder or _named_text_encoder(stage_c) or lower
-    if lower is None:
+    lower = text_encoder or checkpoint_text_encoder(stage_b)
+    upper = prior_text_encoder or checkpoint_text_encoder(stage_c) or lower
+    decoder = StageBUNet.from_checkpoint(stage_b)
+    if lower is None and upper is not None and _is_blind(decoder):
+        lower = upper
+    if lower is None or upper is None:
         raise UsageError(f"{stage_b} names no text encoder: give text_encoder, a hub name or a folder")
-    assert upper is not None
+    encoders = [one if isinstance(one, TextEncoder) else TextEncoder.from_pretrained(one) for one in (lower, upper)]
+    _set_scale(prior, stage_c)
+    if _is_blind(decoder):
+        decoder = _for_states(decoder, encoders[0], stage_b)
     cascade: dict[str, Any] = {
         "vqgan": VQGAN.from_checkpoint(stage_a),
-        "decoder": StageBUNet.from_checkpoint(stage_b),
+        "decoder": decoder,
         "prior": prior,
-        "text_encoder": TextEncoder.from_pretrained(lower),
-        "prior_text_encoder": TextEncoder.from_pretrained(upper),
+        "text_encoder": encoders[0],
+        "prior_text_encoder": encoders[1],
         "compressor": _compressor(stage_b),
     }
     check_widths(cascade, str(root))
@@ -96,11 +104,33 @@ def export_diffusers(
     return root
 
 
-def _named_text_encoder(checkpoint: str | Path) -> str | None:
-    if not weights.is_one_file(checkpoint):
-        return None
-    named = weights.read_file(checkpoint).get("text_encoder")
-    return named if isinstance(named, str) else None
+def _is_blind(decoder: StageBUNet) -> bool:
+    """Say whether Stage B was trained without text: then nothing of it passes its mapper."""
+    return not bool(decoder.get_parameter("clip_mapper.weight").any())
+
+
+def _for_states(decoder: StageBUNet, encoder: TextEncoder, stage_b: str | Path) -> StageBUNet:
+    """Let a Stage B that is blind to text take the states of any encoder; how many there are does matter to it.
+
+    Raises:
+        UsageError: It was trained with more or fewer.
+    """
+    length = weights.read_file(stage_b).get("text_length") if weights.is_one_file(stage_b) else None
+    if length is not None and length != encoder.length:
+        raise UsageError(
+            f"{stage_b} was trained without text, with text_length {length}, and the text encoder gives "
+            f"{encoder.length} states: train Stage B with text_length {encoder.length}, or give another encoder"
+        )
+    state = decoder.state_dict()
+    state["clip_mapper.weight"] = state["clip_mapper.weight"].new_zeros(len(state["clip_mapper.weight"]), encoder.width)
+    return StageBUNet.from_weights({**decoder.config, "clip_embd": encoder.width}, state, str(stage_b))
+
+
+def _set_scale(prior: Prior, stage_c: str | Path) -> None:
+    """Take over the scale of z that Stage C was trained with, where its checkpoint says it."""
+    scale = weights.read_file(stage_c).get("latent_scale", {}) if weights.is_one_file(stage_c) else {}
+    prior.latent_mean = scale.get("latent_mean", prior.latent_mean)
+    prior.latent_std = scale.get("latent_std", prior.latent_std)
 
 
 def _compressor(checkpoint: str | Path) -> SemanticCompressor | None:
@@ -125,7 +155,9 @@ def write_cascade(
     resolution_multiple: float = 42.67,
 ) -> None:
     """Write networks as ``export_diffusers`` does."""
+    released = (Prior.latent_mean, Prior.latent_std)
     combined = resolution_multiple == 42.67 and vqgan.compression == 4
+    combined &= (prior.latent_mean, prior.latent_std) == released
     below, above, stem = (out, out, "prior_") if combined else (out / "decoder", out / "prior", "")
     for network, folder in ((vqgan, below / "vqgan"), (decoder, below / "decoder"), (prior, above / f"{stem}prior")):
         network.save(folder)

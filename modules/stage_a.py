@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .. import UsageError
-from .adversarial import ADVERSARIAL, AdversarialLoss
+from .adversarial import ADVERSARIAL, AdversarialLoss, without_gradients
 from .codebook import CodebookUse, drawn_rows, snap
+from .finite import FiniteWatch
 from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .networks import VQGAN, PatchDiscriminator, describe
-from .perceptual import LPIPS, cached_vgg16
-from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, initialise, pixels, uniforms, widened
-from .watched import check_max_grad_norm, not_finite, scales_losses
+from .perceptual import frozen_lpips
+from .stage_parts import Batch, Settings, adamw, build, generators, initialise, pixels, uniforms, widened
+from .watched import check_max_grad_norm, logs_now, look, place_of, scales_losses
 
 Losses = dict[str, Tensor]
 
@@ -108,11 +108,12 @@ class StageA(LightningModule):
         self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
         self.adversarial_start, self.adversarial = adversarial_start, ADVERSARIAL[adversarial_loss]
         self.drop_quantisation, self.revive_after = drop_quantisation, revive_after
-        self.lpips = _perceptual(vgg16, download_vgg16) if perceptual_weight else None
+        self.lpips = frozen_lpips(vgg16, download_vgg16) if perceptual_weight else None
         self.step = 0
         self._accumulation = accumulation
         self._window: list[Losses] = []
         self._counts: Tensor | None = None
+        self._watch = FiniteWatch()
         self._means = CorpusMeans()
         self._codes: dict[int, Tensor] = {}
 
@@ -137,8 +138,7 @@ class StageA(LightningModule):
         self._window.append({})
         terms = self._losses(batch)
         loss = sum(terms.values(), torch.zeros((), device=self.device))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(not_finite(self.trainer, "loss", loss, self.step, batch))
+        self._watch.add("loss", self.step, loss, [place_of(batch)])
         closes = len(self._window) >= self.accumulation or self.trainer.is_last_batch
         with self._gradients(synchronised=closes):
             self.manual_backward(loss / self.accumulation)
@@ -158,7 +158,7 @@ class StageA(LightningModule):
         if self.lpips is not None:
             terms["perceptual"] = self.perceptual_weight * self.lpips.on(images.device)(decoded, images).mean()
         if self.adversary is not None:
-            with _without_gradients(self.adversary):
+            with without_gradients(self.adversary):
                 terms["adversarial"] = self.adversarial_weight * self.adversarial.generator(
                     widened(self.adversary(decoded))
                 )
@@ -169,7 +169,7 @@ class StageA(LightningModule):
             terms["discriminator"] = self.adversarial.discriminator(widened(real), widened(fake))
             self._window[-1]["discriminator"] = terms["discriminator"].detach()
         elif self.discriminator is not None:  # DDP wants a gradient of every parameter from every backward pass
-            terms["discriminator"] = sum(p.sum() for p in self.discriminator.parameters()) * torch.zeros(())
+            terms["discriminator"] = 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
         return terms
 
     @torch.no_grad()
@@ -202,11 +202,13 @@ class StageA(LightningModule):
         self.step += 1
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clips the gradients of one network, logs their norm, and stops when it is not finite."""
+        """Clips the gradients of one network, and watches and logs their norm."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
-        if not torch.isfinite(norm) and not scales_losses(self.trainer):
-            raise FloatingPointError(not_finite(self.trainer, "gradient norm", norm, self.step))
+        if not scales_losses(self.trainer):
+            self._watch.add("gradient norm", self.step, norm)
+        if self._watch.full or logs_now(self.trainer):
+            look(self._watch, self.trainer)
         first = self.trainer.optimizers[0]
         self.log("train/grad_norm" + ("" if optimizer is first else "/discriminator"), norm, batch_size=1)
 
@@ -249,6 +251,15 @@ class StageA(LightningModule):
         # A checkpoint holds the weights after the step that it is named after, as with automatic optimization.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         self._window, self._counts = [], None
+        self._watch.forget()
+
+    def on_validation_start(self) -> None:
+        """A validation waits for the device anyway."""
+        look(self._watch, self.trainer)
+
+    def on_train_end(self) -> None:
+        """Looks at the steps since the last logging interval."""
+        look(self._watch, self.trainer)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Takes in each sample's metrics, through the codebook."""
@@ -314,6 +325,7 @@ class StageA(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the step, and which attribute is which network, with the measured scale of the latents."""
+        look(self._watch, self._trainer)
         if self._measures_scale and self.latent_std > 0:
             self.vqgan.scale_factor = self.vqgan.config["scale_factor"] = round(float(self.latent_std), 4)
         checkpoint["networks"] = describe(self)
@@ -322,27 +334,3 @@ class StageA(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the step over."""
         self.step = checkpoint.get("completed_steps", 0)
-
-
-def _perceptual(path: str | None, download: bool) -> Frozen[LPIPS] | None:
-    lpips = LPIPS.from_files(path, download)
-    if lpips is not None:
-        return Frozen(lpips, str(path or cached_vgg16()))
-    rank_zero_warn(
-        f"there is no {cached_vgg16()}: Stage A is trained without the perceptual loss; give vgg16, or set "
-        "download_vgg16 to fetch it, or perceptual_weight to 0"
-    )
-    return None
-
-
-class _without_gradients(AbstractContextManager[None]):  # noqa: N801  # a context manager
-    """Lets gradients pass through a network and not into it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def __enter__(self) -> None:
-        self.network.requires_grad_(False)
-
-    def __exit__(self, *args: object) -> None:
-        self.network.requires_grad_(True)

@@ -51,9 +51,9 @@ class StageB(WatchedModule):
         zero_share: Share of the samples whose embedding is zeroed.
         noise_share: Share of the others whose embedding is noised.
         noise_until: Largest time to which it is noised.
-        max_loss_weight: A sample's loss is weighted with 1 / snr(t), kept in [1, max_loss_weight]. 1 is the paper's. The
-            noise's error hardly tells what of a picture is missing near t = 1, where z alone knows; a small model of
-            simple pictures, which shine through the noise for the rest of the time, needs that to make use of z.
+        max_loss_weight: A sample's loss is weighted with 1 / snr(t), kept in [1, max_loss_weight]; 1 is the paper's.
+            Near t = 1, where z alone knows the picture, the noise's error hardly tells what is missing, and at smaller
+            t simple pictures shine through the noise: without weight a small model learns next to nothing of z.
         sampling_steps: Of pictures drawn in validation.
         sampled_batches: Validation batches of each corpus, on each rank, from which pictures are drawn.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
@@ -235,10 +235,13 @@ class StageB(WatchedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps which attribute is which network, and what the frozen ones are and where they came from."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["networks"] = describe(self)
         checkpoint["frozen"] = {name: part.state() for name, part in self._frozen().items()}
         if self.text_encoder is not None:
             checkpoint["text_encoder"] = self.text_encoder.source
+        else:
+            checkpoint["text_length"] = self.text_length
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that was trained with another Stage A or text encoder."""

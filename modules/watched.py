@@ -1,8 +1,11 @@
-"""Training whose loss and gradient norm are logged by global batch and stop the run when they are not finite."""
+"""Training whose loss and gradient norm are logged by global batch and stop the run when they are not finite.
+
+Nothing of it makes the host wait for the device between logging intervals: values are kept where they are and looked at
+together (:mod:`.finite`), at the logging interval and before anything is saved, validated or ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .. import UsageError
+from .finite import FiniteWatch
 
 
 class WatchedModule(LightningModule):
     """A module with automatic optimization that watches what it trains on.
 
-    Logs ``train/loss`` (mean over the global batch) and ``train/grad_norm`` (before clipping).
+    Logs ``train/loss`` (mean over the global batch) and ``train/grad_norm`` (before clipping). Subclasses hand their
+    losses to :meth:`watch`, and call ``super()`` where they have hooks of the same name.
 
     Args:
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
@@ -31,20 +36,34 @@ class WatchedModule(LightningModule):
         check_max_grad_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
         self._window: list[Tensor] = []
+        self._window_batches: list[Any] = []
+        self._latest: dict[str, Tensor] = {}
+        self._watch = FiniteWatch()
+
+    def setup(self, stage: str) -> None:
+        """Forgets what an earlier run kept."""
+        self._watch.forget()
 
     def watch(self, loss: Tensor, batch: Any) -> Tensor:
-        """Return a micro-batch's loss after taking note of it."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(not_finite(self.trainer, "loss", loss, self.trainer.global_step, batch))
+        """Returns a micro-batch's loss after taking note of it and of where its samples lie."""
         self._window.append(loss.detach())
+        self._window_batches.append(place_of(batch))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the loss of the whole global batch."""
+        """Takes in the loss of the whole global batch, and at the logging interval looks at it and logs it.
+
+        Here and not at the end of the batch: callbacks save checkpoints before the module's own hook runs there.
+        """
         if self._window:
-            loss = torch.stack(self._window).mean()
-            self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=1)
-        self._window = []
+            losses = torch.stack(self._window)
+            self._watch.add("loss", self.trainer.global_step, losses, self._window_batches)
+            self._latest = {"train/loss": losses}
+            if self._logging or self._watch.full:
+                self.check_finite()
+            if self._logging:
+                self.log_latest()
+        self._window, self._window_batches = [], []
 
     def configure_gradient_clipping(
         self,
@@ -52,7 +71,7 @@ class WatchedModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the Trainer's setting or ``max_grad_norm``, logs the norm, and stops when it is not finite."""
+        """Clips by the Trainer's setting or ``max_grad_norm``, and watches and logs the norm."""
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -60,24 +79,79 @@ class WatchedModule(LightningModule):
         norm = nn.utils.clip_grad_norm_(self.parameters(), limit or float("inf"))  # Lightning's 0 is no clipping
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        if not torch.isfinite(norm) and not scales_losses(self.trainer):
-            raise FloatingPointError(not_finite(self.trainer, "gradient norm", norm, self.trainer.global_step))
-        self.log("train/grad_norm", norm, batch_size=1)
+        if not scales_losses(self.trainer):
+            self._watch.add("gradient norm", self.trainer.global_step, norm)
+            if self._logging:
+                self.check_finite()
+        self._latest["train/grad_norm"] = norm
+        if self._logging:
+            self.log("train/grad_norm", norm, batch_size=1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs the last step of a run that a callback stops: Lightning logs then, whatever the interval."""
+        if self.trainer.should_stop:
+            self.log_latest()
+
+    def on_validation_start(self) -> None:
+        """A validation waits for the device anyway."""
+        self.check_finite()
+
+    def on_train_end(self) -> None:
+        """Looks at the steps since the last logging interval."""
+        self.check_finite()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lets nothing be saved after a step that was not finite.
+
+        Raises:
+            FloatingPointError: There was one since the last look; the checkpoint before stays the last.
+        """
+        self.check_finite()
+
+    def log_latest(self) -> None:
+        """Logs the latest loss and norm."""
+        losses, norm = self._latest.get("train/loss"), self._latest.get("train/grad_norm")
+        if losses is not None:
+            loss = self.trainer.strategy.reduce(losses.mean(), reduce_op="mean")
+            assert isinstance(loss, Tensor)
+            # Lightning reads what is on the progress bar at every batch, also what is old: let that lie on the host.
+            self.log("train/loss", loss.cpu(), prog_bar=True, batch_size=1)
+        if norm is not None:
+            self.log("train/grad_norm", norm, batch_size=1)
+
+    def check_finite(self) -> None:
+        """Raises a ``FloatingPointError`` where a value kept since the last look is not finite."""
+        look(self._watch, self._trainer)
+
+    @property
+    def _logging(self) -> bool:
+        return logs_now(self.trainer)
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether loggers take in what is logged at this step."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def look(watch: FiniteWatch, trainer: Trainer | None) -> None:
+    """Reads what a watch keeps; where a value is not finite, the data module says where its samples lie."""
+    if not watch.empty:
+        watch.check(getattr(getattr(trainer, "datamodule", None), "locate", None))
+
+
+def place_of(batch: Any) -> dict[str, Any] | None:
+    """What of a batch says where its samples lie: what stayed on the host."""
+    if not isinstance(batch, dict):
+        return None
+    return {key: part for key, part in batch.items() if not isinstance(part, Tensor)}
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
-    """Refuse a norm that is not above 0."""
+    """Refuses a norm that is not above 0."""
     if max_grad_norm is not None and max_grad_norm <= 0:
         raise UsageError(f"max_grad_norm {max_grad_norm} must be above 0, or null for no clipping")
 
 
 def scales_losses(trainer: Trainer) -> bool:
-    """Say whether a norm that overflows is no accident: a loss scaler leaves that step out and scales less."""
+    """Whether a norm that overflows is no accident: a loss scaler leaves that step out and scales less."""
     return getattr(trainer.precision_plugin, "scaler", None) is not None
-
-
-def not_finite(trainer: Trainer, what: str, value: Tensor, step: int, batch: Any = None) -> str:
-    """Return the message that names step and, where the data module knows it, the samples' place."""
-    locate: Callable[[Any], str] | None = getattr(trainer.datamodule, "locate", None)  # type: ignore[attr-defined]
-    where = f" at {locate(batch)}" if locate is not None and batch is not None else ""
-    return f"{what} is {value.item()} at optimizer step {step}{where}"

@@ -8,6 +8,14 @@ from typing import Any
 import lightning.pytorch  # noqa: F401  # first imported under a captured stderr, its handler would keep that one
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are checked. Here, before any test imports the modules: those that are collected first too.
+# (Beartype cannot check `Self`, which base and cascade use.)
+NETWORKS = [f"networks.{name}" for name in ("layers", "conditioned", "vqgan", "unet", "prior", "encoders")]
+install_import_hook(
+    [f"rewurst.modules.{name}" for name in (*NETWORKS, "diffusion", "prompts", "pipeline")], "beartype.beartype"
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -92,6 +100,7 @@ class _Batches:
 def picture_data() -> Callable[..., Any]:
     """Builds a data module of discs that follows the contract of image data modules, and resumes by completed steps."""
     from lightning.pytorch import LightningDataModule
+    from torch import Generator
     from torch.utils.data import DataLoader
 
     class Pictures(LightningDataModule):
@@ -131,7 +140,7 @@ def picture_data() -> Callable[..., Any]:
             for step in range(self.start, self.steps):
                 first = step * self.global_batch_size + self.trainer.global_rank * mine
                 rows += [list(range(at, at + size)) for at in range(first, first + mine, size)]
-            return DataLoader(_Batches(0, rows, self.side, True, self.pictures), batch_size=None)
+            return DataLoader(_Batches(0, rows, self.side, True, self.pictures), batch_size=None, generator=Generator())
 
         def val_dataloader(self) -> Any:
             assert self.trainer is not None
@@ -140,7 +149,9 @@ def picture_data() -> Callable[..., Any]:
             begin = self.trainer.global_rank * padded // ranks
             rows = [list(range(at, at + size)) for at in range(begin, begin + padded // ranks, size)]
             return {
-                name: DataLoader(_Batches(corpus, rows, self.side, False, self.val), batch_size=None)
+                name: DataLoader(
+                    _Batches(corpus, rows, self.side, False, self.val), batch_size=None, generator=Generator()
+                )
                 for corpus, name in ((0, "seen"), (1, "unseen"))
             }
 

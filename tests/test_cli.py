@@ -259,7 +259,8 @@ def test_wrong_use_is_one_line_and_status_2(
         (["fitt"], "no command 'fitt'; did you mean 'fit'?"),
         (
             ["prepare", "texts", "a"],
-            "invalid choice: 'texts' (choose from 'tokenizer', 'text', 'verify'); did you mean",
+            "invalid choice: 'texts' (choose from 'tokenizer', 'text', 'index', 'images', 'latents', 'verify'); "
+            "did you mean",
         ),
         (["prepare", "text", "a", "--tokeniser", "b", "--out", "c"], "--tokenizer"),
         (["prepare", "text", "builtin:pros", "--tokenizer", "b", "--out", "c"], "builtin:prose"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,14 @@ STEPS, DEADLINE_SECONDS = 120, 120
 
 LOG = """
 import os
+import zlib
 
 from lightning.pytorch import Callback
+
+
+def weights(*modules):
+    tensors = [tensor for module in modules for _, tensor in sorted(module.state_dict().items())]
+    return zlib.crc32(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors))
 
 
 class Log(Callback):
@@ -28,46 +35,111 @@ class Log(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         rows = ",".join(f"{c}:{r}" for c, r in zip(batch["corpus"].tolist(), batch["row"].tolist()))
-        loss = float(outputs["loss"])
-        os.write(self.file, f"{trainer.global_step} {batch_idx} {loss.hex()} {rows}\\n".encode())
+        loss = float(outputs["loss"]).hex() if outputs else "manual"
+        averages = [c._average_model for c in trainer.callbacks if getattr(c, "_average_model", None) is not None]
+        state = weights(module, *averages)
+        os.write(self.file, f"{trainer.global_step} {batch_idx} {loss} {state} {rows}\\n".encode())
 """
+
+Parts = dict[str, Any]
+
+
+def language_model(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
+    """Dropout and replay."""
+    prose, code = write_corpus("prose", 40), write_corpus("code", 60, seed=1)
+    model = {
+        "model_type": "gpt_neox", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 16,
+        "hidden_dropout": 0.1, "attention_dropout": 0.1,
+    }  # fmt: skip
+    data = {
+        "dataset": "code", "val": {"prose": prose}, "sequence_length": 8,
+        "corpora": {"code": {"path": code}, "prose": {"path": prose, "replay": True}},
+    }  # fmt: skip
+    return {"model": part("CausalLM", model=model), "data": part("TextDataModule", **data)}
+
+
+def pictures(tmp_path: Path) -> Parts:
+    """Drawn shapes, the new ones with replay of the old."""
+    from rewurst.datamodules.image_work import Recoding
+    from rewurst.datamodules.prepare_images import prepare_images
+
+    for name in ("shapes", "shapes-new"):
+        out = tmp_path / name
+        prepare_images(f"builtin:{name}", out, recoding=Recoding(image_size=32), pictures=1, progress=False)
+    corpora = {"new": {"path": str(tmp_path / "shapes-new/unseen")}}
+    corpora["old"] = {"path": str(tmp_path / "shapes/unseen"), "replay": True}  # type: ignore[dict-item]
+    val = {"old": str(tmp_path / "shapes/unseen")}
+    return part("ImageTextDataModule", dataset="new", corpora=corpora, val=val, image_size=32, caption_dropout=0.2)
+
+
+def stage_a(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
+    """Both optimizers, the discriminator from the middle on, revived codes, dropped quantisation."""
+    model = part(
+        "StageA",
+        vqgan={"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 32},
+        discriminator={"c_hidden": 16, "depth": 3},
+        perceptual_weight=0.0,
+        adversarial_start=30,
+        revive_after=5,
+    )
+    return {"model": model, "data": pictures(tmp_path), "average": part("WeightAverage", decay=0.9, start_step=10)}
+
+
+def stage_b(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
+    """Dropout, averaged weights, BatchNorm in the compressor."""
+    from rewurst.modules.networks import VQGAN
+
+    VQGAN.from_preset("tiny", embed_dim=16, num_vq_embeddings=32).save(tmp_path / "vqgan")
+    model = part(
+        "StageB",
+        stage_a=str(tmp_path / "vqgan"),
+        unet={"preset": "tiny", "dropout": [0.1, 0.1]},
+        compressor="tiny",
+        text_length=4,
+        sampling_steps=2,
+    )
+    return {"model": model, "data": pictures(tmp_path), "average": part("WeightAverage", decay=0.9, start_step=10)}
+
+
+KINDS = {"language model": language_model, "stage A": stage_a, "stage B": stage_b}
+
+
+def part(class_path: str, /, **arguments: Any) -> Parts:
+    return {"class_path": class_path, "init_args": arguments}
 
 
 @pytest.fixture
-def start(write_corpus: Callable[..., str], tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
-    """Starts a run with dropout, replay, accumulation and frequent checkpoints and validations."""
-    (tmp_path / "kill_log.py").write_text(LOG.replace("\\\\n", "\\n"))
-    prose, code = write_corpus("prose", 40), write_corpus("code", 60, seed=1)
+def start(
+    request: pytest.FixtureRequest, write_corpus: Callable[..., str], tmp_path: Path
+) -> Callable[..., subprocess.Popen[bytes]]:
+    """Starts a run with replay, accumulation and frequent checkpoints and validations."""
+    (tmp_path / "kill_log.py").write_text(LOG)
+    parts = KINDS[getattr(request, "param", "language model")](write_corpus, tmp_path)
 
     def begin(name: str, workers: int) -> subprocess.Popen[bytes]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
+        data = parts["data"]["init_args"] | {"micro_batch_size": 4, "global_batch_size": 8, "num_workers": workers}
+        schedule = part("WarmupCosine", peak=1e-2, minimum=1e-3, warmup=0.1)
         config = {
             "seed_everything": 0,
             "ckpt_path": "auto",
-            "model": {"class_path": "CausalLM", "init_args": {"model": {
-                "model_type": "gpt_neox", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
-                "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 16,
-                "hidden_dropout": 0.1, "attention_dropout": 0.1,
-            }}},
-            "data": {"class_path": "TextDataModule", "init_args": {
-                "dataset": "code", "val": {"prose": prose}, "sequence_length": 8, "micro_batch_size": 4,
-                "global_batch_size": 8, "num_workers": workers,
-                "corpora": {"code": {"path": code}, "prose": {"path": prose, "replay": True}},
-            }},
+            "model": parts["model"],
+            "data": part(parts["data"]["class_path"], **data),
             "trainer": {
                 "accelerator": "cpu", "devices": 1, "max_steps": STEPS, "max_epochs": -1, "val_check_interval": 14,
+                "limit_val_batches": 3,
                 "check_val_every_n_epoch": None, "num_sanity_val_steps": 1, "log_every_n_steps": 1,
                 "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder),
-                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "run"}},
+                "logger": part("CSVLogger", save_dir=str(folder), name="run"),
                 "callbacks": [
-                    {"class_path": "LRRewarming", "init_args": {"length": STEPS, "schedule": {
-                        "class_path": "WarmupCosine", "init_args": {"peak": 1e-2, "minimum": 1e-3, "warmup": 0.1}}}},
-                    {"class_path": "ReplayScheduler", "init_args": {"share": 0.3}},
+                    part("LRRewarming", length=STEPS, schedule=schedule),
+                    part("ReplayScheduler", share=0.3),
+                    *([parts["average"]] if "average" in parts else []),
                     {"class_path": "ExactResume"},
-                    {"class_path": "kill_log.Log", "init_args": {"path": str(folder / "log.txt")}},
-                    {"class_path": "ModelCheckpoint", "init_args": {
-                        "filename": "{step}", "every_n_train_steps": 3, "save_top_k": 1, "save_last": True}},
+                    part("kill_log.Log", path=str(folder / "log.txt")),
+                    part("ModelCheckpoint", filename="{step}", every_n_train_steps=3, save_top_k=1, save_last=True),
                 ],
             },
         }  # fmt: skip
@@ -145,7 +217,13 @@ def test_killed_three_times(start: Callable[..., subprocess.Popen[bytes]], tmp_p
     survive(start, tmp_path, kills=3, seed=0)
 
 
+@pytest.mark.parametrize("start", ["stage A", "stage B"], indirect=True)
+def test_stages_killed(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    survive(start, tmp_path, kills=2, seed=0)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("start", KINDS, indirect=True)
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_twenty_times(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, seed: int) -> None:
     survive(start, tmp_path, kills=5, seed=seed + 1)

@@ -122,11 +122,16 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "batch n c"]:
         """Return all states of the last layer, padding included: that is what the stages are trained with."""
+        states: Tensor = self(texts)
+        return states
+
+    def forward(self, texts: Sequence[str]) -> Float[Tensor, "batch n c"]:
+        """As ``encode``, for an encoder that is trained."""
         tokens = self.tokenizer(
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        for text in texts:
-            if (count := len(self.tokenizer(text).input_ids)) > self.length:
+        for text, full in zip(texts, tokens.attention_mask[:, -1].tolist(), strict=True):
+            if full and (count := len(self.tokenizer(text).input_ids)) > self.length:
                 warnings.warn(f"{text!r} has {count} tokens, of which {self.length} are used", stacklevel=2)
         device = next(self.model.parameters()).device
         out = self.model(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))

@@ -26,7 +26,8 @@ class Prior(Network):
     """Würstchen's Stage C: residual, timestep and attention blocks in turn, at one resolution (arXiv 2306.00637).
 
     It works on the compressor's latents in a scale of its own (``normalize``), for which diffusers has the names
-    ``latent_mean`` and ``latent_std``.
+    ``latent_mean`` and ``latent_std``: attributes, for they belong to the pipeline rather than to the network's
+    arguments. They are the released compressor's where nothing sets them.
 
     Args:
         c_in: Channels of the latents.
@@ -47,8 +48,8 @@ class Prior(Network):
         "released": {"c_in": 16, "c": 1536, "c_cond": 1280, "depth": 32, "nhead": 24},
     }
 
-    latent_mean: ClassVar[float] = 42.0
-    latent_std: ClassVar[float] = 1.0
+    latent_mean: float = 42.0
+    latent_std: float = 1.0
 
     def __init__(
         self,
@@ -70,15 +71,13 @@ class Prior(Network):
         self.out = nn.Sequential(layer_norm(c), Pointwise(c, c_in * 2))
         self.reset_parameters()
 
-    @classmethod
-    def normalize(cls, z: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
-        """Bring the compressor's latents to the scale that Stage C trains on: (z + 1) / 42."""
-        return (z + cls.latent_std) / cls.latent_mean
+    def normalize(self, z: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+        """Bring the compressor's latents to the scale that Stage C trains on: (z + 1) / 42 of the released ones."""
+        return (z + self.latent_std) / self.latent_mean
 
-    @classmethod
-    def denormalize(cls, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
+    def denormalize(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
         """Undo ``normalize``."""
-        return x * cls.latent_mean - cls.latent_std
+        return x * self.latent_mean - self.latent_std
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -21,13 +21,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from . import UsageError
 from .callbacks import AtomicCheckpointIO, StepProgressBar, construct_on_rank_zero
-from .callbacks.checkpoints import newest_checkpoint
+from .callbacks.checkpoints import newest_checkpoint, remove_leftovers
 from .callbacks.shard_files import is_sharded
 from .callbacks.sharded_checkpoint import describe_checkpoint
 from .datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
 from .modules import causal_lm as _causal_lm  # noqa: F401
 from .modules.initial_weights import check_weights
 from .modules.weights import read_file
+from .named_classes import import_named
 from .parser_errors import one_line
 
 
@@ -37,6 +38,7 @@ def run(args: list[str]) -> None:
     for what in _SAID_ALREADY:
         warnings.filterwarnings("ignore", message=what)
     _check_yaml(args)
+    import_named(args)
     with _lightning_errors():
         CLI(args)
 
@@ -44,6 +46,7 @@ def run(args: list[str]) -> None:
 def parse(args: list[str]) -> dict[str, Any]:
     """The config that a command line means; nothing is made of it."""
     _check_yaml(args)
+    import_named(args)
     with _lightning_errors():
         config: dict[str, Any] = _ParseOnly(args).config[args[0]].as_dict()
     return config
@@ -172,6 +175,8 @@ class CLI(LightningCLI):
 
     def _newest(self, ckpt_path: str, must_exist: bool) -> str | None:
         folders = _run_folders(self.trainer)
+        if self.trainer.is_global_zero and not must_exist:
+            remove_leftovers(folders)
         newest = newest_checkpoint(folders)
         other = ckpt_path.removeprefix("auto").removeprefix(":")
         if newest is None and other:
@@ -186,7 +191,7 @@ class CLI(LightningCLI):
     def _require_sharding(self, path: Path) -> None:
         if path.is_dir() and not _saves_by_itself(self.trainer.strategy):
             raise UsageError(
-                f"ckpt_path {path} is sharded: it needs --trainer.strategy rewurst.callbacks.FSDP, on any number of devices"
+                f"ckpt_path {path} is sharded: give --trainer.strategy rewurst.callbacks.FSDP, with any number of devices"
             )
 
     def _checked(self, path: str | None, safe: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .callbacks import Schedule
 from .hints import closest, did_you_mean
+from .named_classes import public_names
 
 _BASES: tuple[type, ...] = (LightningModule, LightningDataModule, Callback, Logger, Strategy, Optimizer, Schedule)
 _LONGEST = 400
@@ -42,7 +43,8 @@ def _unknown_class(match: re.Match[str], parser: Any) -> str:
     name = match[1].strip("'\"")
     keys = re.findall(r'Parser key "([^"]+)"', match.string)
     where = f"{keys[0]}: " if keys else ""
-    return f"{where}there is no class {name!r}{_nearest(name.rsplit('.', 1)[-1], {c.__name__ for c in _classes()})}"
+    known = {cls.__name__ for cls in _classes()} | set(public_names())
+    return f"{where}there is no class {name!r}{_nearest(name.rsplit('.', 1)[-1], known)}"
 
 
 def _unknown_options(match: re.Match[str], parser: Any) -> str:

@@ -67,6 +67,7 @@ def _prepare(parser: Parser) -> None:
     index.add_argument("--workers", type=int, default=1, help="processes that scan")
     index.add_argument("--overwrite", action="store_true", help="replace an index that is there")
     _prepare_images(_tool(what, "images", "captioned images into shards: OUT/train and OUT/val", _run_prepare_images))
+    _prepare_latents(_tool(what, "latents", "latents of a corpus of images into shards", _run_prepare_latents))
     verify = _tool(what, "verify", "compare every byte of a folder's shards with its index", _run_prepare_verify)
     verify.add_argument("folder", type=Path, help="folder with index.json")
 
@@ -88,6 +89,30 @@ def _prepare_images(images: Parser) -> None:
     images.add_argument("--pictures", type=int, default=9, help="drawn of each combination of builtin:shapes")
     images.add_argument("--seed", type=int, default=0, help="of builtin:shapes")
     images.add_argument("--overwrite", action="store_true", help="replace what was prepared there")
+
+
+def _prepare_latents(latents: Parser) -> None:
+    latents.add_argument("source", metavar="FOLDER", help="images, with index.json")
+    latents.add_argument("--out", type=Path, required=True, help="folder to fill, or to go on filling")
+    latents.add_argument(
+        "--stage_b", required=True, metavar="CKPT", help="Stage B with its compressor, or a compressor"
+    )
+    latents.add_argument("--image_size", type=int, required=True, help="side in pixels at which images are shown")
+    latents.add_argument(
+        "--what", dest="arrays", default="z", help="comma-separated: z, a (Stage A's latents), text (text states)"
+    )
+    latents.add_argument("--text_encoder", help="of text: folder or hub name of a frozen CLIP text model")
+    latents.add_argument("--stage_a", help="of a: checkpoint or folder (default: the one that CKPT names)")
+    latents.add_argument("--max_aspect", type=float, default=1.0, help="longest side over shortest of shapes")
+    latents.add_argument("--bucket_multiple", type=int, default=64, help="of which the sides of shapes are multiples")
+    latents.add_argument("--resize", type=int, help="side of a square that images cover before they are cropped")
+    latents.add_argument("--batch_size", type=int, default=32, help="images that networks see at once")
+    latents.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    latents.add_argument("--device", default="cpu", help="such as cuda")
+    latents.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
+    latents.add_argument("--samples_per_shard", type=int, help="(default: up to 256 MiB)")
+    latents.add_argument("--shard_of", default="0/1", metavar="I/N", help="this process makes share I of N")
+    latents.add_argument("--max_corrupt", type=float, default=0.05, help="share of images that may be corrupt")
 
 
 def _export(parser: Parser) -> None:
@@ -156,7 +181,8 @@ def _add_sources(parser: Parser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), a folder of them, builtin:prose or builtin:code",
+        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), .tar of captioned images, a folder of them, "
+        "builtin:prose or builtin:code",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--text_field", default="text", help="field of .jsonl and column of .parquet with the text")
@@ -219,6 +245,19 @@ def _run_prepare_images(args: Parsed) -> None:
         seed=args.seed,
         overwrite=args.overwrite,
     )
+
+
+def _run_prepare_latents(args: Parsed) -> None:
+    from .modules.latents import prepare_latents
+
+    options = dict(vars(args))
+    for name in ("command", "what", "run", "source", "out", "stage_b", "image_size", "shard_of", "arrays"):
+        options.pop(name, None)
+    number, slash, processes = args.shard_of.partition("/")
+    if not (slash and number.isdigit() and processes.isdigit()):
+        raise UsageError(f"shard_of {args.shard_of!r} must be I/N, such as 0/4")
+    what, share = args.arrays.split(","), (int(number), int(processes))
+    print(prepare_latents(args.source, args.out, args.stage_b, args.image_size, what=what, shard_of=share, **options))
 
 
 def _run_prepare_verify(args: Parsed) -> None:

@@ -28,6 +28,8 @@ class Behaviour:
     cut: int = 0
     shift: int = 0
     ranges: list[str] = field(default_factory=list)
+    credentials: list[str] = field(default_factory=list)
+    redirect: str = ""
     lock: Any = field(default_factory=threading.Lock)
 
 
@@ -42,10 +44,13 @@ class Handler(BaseHTTPRequestHandler):
         with behaviour.lock:
             behaviour.ranges.append(self.headers.get("Range", ""))
             failure = behaviour.failures.pop(0) if behaviour.failures else None
+            behaviour.credentials.append(self.headers.get("Authorization", ""))
         content = behaviour.objects.get(self.path.partition("?")[0])
         if failure == 0:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()  # with this option: a reset
+        elif self.path == "/moved":
+            self.answer(302, b"", {"Location": behaviour.redirect})
         elif failure or content is None:
             self.answer(failure or 404, b"<html>", {"Retry-After": behaviour.retry_after})
         else:
@@ -103,10 +108,10 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A bucket of moto's S3 server on loopback."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'rewurst[remote]'")
-    boto3 = pytest.importorskip("boto3")
-    moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[s3]' flask flask-cors")
-    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()
     endpoint = "http://{}:{}".format(*running.get_host_and_port())
     for name, value in {

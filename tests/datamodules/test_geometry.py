@@ -65,17 +65,17 @@ def test_draws_are_uniform_and_depend_on_the_purpose() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 16), st.integers(0, 32))
-def test_resampling_a_crop_is_resizing_and_then_cropping(row: int, column: int) -> None:
+def test_resampling_a_crop_is_cropping_and_resizing_by_pillow(row: int, column: int) -> None:
     pixels = np.random.default_rng(1).integers(256, size=(96, 144, 3), dtype=np.uint8)
-    whole = np.asarray(Image.fromarray(pixels).resize((96, 64), Image.Resampling.LANCZOS))
     found = resample(pixels, (96, 144), Crop(3 * row, 3 * column, 48, 48), (32, 32))
-    expected = whole[2 * row : 2 * row + 32, 2 * column : 2 * column + 32]
+    part = Image.fromarray(pixels).crop((3 * column, 3 * row, 3 * column + 48, 3 * row + 48))
+    expected = np.asarray(part.resize((32, 32), Image.Resampling.BICUBIC))
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 def test_nothing_is_resampled_that_has_its_size() -> None:
     pixels = np.zeros((20, 30, 3), dtype=np.uint8)
-    assert resample(pixels, (20, 30), Crop(0, 0, 20, 30), (20, 30)) is pixels
+    assert np.shares_memory(resample(pixels, (20, 30), Crop(0, 0, 20, 30), (20, 30)), pixels)
 
 
 @pytest.mark.parametrize("size", [(1031, 773), (512, 2048), (333, 999)])

@@ -363,5 +363,5 @@ def test_verify_reads_every_corpus_in_a_folder(corpus: str, tokenizer: str, tmp_
     (tmp_path / "train/pets-000000.idx").unlink()
     problems = verify(tmp_path)
     assert len(problems) == 2
-    assert "train/pets-000000.idx: cannot be read" in problems[0]
+    assert "train/pets-000000.idx: missing" in problems[0]
     assert "val/tokenizer/tokenizer.json: SHA-256 is " in problems[1]

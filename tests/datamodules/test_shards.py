@@ -65,7 +65,7 @@ def test_rows_are_read_in_the_order_asked_for(pristine: Path) -> None:
     rows = np.random.default_rng(1).integers(0, ROWS, 300)
     read = reader.read(rows)
     assert len(reader) == ROWS
-    assert read.dtype == np.int64
+    assert read.dtype == np.uint16
     np.testing.assert_array_equal(read, oracle(STREAM, LENGTH)[rows])
     assert reader.read(np.array([], dtype=np.int64)).shape == (0, LENGTH + 1)
 

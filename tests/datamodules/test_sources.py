@@ -146,7 +146,9 @@ def parquet(path: Path, **columns: Any) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-KNOWN = r"\.txt, \.md, \.jsonl \(or these with \.gz or \.zst\), \.parquet, a folder, builtin:prose or builtin:code"
+KNOWN = (
+    r"\.txt, \.md, \.jsonl \(or these with \.gz or \.zst\), \.parquet, .tar, a folder, builtin:prose or builtin:code"
+)
 
 
 @pytest.mark.parametrize(
@@ -216,3 +218,16 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
             expand([source], Skipped())
     with pytest.raises(UsageError, match=f"no sources given, expected {KNOWN}"):
         expand([], Skipped())
+
+
+def test_captions_of_image_shards(tmp_path: Path) -> None:
+    import webdataset as wds
+
+    with wds.TarWriter(str(tmp_path / "a-000000.tar")) as writer:
+        for number, caption in enumerate(["a red disc", "", "ein grüner Kreis"]):
+            writer.write({"__key__": f"{number}", "png": b"no picture is read", "txt": caption})
+    (tmp_path / "a-000000.idx").write_bytes(b"")
+    skipped = Skipped()
+    texts = [piece.text for file in expand([str(tmp_path)], skipped) for piece in read(file, "text", skipped)]
+    assert texts == ["a red disc", "ein grüner Kreis"]
+    assert skipped.empty_documents == 1

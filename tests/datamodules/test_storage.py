@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import pickle
 import resource
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,82 @@ def test_whole_objects(server: Any, pauses: list[float]) -> None:
         read_whole(server.url())
 
 
+def test_credentials_go_to_the_host_they_are_for(server: Any, cache: BlockCache) -> None:
+    server.behaviour.redirect = server.url("/a/x.tar")
+    opened = CachedBytes(server.url("/moved").replace("//", "//me:p%40ss@"), cache)
+    assert opened.read(0, 9) == CONTENT[:9]
+    assert server.behaviour.credentials == ["Basic bWU6cEBzcw==", ""] * 2
+    assert server.behaviour.ranges == ["bytes=0-0"] * 2 + ["bytes=0-1023"] * 2  # which a redirect keeps
+    with pytest.raises(UsageError, match=r"^http://127.0.0.1:\d+/none: status 404") as error:
+        CachedBytes(server.url("/none").replace("//", "//me:secret@"), cache)
+    assert "secret" not in str(error.value)
+    with pytest.raises(UsageError, match=r"^http://h:port/x: no valid address$"):
+        read_whole("http://h:port/x")
+
+
+# fsspec without a server
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """fsspec's file system in memory, with an ETag."""
+    import fsspec
+
+    monkeypatch.setattr(remote, "_file_systems", {})
+    system = remote._file_system("memory://x")
+    info = system.info
+    monkeypatch.setattr(system, "info", lambda url: {**info(url), "ETag": "one"})
+    system.pipe("/a/x.tar", CONTENT)
+    system.pipe("/empty", b"")
+    yield system
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_any_file_system_of_fsspec(memory: Any, cache: BlockCache) -> None:
+    opened = open_bytes("memory://a/x.tar", size=len(CONTENT), cache=cache)
+    assert opened.identity == "one"
+    for begin, end in [(0, 10), (1000, 5000), (9999, 10_000)]:
+        assert opened.read(begin, end) == CONTENT[begin:end]
+    assert len(blocks(cache)) == 6
+    assert read_whole("memory://a/x.tar") == CONTENT
+    assert read_whole("memory://empty") == b""
+    with pytest.raises(UsageError, match=r"memory://a/x.tar: 10000 bytes, which is too large"):
+        read_whole("memory://a/x.tar", limit=10)
+    for path in ("none", "a"):
+        with pytest.raises(UsageError, match=rf"^memory://{path}: no such object$"):
+            open_bytes(f"memory://{path}", cache=cache)
+
+
+class HTTPClientError(Exception):
+    """As botocore's, which is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "requests"),
+    [
+        (TimeoutError(), "x.tar, bytes 0 to 1024: TimeoutError, 2 times", 2),
+        (OSError(5, "SlowDown"), r"x.tar, bytes 0 to 1024: \[Errno 5\] SlowDown, 2 times", 2),
+        (HTTPClientError("closed"), "x.tar, bytes 0 to 1024: closed, 2 times", 2),
+        (PermissionError("Access\nDenied"), "^memory://a/x.tar: Access Denied$", 1),
+        (RuntimeError("Unable to locate credentials"), "^memory://a/x.tar: Unable to locate credentials$", 1),
+        (FileNotFoundError(), "x.tar, bytes 0 to 1024: the object has gone", 1),
+    ],
+)
+def test_what_file_systems_raise(
+    memory: Any, cache: BlockCache, pauses: list[float], monkeypatch: pytest.MonkeyPatch,
+    error: Exception, message: str, requests: int,
+) -> None:  # fmt: skip
+    opened = CachedBytes("memory://a/x.tar", cache)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(memory, "cat_file", fails)
+    with pytest.raises(UsageError, match=message):
+        opened.read(0, 9)
+    assert (opened.stats.requests, len(pauses)) == (1 + requests, requests - 1)
+
+
 # Processes
 
 
@@ -417,6 +494,25 @@ def test_a_damaged_block_is_fetched_again(server: Any, cache: BlockCache, damage
         opened = CachedBytes(server.url(), BlockCache(cache.folder, block_bytes=BLOCK))
         assert opened.read(0, 100) == CONTENT[:100]
         assert (opened.stats.damaged, opened.stats.requests) == (damaged, requests)
+
+
+def test_a_process_checks_a_block_once(server: Any, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    CachedBytes(server.url(), cache).read(0, 100)
+    fresh = BlockCache(cache.folder, block_bytes=BLOCK)
+    opened, lengths, crc32 = CachedBytes(server.url(), fresh), [], block_cache.zlib.crc32
+    monkeypatch.setattr(block_cache.zlib, "crc32", lambda content: lengths.append(len(content)) or crc32(content))
+    for _ in range(3):
+        assert opened.read(0, 100) == CONTENT[:100]
+        fresh._mapped.clear()
+    assert lengths == [BLOCK]
+    blocks(cache)[0].unlink()  # evicted, and then written by another process
+    CachedBytes(server.url(), BlockCache(cache.folder, block_bytes=BLOCK)).read(0, 100)
+    lengths.clear()
+    flip(blocks(cache)[0])
+    os.link(blocks(cache)[0], cache.folder / "kept")  # so that its inode is not used again
+    os.replace(shutil.copy(cache.folder / "kept", cache.folder / "copy"), blocks(cache)[0])
+    assert opened.read(0, 100) == CONTENT[:100]
+    assert opened.stats.damaged == 1
 
 
 def no_space(*_: Any) -> int:

@@ -1,21 +1,12 @@
-"""Shapes in annotations are checked, and networks are tiny with every parameter away from its special initial value."""
+"""Networks are tiny, with every parameter away from its special initial value."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
-
-# Before anything imports them.
-# (Beartype cannot check `Self`, which base and cascade use.)
-NETWORKS = [f"networks.{name}" for name in ("layers", "conditioned", "vqgan", "unet", "prior", "encoders")]
-install_import_hook(
-    [f"rewurst.modules.{name}" for name in (*NETWORKS, "diffusion", "prompts", "pipeline")], "beartype.beartype"
-)
-
-from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
-from torch import nn  # noqa: E402
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 
 Randomize = Callable[..., nn.Module]
 

@@ -55,7 +55,7 @@ def test_the_folder_gives_the_loss_of_the_checkpoint(trained: dict[str, Any], tm
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for batch in trained["data"].val_dataloader()["text"]:
-            rows = batch["input_ids"][batch["valid"]]
+            rows = batch["input_ids"][batch["valid"]].long()
             total += float(model(input_ids=rows, labels=rows).loss) * rows[:, 1:].numel()
             tokens += rows[:, 1:].numel()
     assert total / tokens == pytest.approx(trained["loss"], abs=1e-5)

@@ -295,7 +295,7 @@ def test_what_is_not_finite_stops_the_run(picture_data: Data, tmp_path: Path) ->
     module = stage_a()
     with torch.no_grad():
         module.vqgan.get_parameter("in_block.1.weight").fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="^loss is nan at optimizer step 0"):
+    with pytest.raises(FloatingPointError, match=r"^loss is nan at optimizer step 0"):
         trainer(tmp_path, max_steps=1).fit(module, picture_data(4, 4))
 
 
@@ -317,7 +317,7 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
 
 def test_the_absence_of_perceptual_weights_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.warns(UserWarning, match="is trained without the perceptual loss; give vgg16, or set") as said:
+    with pytest.warns(UserWarning, match="training goes without the perceptual loss; give vgg16, or set") as said:
         module = stage_a(perceptual_weight=0.1)
     assert len(said) == 1
     assert module.lpips is None
@@ -340,8 +340,7 @@ from lightning.pytorch import Trainer
 from rewurst.modules import StageA
 
 settings = json.loads(Path(sys.argv[1]).read_text())
-conftest = runpy.run_path(settings["conftest"])
-Pictures = conftest["picture_data"].__wrapped__() if hasattr(conftest["picture_data"], "__wrapped__") else None
+Pictures = runpy.run_path(settings["conftest"])["picture_data"].__wrapped__()
 
 torch.manual_seed(0)
 sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
