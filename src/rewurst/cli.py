@@ -191,7 +191,7 @@ class CLI(LightningCLI):
     def _require_sharding(self, path: Path) -> None:
         if path.is_dir() and not _saves_by_itself(self.trainer.strategy):
             raise UsageError(
-                f"ckpt_path {path} is sharded: give --trainer.strategy rewurst.callbacks.FSDP, with any number of devices"
+                f"ckpt_path {path} is sharded: give --trainer.strategy rewurst.callbacks.FSDP and any number of devices"
             )
 
     def _checked(self, path: str | None, safe: bool) -> dict[str, Any]:

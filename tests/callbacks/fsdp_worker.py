@@ -34,8 +34,7 @@ from rewurst.callbacks import (
     construct_on_rank_zero,
 )
 from rewurst.datamodules.text import Corpus, TextDataModule
-from rewurst.modules import CausalLM
-from rewurst.modules.networks import Prior
+from rewurst.modules import CausalLM, StageC
 
 warnings.filterwarnings("ignore")
 NEOX = {
@@ -53,24 +52,6 @@ SCENARIOS: dict[str, Callable[..., Any]] = {}
 def scenario(function: Callable[..., Any]) -> Callable[..., Any]:
     SCENARIOS[function.__name__] = function
     return function
-
-
-class PriorModule(LightningModule):
-    """Stage C's network on noised latents; what is drawn for a row depends on the row alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = Prior.from_preset("tiny")
-        nn.init.normal_(self.network.get_parameter("out.1.weight"), std=0.01)  # zeros would hide what is before
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        x, noise, t, text = batch["x"], batch["noise"], batch["t"], batch["text"]
-        a = (1 - t)[:, None, None, None]
-        predicted = self.network(a.sqrt() * x + (1 - a).sqrt() * noise, t, text)
-        return (predicted - noise).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 class Foreign(LightningModule):
@@ -102,7 +83,7 @@ class Rows:
     def __len__(self) -> int:
         return self.steps * self.count // self.size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         per_step = self.count // self.size
         begin = index // per_step * self.every + self.first + index % per_step * self.size
         rows = []
@@ -111,12 +92,13 @@ class Rows:
             rows.append(
                 {
                     "x": torch.randn(16, 4, 4, generator=draw),
-                    "noise": torch.randn(16, 4, 4, generator=draw),
                     "t": torch.rand((), generator=draw),
-                    "text": torch.randn(3, 32, generator=draw),
+                    "image": torch.randint(256, (3, 32, 32), generator=draw, dtype=torch.uint8),
+                    "seed": torch.tensor(row),
                 }
             )
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        captions = [f"row {row}" for row in range(begin, begin + self.size)]
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]} | {"caption": captions}
 
 
 class RowData(LightningDataModule):
@@ -177,10 +159,20 @@ def make_trainer(kind: str, steps: int, callbacks: list[Callback], folder: str =
     )
 
 
-def make_module(kind: str, **options: Any) -> LightningModule:
+def stage_c(folder: str) -> StageC:
+    """A prior with a text encoder that is trained along, on what a frozen compressor makes of images."""
+    prior = {"preset": "tiny", "c_in": 4, "c": 32, "c_cond": 16, "nhead": 2}
+    text = {"tokenizer": f"{folder}/tokenizer", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 6}
+    module = StageC(f"{folder}/compressor", prior, text, latent_mean=None, latent_std=None)
+    nn.init.normal_(module.prior.get_parameter("out.1.weight"), std=0.01)  # zeros would hide what is before
+    return module
+
+
+def make_module(kind: str, folder: str = "", **options: Any) -> LightningModule:
     seed_everything(0)
-    if kind == "prior":
-        return PriorModule()
+    if kind == "stage_c":
+        return stage_c(folder)
     if kind == "foreign":
         return Foreign()
     settings = {**NEOX, **options.pop("settings", {})}
@@ -204,18 +196,17 @@ def losses(
     folder: str = "",
     accumulation: int = 2,
     settings: dict[str, Any] | None = None,
-    clip: float | None = None,
     **options: Any,
 ) -> Any:
     """Losses of a run with accumulation and clipping."""
     world_size = int(os.environ["WORLD_SIZE"])
     recorder = Losses()
-    model = make_module(module, **({"settings": settings or {}} if module == "neox" else {}))
+    model = make_module(module, folder, **({"settings": settings or {}} if module == "neox" else {}))
     if module == "neox":
         data = text_data(folder, world_size, accumulation)
     else:
         data = RowData(8 // (world_size * accumulation), steps)
-        options |= {"accumulate_grad_batches": accumulation, "gradient_clip_val": clip or 0.05}
+        options |= {"accumulate_grad_batches": accumulation, "gradient_clip_val": 0.05}
     trainer = make_trainer(strategy, steps, [recorder], folder, limit_val_batches=0, **options)
     trainer.fit(model, data)
     sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -23,7 +23,9 @@ from rewurst import UsageError
 from rewurst.callbacks.checkpoints import newest_checkpoint
 from rewurst.callbacks.sharded_checkpoint import consolidate, describe_checkpoint, read_checkpoint
 from rewurst.datamodules.shards import TokenWriter
+from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
+from rewurst.modules.networks import SemanticCompressor
 
 WORKER = Path(__file__).parent / "fsdp_worker.py"
 DEADLINE_SECONDS = 120
@@ -90,13 +92,18 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture
 def folder(write_corpus: Callable[..., str], tmp_path: Path) -> str:
+    """Tokens for language models; a tokenizer and a compressor for Stage C."""
     write_corpus("code", 200)
+    (tmp_path / "captions.txt").write_text("row 0 1 2 3 4 5 6 7 8 9 row row")
+    train_tokenizer([str(tmp_path / "captions.txt")], 270, tmp_path / "tokenizer", progress=False)
+    torch.manual_seed(0)
+    SemanticCompressor.from_preset("tiny", widths=[8, 16], c_latent=4).save(tmp_path / "compressor")
     return str(tmp_path)
 
 
 LAYOUTS = {
     "neox": [(4, "fsdp"), (4, "hybrid"), (2, "ddp")],
-    "prior": [(2, "fsdp"), (4, "hybrid")],
+    "stage_c": [(2, "fsdp"), (4, "hybrid")],
     "foreign": [(2, "fsdp")],
 }
 
