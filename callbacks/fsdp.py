@@ -31,7 +31,6 @@ from .. import UsageError
 from .fsdp_blocks import compile_blocks, find_blocks, frozen_children, recompute
 from .fsdp_optimizer import named_state, restore_named_state
 from .fsdp_weights import any_rank_is_empty, hand_out, refuse_empty_frozen, whole_on_rank_zero
-from .samples import LogSamples
 from .sharded_checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -76,6 +75,9 @@ class FSDP(ModelParallelStrategy):
         Trainer(strategy=FSDP(), devices=8, precision="bf16-mixed").fit(module, data)
         Trainer(strategy="rewurst.callbacks.FSDP", devices=8).fit(module, data)  # and so in YAML
     """
+
+    computes_together = True
+    """No process can compute with the module alone: all call it, as often."""
 
     def __init__(
         self,
@@ -132,7 +134,7 @@ class FSDP(ModelParallelStrategy):
         assert self.accelerator is not None
         assert module is not None
         self.accelerator.setup(trainer)
-        _check(trainer, module, self.world_size)
+        _check(module)
         if not isinstance(module, FSDPModule):
             self.model = self._shard_and_fill(self.precision_plugin.convert_module(module))
         self.barrier()
@@ -250,12 +252,10 @@ class FSDP(ModelParallelStrategy):
             remove_checkpoint(Path(filepath))
 
 
-def _check(trainer: Trainer, module: LightningModule, world_size: int) -> None:
+def _check(module: LightningModule) -> None:
     name = type(module).__name__
     if not module.automatic_optimization:
         raise UsageError(f"FSDP: {name} steps its optimizers itself, between partial backward passes: use strategy ddp")
-    if world_size > 1 and any(isinstance(callback, LogSamples) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise UsageError("FSDP: LogSamples draws in the first process alone, which has but a shard: take it out")
 
 
 def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:

@@ -27,6 +27,7 @@ from rewurst.callbacks import (
     FSDP,
     ExactResume,
     Forgetting,
+    LogSamples,
     LRRewarming,
     ReplayScheduler,
     WarmupCosine,
@@ -71,6 +72,10 @@ class Foreign(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("val/loss", self.training_step(batch, batch_idx), sync_dist=True)
+
+    def draw_samples(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        hidden = self.encoder(batch["x"].flatten(2).transpose(1, 2) + self.shift)
+        return {"drawn": self.head(hidden).expand(-1, -1, 3).transpose(1, 2).unflatten(2, (4, 4))}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
@@ -264,6 +269,16 @@ def run(
         "validation": float(trainer.callback_metrics.get("val/loss/code", 0)),
         "counts": sorted({float(state["step"]) for state in optimizer.state.values()}),
     }
+
+
+@scenario
+def pictures(folder: str, **options: Any) -> Any:
+    """Validation that draws, between steps."""
+    recorder = Losses()
+    callbacks: list[Callback] = [recorder, LogSamples(samples=3)]
+    options = {"val_check_interval": 2, "limit_val_batches": 4, "num_sanity_val_steps": 0} | options
+    make_trainer("fsdp", 4, callbacks, folder, **options).fit(make_module("foreign"), RowData(2, 4))
+    return {"losses": recorder.losses}
 
 
 @scenario

@@ -244,6 +244,12 @@ def check_exports(path: Path, gathered: dict[str, torch.Tensor], tmp_path: Path)
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
 
 
+def test_pictures_are_drawn_together_and_change_nothing(pool: Pool, tmp_path: Path) -> None:
+    drawn = pool.run("pictures", 2, folder=str(tmp_path))
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+    assert drawn == pool.run("pictures", 2, folder=str(tmp_path), limit_val_batches=0)
+
+
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_a_module_built_on_rank_zero_is_what_it_would_have_been(pool: Pool, hybrid: bool) -> None:
     result = pool.run("built_on_rank_zero", 4, hybrid=hybrid)
