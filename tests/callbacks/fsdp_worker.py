@@ -205,6 +205,7 @@ def losses(
 ) -> Any:
     """Losses of a run with accumulation and clipping."""
     world_size = int(os.environ["WORLD_SIZE"])
+    torch._dynamo.utils.counters.clear()
     recorder = Losses()
     model = make_module(module, folder, **({"settings": settings or {}} if module == "neox" else {}))
     if module == "neox":
@@ -215,7 +216,9 @@ def losses(
     trainer = make_trainer(strategy, steps, [recorder], folder, limit_val_batches=0, **options)
     trainer.fit(model, data)
     sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return {"losses": recorder.losses, "sharded": sharded, "parameters": len(list(model.parameters()))}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    parameters = len(list(model.parameters()))
+    return {"losses": recorder.losses, "sharded": sharded, "parameters": parameters, "graphs": graphs}
 
 
 @scenario

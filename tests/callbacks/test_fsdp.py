@@ -44,6 +44,7 @@ class Pool:
             self._tasks.append(mine)
             self._answers.append(os.fdopen(answers, "rb", buffering=0))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in the process that asks
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER), *map(str, theirs)],
             pass_fds=theirs,
@@ -120,7 +121,7 @@ def test_losses_equal_one_process(pool: Pool, folder: str, module: str) -> None:
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {"activation_checkpointing": 2},
+    {"activation_checkpointing": 2, "compile": True},
     {"cpu_offload": True},
     {"reshard_after_forward": False, "settings": {"tie_word_embeddings": True}},
 ]
@@ -133,6 +134,7 @@ def test_losses_with_options(pool: Pool, folder: str, options: dict[str, Any]) -
     result = pool.run("losses", 2, folder=folder, steps=4, **options)
     np.testing.assert_allclose(result["losses"], alone, atol=1e-5, rtol=0)
     assert result["sharded"] == result["parameters"]
+    assert bool(result["graphs"]) == options.get("compile", False)
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +226,9 @@ def test_checkpoints_of_every_kind(pool: Pool, whole: dict[str, Any], tmp_path: 
 
 def check_exports(path: Path, gathered: dict[str, torch.Tensor], tmp_path: Path) -> None:
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from rewurst.modules.initial_weights import build, lightning_state
+    from rewurst.modules.hugging_face import export_hugging_face
     from rewurst.modules.weights import read_file
 
     own = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
@@ -237,10 +239,10 @@ def check_exports(path: Path, gathered: dict[str, torch.Tensor], tmp_path: Path)
     for source in (path, tmp_path / "weights.safetensors"):
         module = CausalLM(dict(read_file(path)["model_config"]), init_from=str(source))
         assert all(torch.equal(tensor, own[name]) for name, tensor in module.model.state_dict().items())
-    model = build(dict(read_file(path)["model_config"]))
-    model.load_state_dict(lightning_state(read_file(path), path))
-    model.save_pretrained(tmp_path / "hf")  # type: ignore[operator]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", config=AutoConfig.from_pretrained(tmp_path / "hf"))
+    (tmp_path / "words.txt").write_text("words words")
+    train_tokenizer([str(tmp_path / "words.txt")], 260, tmp_path / "tokenizer", progress=False)
+    export_hugging_face(path, tmp_path / "hf", tmp_path / "tokenizer")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
 
 
