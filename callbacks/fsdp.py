@@ -31,7 +31,8 @@ from .. import UsageError
 from .fsdp_blocks import compile_blocks, find_blocks, frozen_children, recompute
 from .fsdp_optimizer import named_state, restore_named_state
 from .fsdp_weights import any_rank_is_empty, hand_out, refuse_empty_frozen, whole_on_rank_zero
-from .sharded_checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from .shard_loading import load_checkpoint
+from .sharded_checkpoint import remove_checkpoint, save_checkpoint
 
 DType = Literal["float32", "bfloat16", "float16"]
 STEPS = ("training_step", "validation_step", "test_step", "predict_step", "draw_samples")

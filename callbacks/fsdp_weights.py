@@ -20,19 +20,31 @@ def construct_on_rank_zero() -> Iterator[bool]:
 
     Every process of a node would otherwise hold the whole model at once: 8 times 38 GB for 9.6B parameters. What the
     first one has built, drawn or loaded, all buffers included, is handed out when :class:`~rewurst.callbacks.FSDP` has
-    sharded the module, so that it is what it would have been, bit for bit. Yields whether this process is the first.
+    sharded the module, so that it is what it would have been, bit for bit. Yields whether this process is the first:
+    the others cannot load weights, and need none.
+
+    Raises:
+        UsageError: Another process tried to load weights.
 
     Example::
 
-        with construct_on_rank_zero():
-            module = CausalLM({"model_type": "gpt_neox", ...})
+        with construct_on_rank_zero() as first:
+            module = CausalLM({"model_type": "gpt_neox", ...}, init_from="folder" if first else None)
         Trainer(strategy=FSDP(), devices=8).fit(module, data)
     """
     if (_get_rank() or 0) == 0:
         yield True
-    else:
+        return
+    try:
         with torch.device("meta"):
             yield False
+    except RuntimeError as error:
+        if "meta device" not in str(error):
+            raise
+        raise UsageError(
+            "construct_on_rank_zero: weights are loaded while the module is built, which only the first process can: "
+            "for CausalLM give `model` as settings, and what to load as init_from"
+        ) from error
 
 
 def whole_on_rank_zero(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
@@ -83,15 +95,21 @@ def hand_out(module: nn.Module, whole: Mapping[str, Tensor], device: torch.devic
 
 
 def refuse_empty_frozen(module: nn.Module) -> None:
-    """Refuses networks beside the module tree (Stage A, a text encoder) that were built without memory.
+    """Refuses networks beside the module tree (Stage A, a text encoder) that any process built without memory.
 
     Raises:
-        UsageError: Names the attribute.
+        UsageError: Names the attribute; in every process, so that none waits for another.
     """
-    for name, value in vars(module).items():
-        beside = getattr(value, "module", None)
-        if isinstance(beside, nn.Module) and any(tensor.is_meta for tensor in tensors_of(beside).values()):
-            raise UsageError(
-                f"{name} of {type(module).__name__} was built without memory and is not sharded: build this module "
-                "outside of construct_on_rank_zero()"
-            )
+    beside = {name: getattr(value, "module", None) for name, value in vars(module).items()}
+    empty = [
+        name
+        for name, part in beside.items()
+        if isinstance(part, nn.Module) and any(tensor.is_meta for tensor in tensors_of(part).values())
+    ]
+    of_all: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(of_all, empty)
+    if names := [name for of_one in of_all for name in of_one]:
+        raise UsageError(
+            f"{names[0]} of {type(module).__name__} was built without memory and is not sharded: build this module "
+            "outside of construct_on_rank_zero()"
+        )

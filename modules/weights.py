@@ -97,7 +97,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if is_sharded(path):
-        from ..callbacks.sharded_checkpoint import read_checkpoint  # networks alone need no Lightning
+        from ..callbacks.shard_loading import read_checkpoint  # networks alone need no Lightning
 
         return read_checkpoint(path)
     if not path.is_file():

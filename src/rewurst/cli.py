@@ -23,7 +23,7 @@ from . import UsageError
 from .callbacks import AtomicCheckpointIO, StepProgressBar, construct_on_rank_zero
 from .callbacks.checkpoints import newest_checkpoint, remove_leftovers
 from .callbacks.shard_files import is_sharded
-from .callbacks.sharded_checkpoint import describe_checkpoint
+from .callbacks.shard_loading import describe_checkpoint
 from .datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
 from .modules import causal_lm as _causal_lm  # noqa: F401
 from .modules.initial_weights import check_weights

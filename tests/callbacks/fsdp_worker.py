@@ -81,6 +81,13 @@ class Foreign(LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
+class Beside:
+    """As modules hold networks that are no part of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
 class Rows:
     def __init__(self, first: int, count: int, every: int, size: int, steps: int) -> None:
         self.first, self.count, self.every, self.size, self.steps = first, count, every, size, steps
@@ -313,6 +320,8 @@ def refused(what: str, folder: str = "") -> Any:
         model.automatic_optimization = False
     elif what == "no blocks":
         model.encoder = nn.Linear(16, 16)
+    elif what == "frozen":
+        model.beside = Beside(nn.Linear(2, 2, device="meta" if os.environ["RANK"] == "1" else None))  # type: ignore[assignment]
     elif what == "optimizer":
         model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters())  # type: ignore[method-assign]
     make_trainer("fsdp", 1, [], **options).fit(model, RowData(1, 1))

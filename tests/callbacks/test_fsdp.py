@@ -21,7 +21,8 @@ import torch
 
 from rewurst import UsageError
 from rewurst.callbacks.checkpoints import newest_checkpoint
-from rewurst.callbacks.sharded_checkpoint import consolidate, describe_checkpoint, read_checkpoint
+from rewurst.callbacks.shard_loading import describe_checkpoint, read_checkpoint
+from rewurst.callbacks.sharded_checkpoint import consolidate
 from rewurst.datamodules.shards import TokenWriter
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
@@ -270,6 +271,7 @@ def test_nobody_built_it(pool: Pool) -> None:
         ("blocks", "did you mean 'TransformerEncoderLayer'?; what repeats in it is"),
         ("no blocks", "does not say which its blocks are"),
         ("replicas", "replicas 3 do not divide 2 processes"),
+        ("frozen", "beside of Foreign was built without memory"),
         ("manual", "use strategy ddp"),
         ("optimizer", "LBFGS cannot step on shards: use torch.optim.AdamW"),
     ],
