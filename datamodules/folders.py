@@ -25,6 +25,12 @@ CORPUS_LAYOUT = re.compile(rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.j
 IMAGE_LAYOUT = re.compile(r"(train|val|unseen)/([^/]+-\d{6,}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)?)")
 
 
+def shard_name(source: str, otherwise: str) -> str:
+    """What shards are called: after the source, reduced to what any file system and webdataset's braces take."""
+    stem = source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or otherwise
+
+
 def make_folder(folder: Path, layout: re.Pattern[str], overwrite: bool) -> None:
     """Make ``folder`` an empty folder.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -125,8 +126,8 @@ def expand_shards(sources: Sequence[str]) -> list[str]:
         if not path.endswith(".tar"):
             raise UsageError(f"{path}: only plain tars (.tar) can be read by offset; unpack compressed ones first")
     names = [path.rsplit("/", 1)[-1] for path in paths]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise UsageError(f"two shards are called {name}: index each folder by itself, as a corpus of its own")
     return paths
 

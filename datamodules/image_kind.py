@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .corpus_index import CorpusIndex, Shard
+from .corpus_index import Shard
 from .image_facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
 from .image_header import DecodeError
 from .image_index import ImageIndex, image_index
@@ -94,15 +94,16 @@ class Images(Kind):
             remarks += ", ..." if len(unreadable) > NAMED else ""
         return remarks
 
-    def check_shard(self, folder: str, index: CorpusIndex, number: int) -> None:
+    def open(self, folder: str) -> ImageShards:
+        """Reads samples."""
+        return ImageShards(folder)
+
+    def check_rows(self, opened: ImageShards, rows: range) -> None:
         """Compares the facts of every sample with those beside the index."""
-        assert isinstance(index, ImageIndex)
-        shards = ImageShards(folder)
-        first = sum(shard.rows for shard in index.shards[:number])
-        for row in range(first, first + index.shards[number].rows):
-            facts = _facts(shards, row, index.caption_key or None)
-            if facts_array([facts]).tobytes() != shards.facts[row].tobytes():
-                raise UsageError(f"{shards.path}: {shards.locate(row)} is not what facts.npy says of it")
+        for row in rows:
+            facts = _facts(opened, row, opened.index.caption_key or None)
+            if facts_array([facts]).tobytes() != opened.facts[row].tobytes():
+                raise UsageError(f"{opened.path}: {opened.locate(row)} is not what facts.npy says of it")
 
 
 def _facts(shards: ImageShards, row: int, caption_key: str | None) -> Facts:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UsageError
-from .corpus_index import INDEX_FILE, CorpusIndex, read_index
+from .corpus_index import INDEX_FILE, Shard, read_index
 from .foreign import sha256_of
 from .kinds import KINDS, Kind
 from .shard_reading import OpenShard
@@ -38,9 +38,12 @@ def verify(folder: str | Path) -> list[str]:
         raise UsageError(f"{where}: kind is {content.get('kind')!r}, expected one of {', '.join(KINDS)}")
     kind = KINDS[content["kind"]]()
     index = kind.load(folder)
-    problems = []
-    for number in range(len(index.shards)):
-        problems += _shard_problems(str(folder), index, number, kind)
+    problems, check_rows = _opened(kind, str(folder))
+    first = 0
+    for shard in index.shards:
+        rows = range(first, first + shard.rows)
+        problems += _shard_problems(str(folder), shard, kind, partial(check_rows, rows))
+        first = rows.stop
     if local:
         listed = {name for shard in index.shards for name in (shard.name, shard.idx_name)}
         foreign = any(shard.url for shard in index.shards)
@@ -50,20 +53,24 @@ def verify(folder: str | Path) -> list[str]:
     return problems + kind.problems(str(folder), index)
 
 
-def _shard_problems(folder: str, index: CorpusIndex, number: int, kind: Kind) -> list[str]:
+def _opened(kind: Kind, folder: str) -> tuple[list[str], Callable[[range], None]]:
+    """What is wrong with the files that reading rows needs, and what checks rows: nothing where they cannot be read."""
     try:
-        shard = OpenShard(folder, index.shards[number])
+        return [], partial(kind.check_rows, kind.open(folder))
+    except UsageError as error:
+        return [str(error)], lambda rows: None
+
+
+def _shard_problems(folder: str, entry: Shard, kind: Kind, check_rows: Callable[[], None]) -> list[str]:
+    try:
+        shard = OpenShard(folder, entry)
     except UsageError as error:
         return [str(error)]
     problems = []
     sha256 = sha256_of(shard.content)
     if sha256 != shard.shard.sha256:
         problems.append(f"{shard.where}: SHA-256 is {sha256}, expected {shard.shard.sha256}; copy or prepare it again")
-    checks: list[Callable[[], None]] = [
-        partial(_check_offsets, shard, kind),
-        partial(kind.check_shard, folder, index, number),
-    ]
-    for check in checks:
+    for check in (partial(_check_offsets, shard, kind), check_rows):
         try:
             check()
         except UsageError as error:

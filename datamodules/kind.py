@@ -38,8 +38,17 @@ class Kind(ABC):
         """The index over all shards, to be saved; what belongs beside it is written into ``folder``."""
 
     @abstractmethod
-    def check_shard(self, folder: str, index: CorpusIndex, number: int) -> None:
-        """Raises a ``UsageError`` where a shard's samples are not what the index says."""
+    def open(self, folder: str) -> Any:
+        """What reads the rows of such a corpus."""
+
+    @abstractmethod
+    def check_rows(self, opened: Any, rows: range) -> None:
+        """Raises a ``UsageError`` where rows are not what the index says.
+
+        Args:
+            opened: By :meth:`open`.
+            rows: Those of one shard.
+        """
 
     def problems(self, folder: str, index: CorpusIndex) -> list[str]:
         """What is wrong with the files beside the shards, one line each."""

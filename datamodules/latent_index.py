@@ -150,20 +150,22 @@ class Latents(Kind):
         """Never asked for: nothing is found."""
         raise NotImplementedError
 
-    def check_shard(self, folder: str, index: CorpusIndex, number: int) -> None:
+    def open(self, folder: str) -> LatentShards:
+        """Reads samples."""
+        return LatentShards(folder)
+
+    def check_rows(self, opened: LatentShards, rows: range) -> None:
         """Reads every array."""
-        shards = LatentShards(folder)
-        first = sum(shard.rows for shard in index.shards[:number])
-        for row in range(first, first + index.shards[number].rows):
-            members = shards.members(row)
+        for row in rows:
+            members = opened.members(row)
             try:
-                arrays = shards.arrays(members)
+                arrays = opened.arrays(members)
             except DecodeError as error:
                 if "left_out" in json.loads(members.get("json", b"{}")):
                     continue
-                raise UsageError(f"{shards.path}: {shards.locate(row)}: {error}") from None
+                raise UsageError(f"{opened.path}: {opened.locate(row)}: {error}") from None
             if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise UsageError(f"{shards.path}: {shards.locate(row)} has values that are not finite")
+                raise UsageError(f"{opened.path}: {opened.locate(row)} has values that are not finite")
 
     def problems(self, folder: str, index: CorpusIndex) -> list[str]:
         """Whether the states of the empty text are there."""

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from .. import UsageError
 from .encoding import Text, encode
-from .folders import CORPUS_LAYOUT, make_folder
+from .folders import CORPUS_LAYOUT, make_folder, shard_name
 from .integrity import verify
 from .packing import TokenWriter
 from .sources import Skipped, SourceFile, expand, read
@@ -75,7 +74,7 @@ def prepare_text(
     writers = {
         side: TokenWriter(
             out / side,
-            name=_shard_name(sources),
+            name=shard_name(sources[0], otherwise="text"),
             sequence_length=sequence_length,
             vocab_size=read_tokenizer.vocab_size,
             end_token=read_tokenizer.end_token,
@@ -138,12 +137,6 @@ def _close(writer: TokenWriter, held_out: float) -> TokenIndex:
         return writer.close()
     except UsageError as error:
         raise UsageError(f"{error} (held_out is {held_out})" if held_out else str(error)) from None
-
-
-def _shard_name(sources: Sequence[str]) -> str:
-    """What shards are called: after the first source, reduced to what any file system and webdataset's braces take."""
-    stem = sources[0].rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
-    return re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "text"
 
 
 def _summary(folder: Path, index: TokenIndex) -> str:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import UsageError
-from .folders import IMAGE_LAYOUT, make_folder
+from .folders import IMAGE_LAYOUT, make_folder, shard_name
 from .image_sources import Listing, drawings, listing
 from .image_work import Fault, Recoding, Sample, work
 from .image_writer import ImageWriter
@@ -84,7 +83,10 @@ def prepare_images(
         listed = listing(source, image_field, caption_field)
     sides = listed.sides or (("train", "val") if held_out else ("train",))
     make_folder(out, IMAGE_LAYOUT, overwrite)
-    writers = {side: ImageWriter(out / side, _shard_name(source), samples_per_shard, source) for side in sides}
+    writers = {
+        side: ImageWriter(out / side, shard_name(source, otherwise="images"), samples_per_shard, source)
+        for side in sides
+    }
     faults = Faults(max_corrupt, skip_without_caption)
     try:
         for sample in _samples(listed, recoding, workers, faults, progress):
@@ -174,9 +176,3 @@ def _check(held_out: float, workers: int, max_corrupt: float, samples_per_shard:
         raise UsageError(f"max_corrupt is {max_corrupt}, expected a share of the pictures from 0 to 1")
     if samples_per_shard is not None and samples_per_shard < 1:
         raise UsageError(f"samples_per_shard is {samples_per_shard}, expected 1 or more")
-
-
-def _shard_name(source: str) -> str:
-    """What shards are called: after the source, reduced to what any file system and webdataset's braces take."""
-    stem = source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
-    return re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or "images"

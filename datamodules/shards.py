@@ -56,11 +56,6 @@ class TokenShards:
         return self.index.rows
 
     @property
-    def first_rows(self) -> NDArray[np.int64]:
-        """Number of the first row of each shard, (shards,)."""
-        return np.concatenate([np.zeros(1, dtype=np.int64), self._ends[:-1]])
-
-    @property
     def tokenizer_folder(self) -> str:
         """The tokenizer's copy that lies with the corpus."""
         return f"{self.path.rstrip('/')}/tokenizer"

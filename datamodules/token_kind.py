@@ -106,12 +106,14 @@ class Tokens(Kind):
             tokenizer_sha256=sha256,
         )
 
-    def check_shard(self, folder: str, index: CorpusIndex, number: int) -> None:
+    def open(self, folder: str) -> TokenShards:
+        """Reads tokens."""
+        return TokenShards(folder)
+
+    def check_rows(self, opened: TokenShards, rows: range) -> None:
         """Reads every row."""
-        shards = TokenShards(folder)
-        first = int(shards.first_rows[number])
-        for begin in range(first, first + index.shards[number].rows, ROWS_AT_ONCE):
-            shards.read(np.arange(begin, min(begin + ROWS_AT_ONCE, first + index.shards[number].rows)))
+        for begin in range(rows.start, rows.stop, ROWS_AT_ONCE):
+            opened.read(np.arange(begin, min(begin + ROWS_AT_ONCE, rows.stop)))
 
     def problems(self, folder: str, index: CorpusIndex) -> list[str]:
         """Whether the copy of the tokenizer is the one that made the tokens."""

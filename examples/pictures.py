@@ -58,12 +58,12 @@ def run(command: Command, out: Path) -> dict[str, Any]:
     seen, unseen = draw(folder)
     figure = out / "pictures.png"
     draw_figure(seen, unseen, figure)
-    shares = seen.right()
+    shares, of_unseen = seen.right(), unseen.right()
     summary: dict[str, Any] = {
         "stage_a": {"psnr": final("a", "val/psnr/unseen"), "codebook_used": codes_used()},
         "stage_b": {"psnr": final("b", "val/psnr/unseen")},
-        "stage_c": {**shares, "unseen_all": unseen.right()["all"], "chance_all": 1 / len(shapes.combinations())},
-        "stage_c_unseen": unseen.right(),
+        "stage_c": {**shares, "unseen_all": of_unseen["all"], "chance_all": 1 / len(shapes.combinations())},
+        "stage_c_unseen": of_unseen,
         "seconds": round(time.monotonic() - begin, 1),
         "pipeline_folder": str(folder),
         "figure": str(figure),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,20 +59,19 @@ def write(results: list[Result], samples: dict[str, str], prompt: str, out: Path
         "hf_folder": str(out / "hf" / "replay"),
         "figure": str(figure),
     }
-    summary = {"continual": continual}
-    (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf8")
-    (out / "report.md").write_text(_markdown(results, samples, prompt, figure.name, seconds), encoding="utf8")
-    return summary
+    add(out, "continual", continual, _markdown(results, samples, prompt, figure.name, seconds))
+    return {"continual": continual}
 
 
 def add(out: Path, name: str, summary: dict[str, Any], text: str) -> None:
-    """Adds a part to report.json and report.md, in place of an earlier one of that name."""
-    path, begin = out / "report.json", f"<!-- {name} -->\n"
+    """Puts a part into report.json and report.md, in place of an earlier one of that name; other parts stay."""
+    path = out / "report.json"
     content = json.loads(path.read_text("utf8")) if path.exists() else {}
     path.write_text(json.dumps(content | {name: summary}, indent=2) + "\n", encoding="utf8")
     path = out / "report.md"
-    before = path.read_text("utf8").partition(begin)[0] if path.exists() else ""
-    path.write_text(before + begin + text, encoding="utf8")
+    _, *pieces = re.split(r"<!-- (\w+) -->\n", path.read_text("utf8")) if path.exists() else [""]
+    parts = dict(zip(pieces[::2], pieces[1::2], strict=True)) | {name: text}
+    path.write_text("".join(f"<!-- {part} -->\n{parts[part]}" for part in parts), encoding="utf8")
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:

@@ -16,7 +16,7 @@ from .attention import IGNORED, document_arguments, document_targets, require_po
 from .head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
 from .initial_weights import build, load_initial_weights
 from .losses import cross_entropy, linear_cross_entropy
-from .watched import WatchedModule
+from .watched import WatchedModule, parameter_groups
 
 Batch = dict[str, Tensor]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -184,10 +184,7 @@ class CausalLM(WatchedModule):
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over two groups: matrices, which decay, and everything else, which does not."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-        others = [parameter for parameter in parameters if parameter.ndim < 2]
-        return self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
+        return self.optimizer(parameter_groups(self))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the count of tokens and the model's config, with which an export needs nothing else."""

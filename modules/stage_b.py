@@ -9,21 +9,17 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
 
 from .. import UsageError
 from . import diffusion
-from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
-from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder, describe
+from .diffusion_stage import DiffusionStage
+from .image_metrics import psnr, ssim, valid_samples
+from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder
 from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, holds, initialise, pixels, uniforms
-from .watched import WatchedModule
 from .weights import read_file
 
-BUCKETS = 5
-"""Intervals of t that the validation loss is told apart by."""
 
-
-class StageB(WatchedModule):
+class StageB(DiffusionStage):
     """Würstchen's Stage B and Semantic Compressor, trained together (arXiv 2306.00637).
 
     A frozen Stage A turns images into the latents that the U-Net denoises; the compressor turns them into the embedding
@@ -80,7 +76,7 @@ class StageB(WatchedModule):
         sampled_batches: int = 1,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(max_grad_norm)
+        super().__init__(optimizer, max_grad_norm)
         if max_loss_weight < 1:
             raise UsageError(f"max_loss_weight {max_loss_weight} must be at least 1, which is no weight")
         for name, value in (("zero_share", zero_share), ("noise_share", noise_share), ("noise_until", noise_until)):
@@ -100,11 +96,10 @@ class StageB(WatchedModule):
         else:
             nn.init.zeros_(self.unet.clip_mapper.weight).requires_grad_(False)
         self._check_widths()
-        self.text_length, self.optimizer = text_length, optimizer
+        self.text_length = text_length
         self.zero_share, self.noise_share, self.noise_until = zero_share, noise_share, noise_until
         self.max_loss_weight = max_loss_weight
         self.sampling_steps, self.sampled_batches = sampling_steps, sampled_batches
-        self._means = CorpusMeans()
 
     def latents(self, images: Tensor) -> Tensor:
         """Stage A's latents (n, 4, h, w) of images in [0, 1], in the scale that the U-Net works in."""
@@ -181,39 +176,16 @@ class StageB(WatchedModule):
         """Takes in each sample's loss at its own time, and how near a picture drawn from z is in the first batches."""
         images, randomness = pixels(batch), generators(batch)
         counted = valid_samples(batch, images)
-        rows = torch.as_tensor(batch.get("row", range(len(images))), device=images.device)
-        [within] = uniforms(randomness, len(images), 1, images.device)
-        bucket, latents = rows % BUCKETS, self.latents(images)
-        t = ((bucket + within) / BUCKETS).clamp_min(0.001)
+        bucket, t = self.validation_times(batch, len(images), randomness)
+        latents = self.latents(images)
         noise = diffusion.draw(latents.shape, randomness, latents)
         text = self.text_states(batch["caption"])
         losses = self._losses(latents, t, noise, self.compressor(images).float(), text)
-        self._means.add("loss", dataloader_idx, losses, counted)
-        for index in range(BUCKETS):
-            self._means.add(f"loss_at/{index}", 0, losses, counted & (bucket == index))
+        self.take_in(dataloader_idx, losses, losses, bucket, counted)
         if batch_idx < self.sampled_batches:
             drawn = self.reconstruct(batch)
             self._means.add("psnr", dataloader_idx, psnr(drawn, images), counted)
             self._means.add("ssim", dataloader_idx, ssim(drawn, images), counted)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the means of every corpus, the average of their losses, and the loss by intervals of t."""
-        self._log_corpora("val", self.trainer.val_dataloaders)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As validation, logged under ``test/``."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As after validation."""
-        self._log_corpora("test", self.trainer.test_dataloaders)
-
-    def _log_corpora(self, stage: str, loaders: Any) -> None:
-        means = self._means.reduce(self.trainer.strategy)
-        for index in range(BUCKETS):
-            if (mean := means.pop((f"loss_at/{index}", 0), None)) is not None:
-                self.log(f"{stage}/loss_at/{index / BUCKETS:.1f}-{(index + 1) / BUCKETS:.1f}", mean)
-        log_means(self, means, stage, loaders)
 
     def draw_samples(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures for :class:`~rewurst.callbacks.LogSamples`: originals, through A, and drawn by B from z."""
@@ -226,31 +198,17 @@ class StageB(WatchedModule):
         drawn = self.reconstruct(batch)
         return drawn[valid_samples(batch, drawn)]
 
-    def configure_optimizers(self) -> Optimizer:
-        """One optimizer over both networks; weight decay, if there is any, acts on matrices only."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-        others = [parameter for parameter in parameters if parameter.ndim < 2]
-        return self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps which attribute is which network, and what the frozen ones are and where they came from."""
+        """Keeps which text Stage B sees too."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["networks"] = describe(self)
-        checkpoint["frozen"] = {name: part.state() for name, part in self._frozen().items()}
         if self.text_encoder is not None:
             checkpoint["text_encoder"] = self.text_encoder.source
         else:
             checkpoint["text_length"] = self.text_length
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that was trained with another Stage A or text encoder."""
-        for name, part in self._frozen().items():
-            part.check(checkpoint.get("frozen", {}).get(name), name)
-
-    def _frozen(self) -> dict[str, Frozen[Any]]:
-        parts = {"stage_a": self.stage_a, "text_encoder": self.text_encoder}
-        return {name: part for name, part in parts.items() if part is not None}
+    def frozen_parts(self) -> dict[str, Frozen[Any] | None]:
+        """Stage A, and the text encoder where there is one."""
+        return {"stage_a": self.stage_a, "text_encoder": self.text_encoder}
 
     def _check_widths(self) -> None:
         config, stage_a = self.unet.config, self.stage_a.module

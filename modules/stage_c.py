@@ -10,22 +10,18 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
-from torch.optim import Optimizer
 
 from .. import UsageError
 from . import diffusion
-from .image_metrics import CorpusMeans, log_means, valid_samples
+from .diffusion_stage import DiffusionStage
+from .image_metrics import valid_samples
 from .lower_stages import LowerStages, own_scale
-from .networks import ConditionCache, Prior, SemanticCompressor, TextEncoder, describe
+from .networks import ConditionCache, Prior, SemanticCompressor, TextEncoder
 from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, initialise, pixels, uniforms
 from .text_encoding import checkpoint_text_encoder, fresh_text_encoder, text_encoder_state
-from .watched import WatchedModule
-
-BUCKETS = 5
-"""Intervals of t that the validation loss is told apart by."""
 
 
-class StageC(WatchedModule):
+class StageC(DiffusionStage):
     """Würstchen's Stage C, the text-conditional prior (arXiv 2306.00637).
 
     It learns to denoise x = (z + latent_std) / latent_mean, z being what the frozen Semantic Compressor makes of an
@@ -77,7 +73,7 @@ class StageC(WatchedModule):
         stage_b_steps: int = 12,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(max_grad_norm)
+        super().__init__(optimizer, max_grad_norm)
         self.prior = build(Prior, prior)
         self.compressor = Frozen(SemanticCompressor.from_checkpoint(stage_b, torch.float32), stage_b)
         self._set_scale(latent_mean, latent_std)
@@ -91,11 +87,9 @@ class StageC(WatchedModule):
         if init_from is not None:
             initialise(self.prior, init_from)
             self._initialise_text(init_from)
-        self.optimizer = optimizer
         self.sampling_steps, self.guidance_scale, self.stage_b_steps = sampling_steps, guidance_scale, stage_b_steps
         self._stage_b, self._stage_a = stage_b, stage_a
         self._lower: LowerStages | None = None
-        self._means = CorpusMeans()
 
     def _set_scale(self, latent_mean: float | None, latent_std: float | None) -> None:
         if (latent_mean is None) != (latent_std is None):
@@ -126,7 +120,7 @@ class StageC(WatchedModule):
         data = getattr(self.trainer, "datamodule", None)
         made_by: Mapping[str, Mapping[str, str]] = getattr(data, "made_by", {})
         for name, kept in made_by.items():
-            part = self._frozen().get(name)
+            part = self.frozen_parts().get(name)
             if part is not None and kept["sha256"] != part.fingerprint:
                 raise UsageError(
                     f"{name} of {part.source} is not what made the latents of {kept['corpus']}, which was that of "
@@ -184,34 +178,10 @@ class StageC(WatchedModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Takes in each sample's loss at its own time."""
         randomness, count = generators(batch), _count(batch)
-        rows = torch.as_tensor(batch.get("row", range(count)), device=self.device)
-        [within] = uniforms(randomness, count, 1, self.device)
-        bucket = rows % BUCKETS
-        t = ((bucket + within) / BUCKETS).clamp_min(0.001)
+        bucket, t = self.validation_times(batch, count, randomness)
         losses = self.losses(batch, t, randomness)
         counted = valid_samples(batch, losses)
-        self._means.add("loss", dataloader_idx, losses * diffusion.p2_weight(t), counted)
-        for index in range(BUCKETS):
-            self._means.add(f"loss_at/{index}", 0, losses, counted & (bucket == index))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the means of every corpus, the average of their losses, and the error by intervals of t."""
-        self._log_corpora("val", self.trainer.val_dataloaders)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As validation, logged under ``test/``."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As after validation."""
-        self._log_corpora("test", self.trainer.test_dataloaders)
-
-    def _log_corpora(self, stage: str, loaders: Any) -> None:
-        means = self._means.reduce(self.trainer.strategy)
-        for index in range(BUCKETS):
-            if (mean := means.pop((f"loss_at/{index}", 0), None)) is not None:
-                self.log(f"{stage}/loss_at/{index / BUCKETS:.1f}-{(index + 1) / BUCKETS:.1f}", mean)
-        log_means(self, means, stage, loaders)
+        self.take_in(dataloader_idx, losses * diffusion.p2_weight(t), losses, bucket, counted)
 
     @torch.no_grad()
     def draw_embeddings(
@@ -257,19 +227,10 @@ class StageC(WatchedModule):
         drawn = self.draw(batch["caption"], self.embeddings(batch).shape[-2:], generators(batch))
         return drawn[valid_samples(batch, drawn)]
 
-    def configure_optimizers(self) -> Optimizer:
-        """One optimizer; weight decay, if there is any, acts on matrices only."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-        others = [parameter for parameter in parameters if parameter.ndim < 2]
-        return self.optimizer([{"params": matrices}, {"params": others, "weight_decay": 0.0}])
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps which attribute is which network, the scale of z, the text encoder, and what the frozen parts are."""
+        """Keeps the scale of z and the text encoder too."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["networks"] = describe(self)
         checkpoint["latent_scale"] = self._scale()
-        checkpoint["frozen"] = {name: part.state() for name, part in self._frozen().items()}
         if self.text_encoder is not None:
             checkpoint["text_encoder"] = self.text_encoder.source
         elif self.text_model is not None:
@@ -277,8 +238,7 @@ class StageC(WatchedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that was trained with another compressor, text encoder or scale."""
-        for name, part in self._frozen().items():
-            part.check(checkpoint.get("frozen", {}).get(name), name)
+        super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get("latent_scale", self._scale())
         if kept != self._scale():
             raise UsageError(f"latent_mean and latent_std are {self._scale()}, the checkpoint was trained with {kept}")
@@ -286,9 +246,9 @@ class StageC(WatchedModule):
     def _scale(self) -> dict[str, float]:
         return {"latent_mean": self.prior.latent_mean, "latent_std": self.prior.latent_std}
 
-    def _frozen(self) -> dict[str, Frozen[Any]]:
-        parts = {"compressor": self.compressor, "text_encoder": self.text_encoder}
-        return {name: part for name, part in parts.items() if part is not None}
+    def frozen_parts(self) -> dict[str, Frozen[Any] | None]:
+        """The compressor, and the text encoder where it is not trained along."""
+        return {"compressor": self.compressor, "text_encoder": self.text_encoder}
 
     def _check_widths(self) -> None:
         encoder = self.text_model if self.text_encoder is None else self.text_encoder.module

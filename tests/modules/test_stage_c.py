@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from stage_runs import column, trainer
 
 from rewurst import UsageError
 from rewurst.callbacks import ExactResume, LRRewarming, WarmupCosine, WeightAverage
@@ -71,29 +71,6 @@ def stage_c(stages: dict[str, str]) -> Callable[..., StageC]:
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05)
-
-
-def trainer(folder: Path, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": -1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-        "logger": CSVLogger(folder),
-        "check_val_every_n_epoch": None,
-        "val_check_interval": 10_000,
-        "limit_val_batches": 0,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", [])),
-    }
-    return Trainer(**{**defaults, **options})
-
-
-def column(logger: Any, key: str) -> list[float]:
-    header, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    values = [dict(zip(header.split(","), line.split(","), strict=True))[key] for line in lines]
-    return [float(value) for value in values if value]
 
 
 def test_it_learns_a_few_pictures(picture_data: Data, stage_c: Callable[..., StageC], tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""What Stage B and Stage C share as LightningModules: validation by intervals of time, frozen parts, the optimizer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Generator, Tensor
+from torch.optim import Optimizer
+
+from .image_metrics import CorpusMeans, log_means
+from .networks import describe
+from .stage_parts import Batch, Frozen, uniforms
+from .watched import WatchedModule, parameter_groups
+
+BUCKETS = 5
+"""Intervals of t that the validation loss is told apart by."""
+
+
+class DiffusionStage(WatchedModule):
+    """A diffusion model that is trained on what frozen networks make of captioned images.
+
+    Subclasses take in losses with :meth:`take_in` in their ``validation_step``. Logged are, for each corpus, the means
+    of what was taken in, and over all corpora ``<stage>/loss_at/<interval of t>``.
+
+    Args:
+        optimizer: Of all that is trained.
+        max_grad_norm: As in :class:`WatchedModule`.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, max_grad_norm: float | None = 1.0) -> None:
+        super().__init__(max_grad_norm)
+        self.optimizer = optimizer
+        self._means = CorpusMeans()
+
+    @abstractmethod
+    def frozen_parts(self) -> dict[str, Frozen[Any] | None]:
+        """Networks that are used and not trained, by the name of the argument that gives them; none where absent."""
+
+    def validation_times(self, batch: Batch, count: int, randomness: list[Generator] | None) -> tuple[Tensor, Tensor]:
+        """Interval of t and t of each of ``count`` samples, (count,): the same at every validation."""
+        rows = torch.as_tensor(batch.get("row", range(count)), device=self.device)
+        [within] = uniforms(randomness, count, 1, self.device)
+        bucket = rows % BUCKETS
+        return bucket, ((bucket + within) / BUCKETS).clamp_min(0.001)
+
+    def take_in(self, corpus: int, losses: Tensor, errors: Tensor, bucket: Tensor, counted: Tensor) -> None:
+        """Takes in each sample's loss for its corpus, and its error for its interval of t."""
+        self._means.add("loss", corpus, losses, counted)
+        for index in range(BUCKETS):
+            self._means.add(f"loss_at/{index}", 0, errors, counted & (bucket == index))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means of every corpus, the average of their losses, and the error by intervals of t."""
+        self._log_corpora("val", self.trainer.val_dataloaders)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As validation, logged under ``test/``."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As after validation."""
+        self._log_corpora("test", self.trainer.test_dataloaders)
+
+    def _log_corpora(self, stage: str, loaders: Any) -> None:
+        means = self._means.reduce(self.trainer.strategy)
+        for index in range(BUCKETS):
+            if (mean := means.pop((f"loss_at/{index}", 0), None)) is not None:
+                self.log(f"{stage}/loss_at/{index / BUCKETS:.1f}-{(index + 1) / BUCKETS:.1f}", mean)
+        log_means(self, means, stage, loaders)
+
+    def configure_optimizers(self) -> Optimizer:
+        """One optimizer over all that is trained; weight decay, if there is any, acts on matrices only."""
+        return self.optimizer(parameter_groups(self))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps which attribute is which network, and what the frozen ones are and where they came from."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["networks"] = describe(self)
+        checkpoint["frozen"] = {name: part.state() for name, part in self.frozen_parts().items() if part is not None}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that was trained with other frozen parts."""
+        for name, part in self.frozen_parts().items():
+            if part is not None:
+                part.check(checkpoint.get("frozen", {}).get(name), name)
