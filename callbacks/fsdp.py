@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from .. import UsageError
 from .fsdp_blocks import compile_blocks, find_blocks, frozen_children, recompute
 from .fsdp_optimizer import named_state, restore_named_state
-from .fsdp_weights import any_rank_is_empty, hand_out, refuse_empty_frozen, whole_on_rank_zero
+from .fsdp_weights import any_rank_is_empty, hand_out, refuse_empty_frozen, share_buffers, whole_on_rank_zero
 from .shard_loading import load_checkpoint
 from .sharded_checkpoint import remove_checkpoint, save_checkpoint
 
@@ -105,6 +105,7 @@ class FSDP(ModelParallelStrategy):
         self.activation_checkpointing, self.compile = activation_checkpointing, compile
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.forward_methods = forward_methods
+        self._buffers_shared = False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -215,6 +216,31 @@ class FSDP(ModelParallelStrategy):
             yield
         finally:
             module.set_requires_all_reduce(True)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with buffers that all processes share."""
+        self._share_buffers()
+        return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with buffers that all processes share."""
+        self._share_buffers()
+        return super().test_step(*args, **kwargs)
+
+    def on_validation_start(self) -> None:
+        """Steps will share buffers: once, when callbacks have put those in place that are judged."""
+        self._buffers_shared = False
+
+    def on_test_start(self) -> None:
+        """As before validation."""
+        self._buffers_shared = False
+
+    def _share_buffers(self) -> None:
+        """Statistics of BatchNorm are each process's own while training; the first one's are saved and judged."""
+        assert self.lightning_module is not None
+        if not self._buffers_shared:
+            share_buffers(self.lightning_module)
+            self._buffers_shared = True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's tensors, sharded ones as they are."""

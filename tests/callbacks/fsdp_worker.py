@@ -35,7 +35,7 @@ from rewurst.callbacks import (
     construct_on_rank_zero,
 )
 from rewurst.datamodules.text import Corpus, TextDataModule
-from rewurst.modules import CausalLM, StageC
+from rewurst.modules import CausalLM, StageB, StageC
 
 warnings.filterwarnings("ignore")
 NEOX = {
@@ -89,11 +89,11 @@ class Beside:
 
 
 class Rows:
-    def __init__(self, first: int, count: int, every: int, size: int, steps: int) -> None:
-        self.first, self.count, self.every, self.size, self.steps = first, count, every, size, steps
+    def __init__(self, first: int, count: int, every: int, size: int) -> None:
+        self.first, self.count, self.every, self.size = first, count, every, size
 
     def __len__(self) -> int:
-        return self.steps * self.count // self.size
+        return 100 * self.count // self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         per_step = self.count // self.size
@@ -114,17 +114,30 @@ class Rows:
 
 
 class RowData(LightningDataModule):
-    def __init__(self, micro_batch_size: int, steps: int) -> None:
+    """Global batches of 8 rows, each a function of its number, from the step on that a checkpoint says."""
+
+    def __init__(self, micro_batch_size: int) -> None:
         super().__init__()
-        self.micro_batch_size, self.steps = micro_batch_size, steps
+        self.micro_batch_size, self.start = micro_batch_size, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"step": self.trainer.global_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.start = state_dict["step"]
 
     def train_dataloader(self) -> Any:
+        return self.loader(self.start)
+
+    def val_dataloader(self) -> Any:
+        return self.loader(0)
+
+    def loader(self, step: int) -> Any:
         assert self.trainer is not None
         mine = 8 // self.trainer.world_size
-        rows = Rows(self.trainer.global_rank * mine, mine, 8, self.micro_batch_size, self.steps)
+        rows = Rows(8 * step + self.trainer.global_rank * mine, mine, 8, self.micro_batch_size)
         return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
-
-    val_dataloader = train_dataloader
 
 
 class Losses(Callback):
@@ -181,8 +194,15 @@ def stage_c(folder: str) -> StageC:
     return module
 
 
+def stage_b(folder: str) -> StageB:
+    """A U-Net and a compressor, with BatchNorm, in a frozen Stage A's latents."""
+    return StageB(f"{folder}/vqgan", {"preset": "tiny", "dropout": [0.0, 0.0]}, "tiny", text_length=4)
+
+
 def make_module(kind: str, folder: str = "", **options: Any) -> LightningModule:
     seed_everything(0)
+    if kind == "stage_b":
+        return stage_b(folder)
     if kind == "stage_c":
         return stage_c(folder)
     if kind == "foreign":
@@ -208,9 +228,11 @@ def losses(
     folder: str = "",
     accumulation: int = 2,
     settings: dict[str, Any] | None = None,
+    save: str = "",
+    resume: str | None = None,
     **options: Any,
 ) -> Any:
-    """Losses of a run with accumulation and clipping."""
+    """Losses of a run with accumulation and clipping; saved in a folder every 7 steps if asked for."""
     world_size = int(os.environ["WORLD_SIZE"])
     torch._dynamo.utils.counters.clear()
     recorder = Losses()
@@ -218,14 +240,25 @@ def losses(
     if module == "neox":
         data = text_data(folder, world_size, accumulation)
     else:
-        data = RowData(8 // (world_size * accumulation), steps)
+        data = RowData(8 // (world_size * accumulation))
         options |= {"accumulate_grad_batches": accumulation, "gradient_clip_val": 0.05}
-    trainer = make_trainer(strategy, steps, [recorder], folder, limit_val_batches=0, **options)
-    trainer.fit(model, data)
+    callbacks: list[Callback] = [recorder]
+    if save:
+        callbacks.append(ModelCheckpoint(f"{folder}/{save}", "{step}", every_n_train_steps=7, save_top_k=-1))
+    options = {"limit_val_batches": 0, "enable_checkpointing": bool(save)} | options
+    trainer = make_trainer(strategy, steps, callbacks, folder, **options)
+    trainer.fit(model, data, ckpt_path=resume)
     sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     parameters = len(list(model.parameters()))
-    return {"losses": recorder.losses, "sharded": sharded, "parameters": parameters, "graphs": graphs}
+    validated = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+    return {
+        "losses": recorder.losses,
+        "validated": validated,
+        "sharded": sharded,
+        "parameters": parameters,
+        "graphs": graphs,
+    }
 
 
 @scenario
@@ -287,7 +320,7 @@ def pictures(folder: str, **options: Any) -> Any:
     recorder = Losses()
     callbacks: list[Callback] = [recorder, LogSamples(samples=3)]
     options = {"val_check_interval": 2, "limit_val_batches": 4, "num_sanity_val_steps": 0} | options
-    make_trainer("fsdp", 4, callbacks, folder, **options).fit(make_module("foreign"), RowData(2, 4))
+    make_trainer("fsdp", 4, callbacks, folder, **options).fit(make_module("foreign"), RowData(2))
     return {"losses": recorder.losses}
 
 
@@ -300,7 +333,7 @@ def built_on_rank_zero(nobody: bool = False, hybrid: bool = False) -> Any:
         model = CausalLM(NEOX)
     empty = sum(tensor.is_meta for tensor in model.parameters())
     trainer = make_trainer("hybrid" if hybrid else "fsdp", 0, [], limit_val_batches=0)
-    trainer.fit(model, RowData(1, 1))
+    trainer.fit(model, RowData(1))
     expected = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert own.keys() == expected.keys()
@@ -324,7 +357,7 @@ def refused(what: str, folder: str = "") -> Any:
         model.beside = Beside(nn.Linear(2, 2, device="meta" if os.environ["RANK"] == "1" else None))  # type: ignore[assignment]
     elif what == "optimizer":
         model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters())  # type: ignore[method-assign]
-    make_trainer("fsdp", 1, [], **options).fit(model, RowData(1, 1))
+    make_trainer("fsdp", 1, [], **options).fit(model, RowData(1))
 
 
 def serve(rank: int, tasks: int, answers: int) -> None:

@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from rewurst import UsageError
-from rewurst.callbacks.checkpoints import newest_checkpoint
+from rewurst.callbacks import shard_files
+from rewurst.callbacks.checkpoints import newest_checkpoint, remove_leftovers
 from rewurst.callbacks.shard_loading import describe_checkpoint, read_checkpoint
 from rewurst.callbacks.sharded_checkpoint import consolidate
 from rewurst.datamodules.shards import TokenWriter
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
-from rewurst.modules.networks import SemanticCompressor
+from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor
+from rewurst.modules.text_encoding import checkpoint_text_encoder
 
 WORKER = Path(__file__).parent / "fsdp_worker.py"
 DEADLINE_SECONDS = 120
@@ -94,18 +97,19 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture
 def folder(write_corpus: Callable[..., str], tmp_path: Path) -> str:
-    """Tokens for language models; a tokenizer and a compressor for Stage C."""
+    """Tokens for language models; what Stages B and C need of each other."""
     write_corpus("code", 200)
     (tmp_path / "captions.txt").write_text("row 0 1 2 3 4 5 6 7 8 9 row row")
     train_tokenizer([str(tmp_path / "captions.txt")], 270, tmp_path / "tokenizer", progress=False)
     torch.manual_seed(0)
     SemanticCompressor.from_preset("tiny", widths=[8, 16], c_latent=4).save(tmp_path / "compressor")
+    VQGAN.from_preset("tiny", embed_dim=16, num_vq_embeddings=32).save(tmp_path / "vqgan")
     return str(tmp_path)
 
 
 LAYOUTS = {
-    "neox": [(4, "fsdp"), (4, "hybrid"), (2, "ddp")],
-    "stage_c": [(2, "fsdp"), (4, "hybrid")],
+    "neox": [(processes, strategy) for processes in (2, 4) for strategy in ("fsdp", "hybrid", "ddp")],
+    "stage_c": [(processes, strategy) for processes in (2, 4) for strategy in ("fsdp", "hybrid", "ddp")],
     "foreign": [(2, "fsdp")],
 }
 
@@ -119,6 +123,36 @@ def test_losses_equal_one_process(pool: Pool, folder: str, module: str) -> None:
         np.testing.assert_allclose(result["losses"], alone, atol=1e-5, rtol=0, err_msg=f"{strategy} {world_size}")
         if strategy != "ddp":
             assert result["sharded"] == result["parameters"] - 2 * (module == "foreign")
+
+
+def test_a_prior_goes_on_at_other_numbers_of_processes(pool: Pool, folder: str) -> None:
+    same = {"module": "stage_c", "folder": folder}
+    whole = pool.run("losses", 4, **same, save="whole")["losses"]
+    seventh = f"{folder}/whole/step=7.ckpt"
+    assert pool.run("losses", 4, **same, resume=seventh)["losses"] == whole[7:]
+    two = pool.run("losses", 2, **same, resume=seventh, steps=14, save="two")["losses"]
+    np.testing.assert_allclose(two, whole[7:14], atol=1e-5, rtol=0)
+    one = pool.run("losses", 1, **same, resume=f"{folder}/two/step=14.ckpt")["losses"]
+    np.testing.assert_allclose(one, whole[14:], atol=1e-5, rtol=0)
+    state = read_checkpoint(Path(seventh))["state_dict"]
+    networks = {"prior": Prior.from_checkpoint(seventh), "text_model": checkpoint_text_encoder(seventh)}
+    for name, network in networks.items():
+        assert isinstance(network, nn.Module)
+        assert all(torch.equal(tensor, state[f"{name}.{key}"]) for key, tensor in network.state_dict().items())
+
+
+def test_statistics_of_batches_are_the_first_processs_as_under_ddp(pool: Pool, folder: str) -> None:
+    same = {"module": "stage_b", "folder": folder, "steps": 7, "limit_val_batches": 2, "val_check_interval": 14}
+    ddp = pool.run("losses", 2, **same, strategy="ddp", save="ddp")
+    result = pool.run("losses", 2, **same, save="fsdp")
+    np.testing.assert_allclose(result["losses"], ddp["losses"], atol=1e-5, rtol=0)
+    assert result["validated"] == pytest.approx(ddp["validated"], abs=1e-5)
+    own = read_checkpoint(Path(folder, "fsdp/step=7.ckpt"))["state_dict"]
+    theirs = torch.load(Path(folder, "ddp/step=7.ckpt"), weights_only=True)["state_dict"]
+    means = [name for name in own if name.endswith("running_mean")]
+    assert means
+    for name in means:
+        torch.testing.assert_close(own[name], theirs[name], atol=1e-5, rtol=0)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -302,6 +336,31 @@ def test_lost_files_and_other_models(pool: Pool, whole: dict[str, Any], tmp_path
         assert newest_checkpoint([tmp_path]) is None
     answer = pool.run("run", 2, folder=whole["folder"], name="no", steps=8, resume=str(folder))
     assert "lacks __1_0.distcp" in answer["usage"]
+
+
+def test_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where names cannot be exchanged: what was there before is put back."""
+    target, new = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.0123abcd.tmp"
+    for folder, content in ((target, "before"), (new, "after")):
+        folder.mkdir()
+        (folder / "meta.pt").write_text(content)
+    rename = os.rename
+
+    def killed(old: Path, to: Path) -> None:
+        if to == target:
+            raise KeyboardInterrupt
+        rename(old, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_files, "_renameat2", lambda new, target: False)
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard_files.exchange(new, target)
+    assert not target.exists()
+    with pytest.warns(UserWarning, match="cut off"):
+        remove_leftovers([tmp_path])
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert (target / "meta.pt").read_text() == "before"
 
 
 def test_an_unsharded_checkpoint_goes_on_sharded(pool: Pool, whole: dict[str, Any]) -> None:
