@@ -1,4 +1,4 @@
-"""One process of the pool that tests of FSDP run their scenarios in; not collected by pytest.
+"""One process of the pool that tests of FSDP run their scenarios in.
 
 Reads a line of JSON for each scenario ({"name", "world_size", "port", "arguments"}), runs the function of that name in
 a process group of so many, and answers with a line of JSON.
@@ -6,14 +6,18 @@ a process group of so many, and answers with a line of JSON.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import runpy
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -36,6 +40,7 @@ from rewurst.callbacks import (
 )
 from rewurst.datamodules.text import Corpus, TextDataModule
 from rewurst.modules import CausalLM, StageB, StageC
+from rewurst.train import main
 
 warnings.filterwarnings("ignore")
 NEOX = {
@@ -360,10 +365,40 @@ def refused(what: str, folder: str = "") -> Any:
     make_trainer("fsdp", 1, [], **options).fit(model, RowData(1))
 
 
+@scenario
+def pid() -> int:
+    return os.getpid()
+
+
+@scenario
+def script(path: str, args: list[str]) -> str:
+    """What a script prints, run as if it were called."""
+    with redirect_stdout(io.StringIO()) as said, patch.object(sys, "argv", [path, *args]):
+        runpy.run_path(path, run_name="__main__")
+    return said.getvalue()
+
+
+class StepLog(Callback):
+    """A line for each batch: the step and its loss, to the bit."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        if trainer.is_global_zero:
+            with open(self.path, "a") as file:
+                file.write(f"{trainer.global_step} {float(outputs['loss']).hex()}\n")
+
+
+@scenario
+def command_line(args: list[str]) -> int:
+    """The exit status of a command."""
+    return main(args)
+
+
 def serve(rank: int, tasks: int, answers: int) -> None:
     """Runs what comes through one pipe and answers through another."""
-    for line in os.fdopen(tasks):
-        task = json.loads(line)
+    while task := read_task(tasks):
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(task["port"]),
@@ -383,16 +418,28 @@ def serve(rank: int, tasks: int, answers: int) -> None:
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
+def read_task(tasks: int) -> Any:
+    """The next line, and nothing of the one after it: another process may come to read that."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := os.read(tasks, 1)):
+            return None
+        line += byte
+    return json.loads(line)
+
+
 if __name__ == "__main__":
     # Importing takes longer than most scenarios, so it is done once, and the processes are forked.
     torch.set_num_threads(1)
     pipes = [int(number) for number in sys.argv[1:]]
-    for rank in range(len(pipes) // 2):
-        if os.fork() == 0:
-            serve(rank, *pipes[2 * rank : 2 * rank + 2])
-            os._exit(0)
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            break
+    waiting = list(range(len(pipes) // 2))
+    children: dict[int, int] = {}
+    while waiting or children:
+        for rank in waiting:
+            if (child := os.fork()) == 0:
+                serve(rank, *pipes[2 * rank : 2 * rank + 2])
+                os._exit(0)
+            children[child] = rank
+        ended, status = os.wait()
+        rank = children.pop(ended)
+        waiting = [rank] if os.WIFSIGNALED(status) else []
