@@ -70,28 +70,28 @@ def test_losses_equal_one_process(pool: Pool, folder: str, module: str) -> None:
 
 def test_a_prior_goes_on_at_other_numbers_of_processes(pool: Pool, folder: str) -> None:
     same = {"module": "stage_c", "folder": folder}
-    whole = pool.run("losses", 4, **same, save="whole_prior")["losses"]
-    seventh = f"{folder}/whole_prior/step=7.ckpt"
-    assert pool.run("losses", 4, **same, resume=seventh)["losses"] == whole[7:]
-    two = pool.run("losses", 2, **same, resume=seventh, steps=14, save="two")["losses"]
-    np.testing.assert_allclose(two, whole[7:14], **BOUND)
-    one = pool.run("losses", 1, **same, resume=f"{folder}/two/step=14.ckpt")["losses"]
-    np.testing.assert_allclose(one, whole[14:], **BOUND)
-    state = read_checkpoint(Path(seventh))["state_dict"]
-    networks = {"prior": Prior.from_checkpoint(seventh), "text_model": checkpoint_text_encoder(seventh)}
+    whole = pool.run("losses", 4, **same, steps=9, save="whole_prior")["losses"]
+    third = f"{folder}/whole_prior/step=3.ckpt"
+    assert pool.run("losses", 4, **same, steps=9, resume=third)["losses"] == whole[3:]
+    two = pool.run("losses", 2, **same, resume=third, steps=6, save="two")["losses"]
+    np.testing.assert_allclose(two, whole[3:6], **BOUND)
+    one = pool.run("losses", 1, **same, steps=9, resume=f"{folder}/two/step=6.ckpt")["losses"]
+    np.testing.assert_allclose(one, whole[6:], **BOUND)
+    state = read_checkpoint(Path(third))["state_dict"]
+    networks = {"prior": Prior.from_checkpoint(third), "text_model": checkpoint_text_encoder(third)}
     for name, network in networks.items():
         assert isinstance(network, nn.Module)
         assert all(torch.equal(tensor, state[f"{name}.{key}"]) for key, tensor in network.state_dict().items())
 
 
 def test_statistics_of_batches_are_the_first_processs_as_under_ddp(pool: Pool, folder: str) -> None:
-    same = {"module": "stage_b", "folder": folder, "steps": 7, "limit_val_batches": 2, "val_check_interval": 14}
+    same = {"module": "stage_b", "folder": folder, "steps": 6, "limit_val_batches": 2, "val_check_interval": 12}
     ddp = pool.run("losses", 2, **same, strategy="ddp", save="ddp")
     result = pool.run("losses", 2, **same, save="fsdp")
     np.testing.assert_allclose(result["losses"], ddp["losses"], **BOUND)
     assert result["validated"] == pytest.approx(ddp["validated"], abs=1e-5)
-    own = read_checkpoint(Path(folder, "fsdp/step=7.ckpt"))["state_dict"]
-    theirs = torch.load(Path(folder, "ddp/step=7.ckpt"), weights_only=True)["state_dict"]
+    own = read_checkpoint(Path(folder, "fsdp/step=6.ckpt"))["state_dict"]
+    theirs = torch.load(Path(folder, "ddp/step=6.ckpt"), weights_only=True)["state_dict"]
     means = [name for name in own if name.endswith("running_mean")]
     assert means
     for name in means:

@@ -237,7 +237,7 @@ def losses(
     resume: str | None = None,
     **options: Any,
 ) -> Any:
-    """Losses of a run with accumulation and clipping; saved in a folder every 7 steps if asked for."""
+    """Losses of a run with accumulation and clipping; saved in a folder every 3 steps if asked for."""
     world_size = int(os.environ["WORLD_SIZE"])
     torch._dynamo.utils.counters.clear()
     recorder = Losses()
@@ -249,7 +249,7 @@ def losses(
         options |= {"accumulate_grad_batches": accumulation, "gradient_clip_val": 0.05}
     callbacks: list[Callback] = [recorder]
     if save:
-        callbacks.append(ModelCheckpoint(f"{folder}/{save}", "{step}", every_n_train_steps=7, save_top_k=-1))
+        callbacks.append(ModelCheckpoint(f"{folder}/{save}", "{step}", every_n_train_steps=3, save_top_k=-1))
     options = {"limit_val_batches": 0, "enable_checkpointing": bool(save)} | options
     trainer = make_trainer(strategy, steps, callbacks, folder, **options)
     trainer.fit(model, data, ckpt_path=resume)
