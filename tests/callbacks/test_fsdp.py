@@ -22,6 +22,7 @@ from rewurst.callbacks.sharded_checkpoint import consolidate
 from rewurst.datamodules.shards import TokenWriter
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
+from rewurst.modules.lower_stages import LowerStages
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor
 from rewurst.modules.text_encoding import checkpoint_text_encoder
 
@@ -92,6 +93,8 @@ def test_statistics_of_batches_are_the_first_processs_as_under_ddp(pool: Pool, f
     assert result["validated"] == pytest.approx(ddp["validated"], abs=1e-5)
     own = read_checkpoint(Path(folder, "fsdp/step=6.ckpt"))["state_dict"]
     theirs = torch.load(Path(folder, "ddp/step=6.ckpt"), weights_only=True)["state_dict"]
+    unet = LowerStages(f"{folder}/fsdp/step=6.ckpt", None, 32).unet.module
+    assert all(torch.equal(tensor, own[f"unet.{name}"]) for name, tensor in unet.state_dict().items())
     means = [name for name in own if name.endswith("running_mean")]
     assert means
     for name in means:
@@ -236,6 +239,7 @@ def test_nobody_built_it(pool: Pool) -> None:
         ("replicas", "replicas 3 do not divide 2 processes"),
         ("frozen", "beside of Foreign was built without memory"),
         ("manual", "use strategy ddp"),
+        ("bitsandbytes", "AdamW8bit cannot step on shards"),
         ("optimizer", "LBFGS cannot step on shards: use torch.optim.AdamW"),
     ],
 )

@@ -96,3 +96,22 @@ def test_killed_within_five_saves(pool: Pool, command: Callable[[str], list[str]
     assert len(lines(folder)) - len(before) == 2 * (STEPS - steps[-1]), "it went on from the newest whole checkpoint"
     assert set(lines(folder)) == set(lines(tmp_path / "whole")), "the losses of the run that was never killed"
     assert not list(folder.rglob(".*.tmp")), "what killed saves have left is removed"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--construct_on_rank_zero=false"], "is sharded: give --trainer.strategy rewurst.callbacks.FSDP"),
+        ([], "construct_on_rank_zero needs the strategy rewurst.callbacks.FSDP"),
+    ],
+)
+def test_a_command_without_the_strategy(
+    pool: Pool, command: Callable[[str], list[str]], tmp_path: Path, options: list[str], expected: str
+) -> None:
+    args = command("run")
+    sharded = tmp_path / "run" / "step=2.ckpt"
+    sharded.mkdir()
+    for name in (".metadata", "meta.pt"):
+        (sharded / name).touch()
+    args += ["--trainer.strategy=auto", "--trainer.devices=1", f"--ckpt_path={sharded}", *options]
+    assert expected in pool.run("command_line", 1, args=args)["usage"]

@@ -360,6 +360,9 @@ def refused(what: str, folder: str = "") -> Any:
         model.encoder = nn.Linear(16, 16)
     elif what == "frozen":
         model.beside = Beside(nn.Linear(2, 2, device="meta" if os.environ["RANK"] == "1" else None))  # type: ignore[assignment]
+    elif what == "bitsandbytes":
+        foreign = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
+        model.configure_optimizers = lambda: foreign(model.parameters())  # type: ignore[method-assign]
     elif what == "optimizer":
         model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters())  # type: ignore[method-assign]
     make_trainer("fsdp", 1, [], **options).fit(model, RowData(1))
