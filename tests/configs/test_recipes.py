@@ -137,6 +137,11 @@ def test_parses_as_its_head_says(path: Path, parse: Parse) -> None:
     assert data(config).tokens_per_step > 0
 
 
+@pytest.mark.parametrize("devices", [8, 64, 256])
+def test_language_models_on_many_devices(devices: int, parse: Parse) -> None:
+    assert_divides(parse(f"scale/gpus_{devices}"), devices)
+
+
 @pytest.mark.parametrize("devices", [8, 64])
 @pytest.mark.parametrize("stage", ["stage_b", "stage_c"])
 def test_stages_of_wuerstchen_on_many_devices(stage: str, devices: int, parser: LightningArgumentParser) -> None:
@@ -144,13 +149,21 @@ def test_stages_of_wuerstchen_on_many_devices(stage: str, devices: int, parser: 
     [words] = [words for words in COMMAND.findall(head) if f"paper/{stage}.yaml" in words]
     import_named(shlex.split(words))
     config = parser.parse_args(["fit", *shlex.split(words)]).fit.as_dict()
+    assert config["trainer"]["val_check_interval"] == 10_000 * assert_divides(config, devices)
+
+
+def assert_divides(config: Config, devices: int) -> int:
+    """Shards over so many devices, whose micro-batches make up the global batch; how many each takes for it."""
     trainer, source = config["trainer"], config["data"]["init_args"]
     assert trainer["devices"] * trainer["num_nodes"] == devices
-    accumulation, rest = divmod(source["global_batch_size"], devices * source["micro_batch_size"])
-    assert (trainer["val_check_interval"], rest) == (10_000 * accumulation, 0)
     strategy = trainer["strategy"]
     assert "FSDP" in str(strategy)
-    FSDP(**({} if isinstance(strategy, str) else strategy["init_args"]))
+    built = FSDP(**({} if isinstance(strategy, str) else strategy["init_args"]))
+    replicas = trainer["num_nodes"] if built.replicas == "nodes" else built.replicas
+    assert devices % replicas == 0
+    accumulation, rest = divmod(source["global_batch_size"], devices * source["micro_batch_size"])
+    assert rest == 0
+    return accumulation
 
 
 def test_every_part_is_named_by_a_recipe() -> None:

@@ -260,6 +260,7 @@ def losses(
     return {
         "losses": recorder.losses,
         "validated": validated,
+        "statistics": [t.double().sum().item() for name, t in model.state_dict().items() if "running_" in name],
         "sharded": sharded,
         "parameters": parameters,
         "graphs": graphs,
