@@ -16,7 +16,7 @@ from process_pool import DEADLINE_SECONDS, Pool
 from rewurst.callbacks.checkpoints import newest_checkpoint
 from rewurst.callbacks.shard_files import is_whole, read_meta
 
-STEPS = 40
+STEPS = 32
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def command(write_corpus: Callable[..., str], tmp_path: Path) -> Callable[[str],
                     {"class_path": "LRRewarming", "init_args": {"length": STEPS, "schedule": {
                         "class_path": "WarmupCosine", "init_args": {"peak": 1e-2, "minimum": 1e-3, "warmup": 0.1}}}},
                     {"class_path": "ExactResume"},
+                    {"class_path": "SaveOnSignal"},
                     {"class_path": "WeightAverage", "init_args": {"decay": 0.8}},
                     {"class_path": "__main__.StepLog", "init_args": {"path": str(folder / "log.txt")}},
                     {"class_path": "ModelCheckpoint", "init_args": {
@@ -67,14 +68,21 @@ def lines(folder: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def kill_within_a_save(pool: Pool, args: list[str], folder: Path, batches: int) -> None:
-    """Runs until so many batches are done and a save is under way, and kills both processes then."""
+def begin(pool: Pool, args: list[str], reached: Callable[[], bool]) -> list[int]:
+    """Begins a run of two processes, waits until something has happened, and says which processes they are."""
     processes = pool.pids(2)
     pool.start("command_line", 2, args=args)
-    seen, end = len(lines(folder)), time.monotonic() + DEADLINE_SECONDS
-    while len(lines(folder)) < seen + batches or not any(folder.rglob(".*.tmp")):
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not reached():
         assert not pool.has_answered(0.0005), "the run has come to its end before"
         assert time.monotonic() < end, "the run hangs"
+    return processes
+
+
+def kill_within_a_save(pool: Pool, args: list[str], folder: Path, batches: int) -> None:
+    """Runs until so many batches are done and a save is under way, and kills both processes then."""
+    wanted = len(lines(folder)) + batches
+    processes = begin(pool, args, lambda: len(lines(folder)) >= wanted and any(folder.rglob(".*.tmp")))
     for process in processes:
         os.kill(process, signal.SIGKILL)
     assert pool.pids(2) != processes  # when others have taken their places they are gone
@@ -85,17 +93,30 @@ def test_killed_within_five_saves(pool: Pool, command: Callable[[str], list[str]
     chance, folder, args = random.Random(0), tmp_path / "killed", command("killed")
     steps = []
     for _ in range(5):
-        kill_within_a_save(pool, args, folder, chance.randint(5, 12))
+        kill_within_a_save(pool, args, folder, chance.randint(2, 6))
         newest = newest_checkpoint([folder])
-        assert newest is not None
-        assert is_whole(newest)
-        steps.append(read_meta(newest)["global_step"])
+        assert newest is None or is_whole(newest)
+        steps.append(0 if newest is None else read_meta(newest)["global_step"])
         assert steps == sorted(steps)
     before = lines(folder)
     assert pool.run("command_line", 2, args=args) == 0
     assert len(lines(folder)) - len(before) == 2 * (STEPS - steps[-1]), "it went on from the newest whole checkpoint"
     assert set(lines(folder)) == set(lines(tmp_path / "whole")), "the losses of the run that was never killed"
     assert not list(folder.rglob(".*.tmp")), "what killed saves have left is removed"
+
+
+def test_a_signal_to_one_process_saves_all_shards(
+    pool: Pool, command: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    folder, args = tmp_path / "signalled", command("signalled")
+    _, second = begin(pool, args, lambda: len(lines(folder)) >= 5)
+    os.kill(second, signal.SIGUSR1)
+    assert [answer["ok"] for answer in pool.answers(2)] == [0, 0]
+    [saved] = folder.rglob("signal.ckpt")
+    assert is_whole(saved)
+    assert 2 * read_meta(saved)["global_step"] == len(lines(folder)) < 2 * STEPS
+    assert pool.run("command_line", 2, args=args) == 0
+    assert len(lines(folder)) == 2 * STEPS, "nothing is done twice or left out"
 
 
 @pytest.mark.parametrize(
