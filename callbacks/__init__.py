@@ -3,6 +3,8 @@
 from .atomic_checkpoint import AtomicCheckpointIO
 from .exact_resume import ExactResume
 from .forgetting import Forgetting
+from .fsdp import FSDP
+from .fsdp_weights import construct_on_rank_zero
 from .lr_rewarming import LRRewarming
 from .progress_bar import StepProgressBar
 from .replay import ReplayScheduler, ReplaySource
@@ -36,6 +38,7 @@ from .schedules import (
 from .weight_average import WeightAverage
 
 __all__ = [
+    "FSDP",
     "AtomicCheckpointIO",
     "Constant",
     "ExactResume",
@@ -56,6 +59,7 @@ __all__ = [
     "WeightAverage",
     "chain",
     "constant",
+    "construct_on_rank_zero",
     "cosine",
     "exponential",
     "infinite_cosine",

@@ -46,7 +46,8 @@ class LogSamples(Callback):
     Pictures are drawn while validation has the weights in place that it judges, averaged ones for instance. A grid goes
     to every logger that shows pictures (TensorBoard's ``add_image``, ``log_image`` of Weights & Biases) under
     ``samples/<corpus>``, and as a PNG file into the folder ``samples`` under the logger's. With several processes the
-    first one draws its own share of the corpus.
+    first one draws its own share of the corpus; where the module is sharded (:class:`~rewurst.callbacks.FSDP`) the
+    others draw a sample along with it.
 
     Args:
         samples: Rows of a grid.
@@ -92,7 +93,10 @@ class LogSamples(Callback):
         for wanted in self.corpora or []:
             if wanted not in names:
                 raise UsageError(f"LogSamples: there is no validation corpus {wanted!r}: choose of {', '.join(names)}")
-        self._rows = {name: [] for name in self.corpora or names} if self._is_due(trainer) else {}
+        due = self._is_due(trainer)
+        if _draw_together(trainer):
+            due = trainer.strategy.broadcast(due)
+        self._rows = {name: [] for name in self.corpora or names} if due else {}
 
     def on_validation_batch_end(
         self,
@@ -105,13 +109,23 @@ class LogSamples(Callback):
     ) -> None:
         """Draws as many of the batch's samples as the grid still lacks."""
         rows = self._rows.get(_corpora(trainer)[dataloader_idx])
-        if rows is None or len(rows) >= self.samples:
+        if rows is None:
             return
-        part = _first_valid(batch, self.samples - len(rows))
+        lacking = self.samples - len(rows)
+        if _draw_together(trainer):
+            lacking = trainer.strategy.broadcast(lacking)
+        if lacking <= 0:
+            return
+        part = _first_valid(batch, lacking if trainer.is_global_zero else 1)
+        kept = trainer.is_global_zero and _length(part) > 0
+        if not _length(part):  # where others draw too, none may stay away: one that fills up is drawn for nothing
+            part = _first_valid({name: value for name, value in batch.items() if name != "valid"}, 1)
         devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             drawn = {name: _bytes(pictures) for name, pictures in pl_module.draw_samples(part).items()}  # type: ignore[operator]
+        if not kept:
+            return
         captions = part.get("caption", [""] * self.samples)
         for index in range(len(next(iter(drawn.values()), []))):
             rows.append(Row(captions[index], {name: pictures[index] for name, pictures in drawn.items()}))
@@ -120,6 +134,8 @@ class LogSamples(Callback):
         """Logs the grids."""
         step = _step(trainer)
         rows, self._rows = self._rows, {}
+        if not trainer.is_global_zero:
+            return
         for corpus, lines in rows.items():
             if not lines:
                 rank_zero_warn(f"LogSamples: corpus {corpus!r} has no samples on the first process")
@@ -178,7 +194,7 @@ def _shortened(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> st
 
 def _first_valid(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The first samples of a batch that do not only fill it up."""
-    length = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    length = _length(batch)
     valid = batch.get("valid")
     chosen = [i for i in range(length) if valid is None or bool(valid[i])][:count]
     return {
@@ -186,6 +202,15 @@ def _first_valid(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
         for name, value in batch.items()
         if isinstance(value, (list, Tensor, np.ndarray)) and len(value) == length
     }
+
+
+def _length(batch: Mapping[str, Any]) -> int:
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+
+
+def _draw_together(trainer: Trainer) -> bool:
+    """Whether no process can compute with the module alone."""
+    return bool(getattr(trainer.strategy, "computes_together", False))
 
 
 def _bytes(pictures: Tensor) -> Pixels:

@@ -70,7 +70,14 @@ class WeightAverage(WeightAveraging):
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._current, self._stepped, self._restored = {}, False, False
-        self._copy(pl_module)
+        self.average = {}
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._copy(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins with a copy of the shards, where the strategy has sharded the module by now and loads after this."""
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._copy(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settles the step where no checkpoint of this callback did, and drops what has been frozen by now."""

@@ -115,7 +115,7 @@ def _for_states(decoder: StageBUNet, encoder: TextEncoder, stage_b: str | Path) 
     Raises:
         UsageError: It was trained with more or fewer.
     """
-    length = weights.read_file(stage_b).get("text_length") if Path(stage_b).is_file() else None
+    length = weights.read_file(stage_b).get("text_length") if weights.is_one_file(stage_b) else None
     if length is not None and length != encoder.length:
         raise UsageError(
             f"{stage_b} was trained without text, with text_length {length}, and the text encoder gives "
@@ -128,14 +128,14 @@ def _for_states(decoder: StageBUNet, encoder: TextEncoder, stage_b: str | Path) 
 
 def _set_scale(prior: Prior, stage_c: str | Path) -> None:
     """Take over the scale of z that Stage C was trained with, where its checkpoint says it."""
-    scale = weights.read_file(stage_c).get("latent_scale", {}) if Path(stage_c).is_file() else {}
+    scale = weights.read_file(stage_c).get("latent_scale", {}) if weights.is_one_file(stage_c) else {}
     prior.latent_mean = scale.get("latent_mean", prior.latent_mean)
     prior.latent_std = scale.get("latent_std", prior.latent_std)
 
 
 def _compressor(checkpoint: str | Path) -> SemanticCompressor | None:
     """Return the compressor that was trained with Stage B, if the checkpoint holds it."""
-    if not Path(checkpoint).is_file():
+    if not weights.is_one_file(checkpoint):
         return None
     content = weights.read_file(checkpoint)
     held = [entry["class"] for entry in content.get("networks", {}).values()]

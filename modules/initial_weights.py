@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import UsageError
 from ..hints import closest, did_you_mean
+from ..sharded import is_sharded
 from .weights import read_file
 
 State = Mapping[str, Tensor]
@@ -38,13 +39,14 @@ def load_initial_weights(model: nn.Module, source: str) -> None:
 
     Args:
         model: The model that gets them.
-        source: A Hugging Face folder or hub name, a Lightning checkpoint (``.ckpt``) or a safetensors file.
+        source: A Hugging Face folder or hub name, a Lightning checkpoint (a ``.ckpt`` file, or a folder of shards) or
+            a safetensors file.
 
     Raises:
         UsageError: Names of the tensors that are missing, unexpected or of another shape.
     """
     path = Path(source)
-    if path.suffix == ".ckpt":
+    if path.suffix == ".ckpt" or is_sharded(path):
         state = lightning_state(read_file(path), path)
     elif path.suffix == ".safetensors":
         state = read_file(path)

@@ -32,7 +32,7 @@ from ..datamodules.latent_index import MAKERS, array_bytes
 from ..datamodules.latent_writer import LatentFolder
 from .networks import VQGAN, SemanticCompressor, TextEncoder
 from .stage_parts import Frozen
-from .weights import read_file
+from .weights import is_one_file, read_file
 
 SHARD_BYTES = 2**28
 MOST_ROWS = 10_000
@@ -317,7 +317,7 @@ def _cells(size: Size, pixels: float) -> float:
 
 
 def _named_stage_a(stage_b: str) -> str:
-    named = read_file(stage_b).get("frozen", {}).get("stage_a", {}) if Path(stage_b).is_file() else {}
+    named = read_file(stage_b).get("frozen", {}).get("stage_a", {}) if is_one_file(stage_b) else {}
     if "source" not in named:
         raise UsageError(f"{stage_b} names no Stage A: give stage_a")
     return str(named["source"])

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -55,7 +54,7 @@ def initialise(network: Network, path: str) -> None:
 
 def holds(path: str, network: type[Network]) -> bool:
     """Say whether a checkpoint file, beside what else it holds, has a network of a class."""
-    if not Path(path).is_file():
+    if not weights.is_one_file(path):
         return False
     content = weights.read_file(path)
     classes = [entry["class"] for entry in content.get("networks", {}).values()]

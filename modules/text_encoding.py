@@ -13,7 +13,7 @@ import torch
 from .. import UsageError
 from ..hints import closest
 from .networks import TextEncoder
-from .weights import read_file
+from .weights import is_one_file, read_file
 
 
 def fresh_text_encoder(settings: Mapping[str, Any]) -> TextEncoder:
@@ -83,7 +83,7 @@ def checkpoint_text_encoder(path: str | Path) -> TextEncoder | str | None:
     Raises:
         UsageError: The file cannot be read, or what it holds does not belong together.
     """
-    if not Path(path).is_file():
+    if not is_one_file(path):
         return None
     content = read_file(path)
     entry = content.get("text_encoder")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import UsageError
 from ..hints import did_you_mean
+from ..sharded import is_sharded
 
 WEIGHTS = "diffusion_pytorch_model"
 """Stem of diffusers' weight files."""
@@ -90,12 +91,16 @@ def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Read a .safetensors, .pt, .bin or .ckpt file.
+    """Read a .safetensors, .pt, .bin or .ckpt file, or a folder of shards, whose tensors come whole.
 
     Raises:
         UsageError: It is missing, broken, or holds pickled objects other than tensors and plain values.
     """
     path = Path(path)
+    if is_sharded(path):
+        from ..callbacks.shard_loading import read_checkpoint  # networks alone need no Lightning
+
+        return read_checkpoint(path)
     if not path.is_file():
         hint = did_you_mean(path) or ": give a .safetensors, .pt or .ckpt file with weights"
         raise UsageError(f"{path} is no file{hint}")
@@ -115,6 +120,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}: give a file with a dictionary of tensors")
     return content
+
+
+def is_one_file(path: str | Path) -> bool:
+    """Say whether a path is something that ``read_file`` reads, and no folder of a network or a model."""
+    return Path(path).is_file() or is_sharded(Path(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:

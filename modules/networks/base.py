@@ -83,7 +83,7 @@ class Network(nn.Module):
         Raises:
             UsageError: The file cannot be read or does not hold this network.
         """
-        if Path(path).is_dir():
+        if Path(path).is_dir() and not weights.is_one_file(path):
             return cls.from_folder(path, dtype)
         content = weights.read_file(path)
         if "networks" in content:

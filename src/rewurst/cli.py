@@ -20,14 +20,16 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from . import UsageError
-from .callbacks import AtomicCheckpointIO, StepProgressBar
-from .callbacks.checkpoints import newest_checkpoint
+from .callbacks import AtomicCheckpointIO, StepProgressBar, construct_on_rank_zero
+from .callbacks.checkpoints import newest_checkpoint, remove_leftovers
+from .callbacks.shard_loading import describe_checkpoint
 from .datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
 from .modules import causal_lm as _causal_lm  # noqa: F401
 from .modules.initial_weights import check_weights
 from .modules.weights import read_file
 from .named_classes import import_named
 from .parser_errors import one_line
+from .sharded import is_sharded
 
 
 def run(args: list[str]) -> None:
@@ -96,6 +98,26 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,  # modules make their own, over the right parameter groups
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is ours."""
+        parser.add_argument(
+            "--construct_on_rank_zero",
+            type=bool,
+            default=False,
+            help="build the module with memory in the first process alone; the strategy FSDP hands its values out",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Has modules built where there is memory for them."""
+        if not self._get(self.config, "construct_on_rank_zero"):
+            return
+        strategy = str(self._get(self.config, "trainer").get("strategy"))
+        if "FSDP" not in strategy:
+            raise UsageError(
+                f"construct_on_rank_zero needs the strategy rewurst.callbacks.FSDP, this one is {strategy}"
+            )
+        self.parser.add_instantiator(_on_rank_zero, LightningModule)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the given arguments; the process's own do not matter when ``main`` is called in process."""
         self.config = parser.parse_args(args)
@@ -144,14 +166,17 @@ class CLI(LightningCLI):
         path = Path(ckpt_path)
         if not path.exists():
             raise UsageError(f"ckpt_path {ckpt_path} does not exist; `auto` takes the newest of the run's folder")
-        if path.is_dir() and not _saves_by_itself(self.trainer.strategy):
+        if path.is_dir() and not is_sharded(path):
             raise UsageError(
                 f"ckpt_path {ckpt_path} is a folder: give a .ckpt file, or auto:{ckpt_path} for its newest"
             )
+        self._require_sharding(path)
         return ckpt_path
 
     def _newest(self, ckpt_path: str, must_exist: bool) -> str | None:
         folders = _run_folders(self.trainer)
+        if self.trainer.is_global_zero and not must_exist:
+            remove_leftovers(folders)
         newest = newest_checkpoint(folders)
         other = ckpt_path.removeprefix("auto").removeprefix(":")
         if newest is None and other:
@@ -159,13 +184,24 @@ class CLI(LightningCLI):
             newest = newest_checkpoint(folders)
         if newest is None and (must_exist or other):
             raise UsageError(f"ckpt_path {ckpt_path}: there is no whole checkpoint under {folders[0]}")
+        if newest is not None:
+            self._require_sharding(newest)
         return None if newest is None else str(newest)
 
+    def _require_sharding(self, path: Path) -> None:
+        if path.is_dir() and not _saves_by_itself(self.trainer.strategy):
+            raise UsageError(
+                f"ckpt_path {path} is sharded: give --trainer.strategy rewurst.callbacks.FSDP and any number of devices"
+            )
+
     def _checked(self, path: str | None, safe: bool) -> dict[str, Any]:
-        """A checkpoint file that is whole, Lightning's, and this model's: Lightning's own errors are pages long."""
-        if path is None or not Path(path).is_file():
+        """A checkpoint that is whole, Lightning's, and this model's: Lightning's own errors are pages long."""
+        if path is None or not Path(path).exists():
             return {}
-        content = read_file(path) if safe else torch.load(path, map_location="cpu", weights_only=False)
+        if Path(path).is_dir():
+            content = describe_checkpoint(Path(path))
+        else:
+            content = read_file(path) if safe else torch.load(path, map_location="cpu", weights_only=False)
         if "global_step" not in content:
             raise UsageError(f"{path} is no Lightning checkpoint; weights of other layouts: --model.init_from {path}")
         if "optimizer_states" not in content:
@@ -187,6 +223,13 @@ class CLI(LightningCLI):
             "a larger --trainer.max_steps goes on"
         )
         return True
+
+
+def _on_rank_zero(kind: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
+    with construct_on_rank_zero() as first:
+        if not first and "init_from" in kwargs:
+            kwargs["init_from"] = None  # values come from the first process, which has read them
+        return kind(*args, **kwargs)
 
 
 class _ParseOnly(CLI):

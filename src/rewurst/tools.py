@@ -132,6 +132,11 @@ def _export(parser: Parser) -> None:
     diffusers.add_argument("--prior_text_encoder", help="of Stage C (default: its checkpoint's, or Stage B's)")
     diffusers.add_argument("out", type=Path, metavar="OUT", help="new folder")
 
+    weights = _tool(what, "weights", "write a checkpoint's weights as one safetensors file", _run_export_weights)
+    weights.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, a file or a folder of shards")
+    weights.add_argument("out", type=Path, metavar="OUT", help="new .safetensors file")
+    weights.add_argument("--prefix", default="", help="only names that begin so, without it: model. for CausalLM's")
+
 
 def _generate(parser: Parser) -> None:
     what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
@@ -271,6 +276,12 @@ def _run_export_hf(args: Parsed) -> None:
 
     export_hugging_face(args.checkpoint, args.out, args.tokenizer, args.overwrite)
     print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained")
+
+
+def _run_export_weights(args: Parsed) -> None:
+    from .callbacks.sharded_checkpoint import consolidate
+
+    print(f"{args.out}: {consolidate(args.checkpoint, args.out, args.prefix)} tensors")
 
 
 def _run_export_diffusers(args: Parsed) -> None:
