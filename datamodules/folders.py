@@ -23,7 +23,9 @@ TOKENIZER_FILES = (
 _TOKENIZER = rf"\.?({'|'.join(map(re.escape, TOKENIZER_FILES))})(\.\w+)?"
 TOKENIZER_LAYOUT = re.compile(_TOKENIZER)
 _UNFINISHED = rf"{re.escape(UNFINISHED)}/.+"  # of a preparation in units that was stopped
-CORPUS_LAYOUT = re.compile(rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)?|tokenizer/{_TOKENIZER})|{_UNFINISHED}")
+CORPUS_LAYOUT = re.compile(
+    rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)?|tokenizer/{_TOKENIZER})|{_UNFINISHED}"
+)
 IMAGE_LAYOUT = re.compile(
     rf"(train|val|unseen)/([^/]+-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)?)|{_UNFINISHED}"
 )

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from .. import UsageError
 from .corpus_index import INDEX_FILE, Shard, writing
-from .shard_file import ShardFile
 from .row_layout import ROWS_PER_SAMPLE, MemberBuffer, RowLayout, token_key
+from .shard_file import ShardFile
 from .token_index import TokenIndex
 
 

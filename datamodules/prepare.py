@@ -94,9 +94,11 @@ def prepare_text(
         rows_per_shard=rows_per_shard,
     )
     if engine == "ray":
-        job = TextJob(Target(str(out)), layout, sides, held_out, text_field, read_tokenizer.json)
+        job = TextJob(Target.shared(out), layout, sides, held_out, text_field, read_tokenizer.json)
         with Ray(ray_address, workers) as ray:
-            begin(job.target, {**vars(layout), "held_out": held_out, "text_field": text_field}, CORPUS_LAYOUT, overwrite)
+            begin(
+                job.target, {**vars(layout), "held_out": held_out, "text_field": text_field}, CORPUS_LAYOUT, overwrite
+            )
             indices = prepare_text_units(files, read_tokenizer, job, skipped, ray, progress)
     else:
         texts_read = texts(files, text_field, held_out, skipped)

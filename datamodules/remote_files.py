@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from .. import UsageError
 from .block_cache import ReadStats
@@ -56,12 +56,13 @@ class Url:
     @property
     def parent(self) -> Url:
         """The folder that holds it."""
-        return self._with(str(self._path.parent))
+        return Url(self._before_query(lambda url: url.rstrip("/").rpartition("/")[0]), self.below[:-1])
 
     def with_suffix(self, suffix: str) -> Url:
         """Its neighbour with another suffix."""
-        below = (*self.below[:-1], PurePosixPath(self.below[-1]).with_suffix(suffix).name) if self.below else ()
-        return replace(self._with(str(self._path.with_suffix(suffix))), below=below)
+        url = self._before_query(lambda url: url.removesuffix(self.suffix) + suffix)
+        below = (*self.below[:-1], self.below[-1].removesuffix(self.suffix) + suffix) if self.below else ()
+        return Url(url, below)
 
     def __truediv__(self, name: str) -> Url:
         return Url(join(self.url, name))
@@ -85,6 +86,14 @@ class Url:
         """
         return read_whole(self.url)
 
+    def is_file(self) -> bool:
+        """Whether there is such an object."""
+        try:
+            self.describe()
+        except FileNotFoundError:
+            return False
+        return True
+
     def describe(self) -> tuple[int, str]:
         """Size, and ETag or time of the last change.
 
@@ -98,14 +107,18 @@ class Url:
     @property
     def _path(self) -> PurePosixPath:
         parts = urlsplit(self.url)
-        web = parts.scheme.lower() in ("http", "https")  # elsewhere ? and # are characters of a key
-        return PurePosixPath(parts.path if web else self.url.partition("://")[2])
+        return PurePosixPath(parts.path if _is_web(parts) else self.url.partition("://")[2])
 
-    def _with(self, path: str) -> Url:
+    def _before_query(self, change: Callable[[str], str]) -> str:
+        """The URL with what stands before a query changed; but on the web ? and # are characters of a key."""
         parts = urlsplit(self.url)
-        if parts.scheme.lower() in ("http", "https"):
-            return Url(urlunsplit(parts._replace(path=path)))
-        return Url(f"{parts.scheme}://{path}")
+        if not _is_web(parts):
+            return change(self.url)
+        return urlunsplit(parts._replace(path=change(parts.path)))
+
+
+def _is_web(parts: SplitResult) -> bool:
+    return parts.scheme.lower() in ("http", "https")
 
 
 Place = Path | Url
@@ -174,7 +187,7 @@ def find(url: str) -> list[Url]:
     Raises:
         UsageError: A server that cannot list.
     """
-    if urlsplit(url).scheme.lower() in ("http", "https"):
+    if _is_web(urlsplit(url)):
         raise UsageError(f"{shown(url)}: a folder cannot be listed over http; name its files")
     system = file_system(url)
     try:
@@ -182,7 +195,7 @@ def find(url: str) -> list[Url]:
     except FileNotFoundError:
         return []
     prefix = str(system._strip_protocol(url)).rstrip("/") + "/"
-    names = sorted((name.removeprefix(prefix).split("/") for name in found if name.startswith(prefix)))
+    names = sorted(name.removeprefix(prefix).split("/") for name in found if name.startswith(prefix))
     return [Url(f"{url.rstrip('/')}/{'/'.join(parts)}", tuple(parts)) for parts in names]
 
 
@@ -216,7 +229,7 @@ def delete(urls: list[str]) -> None:
 
 def refuse_unwritable(url: str) -> None:
     """Raise where nothing can be written to a URL: http, or a protocol whose package is missing."""
-    if urlsplit(url).scheme.lower() in ("http", "https"):
+    if _is_web(urlsplit(url)):
         raise UsageError(f"{shown(url)}: nothing can be written over http; give a folder, or s3:// or gs://")
     file_system(url)
 
@@ -227,4 +240,3 @@ def _tried(url: str, call: Callable[[], T]) -> T:
             return call()
 
     return persistently(once, shown(url), FSSPEC_ATTEMPTS, ReadStats())
-

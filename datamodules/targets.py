@@ -33,6 +33,11 @@ class Target:
 
     root: str
 
+    @classmethod
+    def shared(cls, root: str | Path) -> Target:
+        """For processes whose working directory may be another."""
+        return cls(everywhere(str(root)))
+
     def __post_init__(self) -> None:
         if self.is_remote:
             refuse_unwritable(self.root)
@@ -129,6 +134,11 @@ class Target:
 
     def _path(self, name: str) -> Path:
         return local_path(self.root) / name
+
+
+def everywhere(path: str) -> str:
+    """A path that means the same in every working directory; a URL stays."""
+    return path if is_remote(path) else str(local_path(path).absolute())
 
 
 def local_out(out: str | Path) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from .row_layout import MemberBuffer, RowLayout, token_key
 from .shard_file import ShardFile
 from .sources import Skipped, SourceFile, identity
 from .storage import open_bytes
-from .targets import UNFINISHED, Target
+from .targets import UNFINISHED, Target, everywhere
 from .token_index import TokenIndex
 from .tokenizer import TokenizerFiles
 from .units import READERS, Record, Stage, Unit, complete, digest_of, unit_bar
@@ -138,7 +138,7 @@ def prepare_text_units(
     Raises:
         UsageError: Sources that cannot be read or have changed, too little text for one row.
     """
-    runs = list(_runs(files))
+    runs = list(_runs([_everywhere(file) for file in files]))
     with unit_bar("tokenizing", len(runs), progress) as bar:
         records = complete(Stage(job.target, "tokens", tokenize, job), runs, ray, bar)
     for record in records:
@@ -159,6 +159,10 @@ def prepare_text_units(
         job.target.write(f"{side}/{INDEX_FILE}", indices[side].content())
     job.target.remove(UNFINISHED)
     return {side: indices[side] for side in job.sides}
+
+
+def _everywhere(file: SourceFile) -> SourceFile:
+    return file if file.kind == "builtin" else replace(file, name=everywhere(file.name))
 
 
 def _runs(files: Sequence[SourceFile]) -> Iterator[Unit]:
