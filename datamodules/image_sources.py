@@ -135,7 +135,7 @@ def _folder(folder: Place) -> Listing:
     if isinstance(folder, Url):
         files = find(folder.url)
     else:
-        files = sorted(walk(folder), key=lambda path: path.relative_to(folder).parts)
+        files = _sorted(folder)
     images = [path for path in files if path.suffix.lower()[1:] in IMAGE_SUFFIXES and not path.name.startswith(".")]
     if not images:
         kinds = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)
@@ -155,6 +155,10 @@ def _folder(folder: Place) -> Listing:
     others = [path for path in files if path not in used]
     remark = f"{len(others)} other files left out (the first: {others[0]})" if others else ""
     return Listing(pictures, len(pictures), remark=remark)
+
+
+def _sorted(folder: Path) -> list[Path]:
+    return sorted(walk(folder), key=lambda path: path.relative_to(folder).parts)
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""Captioned pictures to shards on a cluster, in two stages of units; each does what ``prepare_images`` does in one pass.
+"""Captioned pictures to shards on a cluster, in two stages of units; together they do what ``prepare_images`` does.
 
 1. ``pictures``: a run of pictures becomes samples in a tar for each side, with their facts.
 2. ``shards``: once it is known how large each sample is, it is known which of them each shard holds.

@@ -142,7 +142,7 @@ def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
 
 
 def side_of(sample: Sample, held_out: float) -> str:
-    """Where a sample goes: as its source says, or ``val`` for the share of ``held_out`` and ``train`` for the others."""
+    """Where a sample goes: as its source says, or ``val`` for a share of ``held_out`` and ``train`` for the others."""
     return sample.side or ("val" if sample.draw < held_out else "train")
 
 

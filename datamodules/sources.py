@@ -201,10 +201,10 @@ def walk(folder: Path) -> Iterator[Path]:
     Raises:
         UsageError: A folder in it cannot be read.
     """
-    for place, folders, names in os.walk(folder, onerror=_cannot_list):
+    for inside, folders, names in os.walk(folder, onerror=_cannot_list):
         # Links to folders are not followed, as they may lead in circles: they count as unknown files.
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        yield from (Path(place, name) for name in [*names, *links])
+        links = [name for name in folders if Path(inside, name).is_symlink()]
+        yield from (Path(inside, name) for name in [*names, *links])
 
 
 def _cannot_list(error: OSError) -> None:

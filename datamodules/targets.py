@@ -122,10 +122,15 @@ class Target:
         """Delete a folder below the root, or all there is."""
         if self.is_remote:
             delete([self.where(name) for name in self.names(folder)])
-            return
-        path = self._path(folder)
-        with writing(path):
-            shutil.rmtree(path, ignore_errors=not path.exists())
+        else:
+            shutil.rmtree(self._path(folder), ignore_errors=True)  # another process may be at it too
+
+    def remove_file(self, name: str) -> None:
+        """Delete a file, if there is one."""
+        if self.is_remote:
+            delete([self.where(name)] if self.read(name) is not None else [])
+        else:
+            self._path(name).unlink(missing_ok=True)
 
     def refuse_file(self) -> None:
         """Raise where a file stands in its place."""

@@ -1,4 +1,4 @@
-"""Text to token shards on a cluster, in two stages of units; each does what ``prepare`` does in one pass.
+"""Text to token shards on a cluster, in two stages of units; together they do what ``prepare`` does in one pass.
 
 1. ``tokens``: a run of files becomes the tokens of either side. A file is never cut, so files bound what a unit takes.
 2. ``shards``: once it is known how many tokens each run has, it is known which of them each shard holds.

@@ -62,7 +62,7 @@ def compressor(tmp_path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def losses(compressor: str, clip: Path, data: Any) -> list[float]:
