@@ -131,11 +131,7 @@ def _table_kind(path: Place) -> str | None:
 
 
 def _folder(folder: Place) -> Listing:
-    files: Sequence[Place]
-    if isinstance(folder, Url):
-        files = find(folder.url)
-    else:
-        files = _sorted(folder)
+    files: Sequence[Place] = find(folder.url) if isinstance(folder, Url) else _sorted(folder)
     images = [path for path in files if path.suffix.lower()[1:] in IMAGE_SUFFIXES and not path.name.startswith(".")]
     if not images:
         kinds = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)

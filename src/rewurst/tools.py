@@ -49,9 +49,11 @@ def _prepare(parser: Parser) -> None:
     what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
     tokenizer = _tool(what, "tokenizer", "train a byte-level BPE tokenizer", _run_prepare_tokenizer)
     _add_sources(tokenizer)
+    tokenizer.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     tokenizer.add_argument("--vocab_size", type=int, required=True, help="tokens, end token and 256 bytes included")
     text = _tool(what, "text", "tokenize text and pack it into shards: OUT/train and OUT/val", _run_prepare_text)
     _add_sources(text)
+    text.add_argument("--out", required=True, help="folder to write, new or empty; with ray, or its URL")
     text.add_argument("--tokenizer", required=True, help="folder or hub name of a fast tokenizer")
     text.add_argument("--sequence_length", type=int, default=2048, help="tokens predicted in a row")
     text.add_argument("--held_out", type=float, default=0.0, help="share of documents kept for validation")
@@ -181,10 +183,9 @@ def _add_sources(parser: Parser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), .tar of captioned images, a folder of them, "
+        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), .tar of captioned images, a folder or the URL of them, "
         "builtin:prose or builtin:code",
     )
-    parser.add_argument("--out", required=True, help="folder to write, new or empty; prepare text with ray: or its URL")
     parser.add_argument("--text_field", default="text", help="field of .jsonl and column of .parquet with the text")
     parser.add_argument("--overwrite", action="store_true", help="replace what was prepared there")
 
@@ -198,7 +199,7 @@ def _run_prepare_tokenizer(args: Parsed) -> None:
     from .datamodules.tokenizer import train_tokenizer
 
     size = train_tokenizer(
-        args.sources, args.vocab_size, Path(args.out), text_field=args.text_field, overwrite=args.overwrite
+        args.sources, args.vocab_size, args.out, text_field=args.text_field, overwrite=args.overwrite
     )
     print(f"{args.out}: a tokenizer of {size} tokens")
 
