@@ -16,7 +16,6 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from .. import UsageError
-from ..datamodules.batches import Picks, as_is
 from ..datamodules.geometry import Size, buckets, nearest_bucket
 from ..datamodules.image_facts import Filters
 from ..datamodules.image_header import DecodeError
@@ -25,6 +24,7 @@ from ..datamodules.image_rows import ImageRows
 from ..datamodules.image_shards import ImageShards
 from ..datamodules.latent_index import array_bytes
 from ..datamodules.latent_writer import LatentFolder
+from ..datamodules.picks import Picks, as_is
 from ..datamodules.targets import Target, everywhere
 from .latent_makers import Makers
 

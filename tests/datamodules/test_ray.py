@@ -282,28 +282,39 @@ def test_pictures_from_and_to_object_storage(
     assert objects(bucket, "out/pictures") == expected
 
 
+def kill_at_work(function: str, out: Path, done: threading.Event) -> None:
+    """Kills a process that works on a unit, once another unit is done and imports are behind."""
+    while not done.wait(0.02):
+        at_work = (process for process in psutil.process_iter() if title(process).startswith(f"ray::{function}"))
+        if any(out.glob("*.idx")) and (process := next(at_work, None)) is not None:
+            process.kill()
+            return
+
+
+def title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return "".join(process.cmdline()[:1])
+    return ""
+
+
 def test_latents_are_those_of_the_local_engine_though_a_worker_is_killed(bucket: Any, tmp_path: Path) -> None:
     prepare_images("builtin:shapes", tmp_path / "shapes", pictures=1, progress=False)
     torch.manual_seed(1)
     SemanticCompressor.from_preset("tiny", widths=[8, 16, 16], c_latent=4).save(tmp_path / "compressor")
     source, compressor = str(tmp_path / "shapes" / "val"), str(tmp_path / "compressor")
-    asked: dict[str, Any] = {"samples_per_shard": 20, "batch_size": 8, "progress": False}
-
-    def kill() -> None:
-        while True:
-            for process in psutil.process_iter(["cmdline"]):
-                if (process.info["cmdline"] or [""])[0].startswith("ray::make_shard"):
-                    process.kill()
-                    return
-
-    killed = threading.Thread(target=kill)
-    killed.start()
-    prepare_latents(source, "s3://corpora/out/latents", compressor, 32, engine="ray", **asked)
-    killed.join()
+    asked: dict[str, Any] = {"samples_per_shard": 10, "batch_size": 4, "progress": False}
+    done = threading.Event()
+    killing = threading.Thread(target=kill_at_work, args=("make_shard", tmp_path / "ray", done))
+    killing.start()
+    prepare_latents(source, tmp_path / "ray", compressor, 32, engine="ray", **asked)
+    assert not killing.is_alive(), "a process was killed meanwhile"
+    done.set()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as a unit on a cluster has: sums depend on it in their last bits
     prepare_latents(source, tmp_path / "local", compressor, 32, **asked)
+    prepare_latents(source, "s3://corpora/out/latents", compressor, 32, **asked)
     torch.set_num_threads(threads)
     expected = contents(tmp_path / "local")
-    assert "latents-000001.tar" in expected
+    assert "latents-000003.tar" in expected
+    assert contents(tmp_path / "ray") == expected
     assert objects(bucket, "out/latents") == expected
