@@ -9,6 +9,7 @@ cluster, and tried again elsewhere when a process or a machine is lost.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,6 +19,7 @@ from .. import UsageError
 ENGINES = ("local", "ray")
 RETRIES = 4
 """Times that a unit is tried again whose process or machine was lost."""
+KNOCK_SECONDS = 20.0
 
 U = TypeVar("U")
 R = TypeVar("R")
@@ -50,10 +52,11 @@ class Ray:
     def __enter__(self) -> Self:
         if not self._ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
+            address = self._address or os.environ.get("RAY_ADDRESS", "")
             try:
+                _knock(address)
                 self._ray.init(self._address, log_to_driver=False, logging_level="warning")
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                address = self._address or os.environ.get("RAY_ADDRESS", "")
+            except (OSError, ValueError, RuntimeError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UsageError(f"ray_address {address}: no Ray cluster there ({reason})") from None
             self._started = True
@@ -118,6 +121,13 @@ class Ray:
         total = self._ray.cluster_resources()
         if self._gpus and total.get("GPU", 0) < self._gpus:
             raise UsageError("device cuda: the Ray cluster has no GPU; start its machines with one, or --device cpu")
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT, which Ray itself takes minutes to find."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def check_engine(engine: str, ray_address: str | None = None) -> None:

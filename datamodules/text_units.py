@@ -8,6 +8,7 @@ The stream of a side is that of all files in their order, so that shards are tho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -85,7 +86,9 @@ def tokenize(job: TextJob, unit: Unit) -> Record:
             files[side].write(encoded.tokens.astype(job.layout.dtype).tobytes())
             tokens[side] += encoded.tokens.size
             documents[side] += encoded.documents
-        stack.close()
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())  # the record says that they are there
         for side in job.sides:
             if tokens[side]:
                 job.target.publish(scratch / side, _tokens_file(unit.name, side))

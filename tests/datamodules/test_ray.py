@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 
 from rewurst import UsageError
-from rewurst.datamodules import image_units, remote, text_units
+from rewurst.datamodules import engines, image_units, remote, text_units
 from rewurst.datamodules.integrity import verify
 from rewurst.datamodules.prepare import prepare_text, train_tokenizer
 from rewurst.datamodules.prepare_images import prepare_images
 from rewurst.modules.latents import prepare_latents
 from rewurst.modules.networks import SemanticCompressor
+from rewurst.train import main
 
 ray = pytest.importorskip("ray")
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "fünf", "狗", "barked", "ran", "away"]
@@ -221,7 +222,8 @@ def test_text_from_and_to_object_storage(bucket: Any, texts: Path, tokenizer: st
     for path in texts.rglob("*.*"):
         bucket.upload_file(str(path), "corpora", f"texts/{path.relative_to(texts)}")
     asked: dict[str, Any] = {**TEXT, "held_out": 0.0}
-    prepare_text(["s3://corpora/texts"], tokenizer, "s3://corpora/out/text", engine="ray", **asked)
+    command = ["prepare", "text", "s3://corpora/texts", "--tokenizer", tokenizer, "--out", "s3://corpora/out/text"]
+    assert main([*command, "--engine", "ray", "--sequence_length", "16", "--rows_per_shard", "256"]) == 0
     prepare_text(["s3://corpora/texts"], tokenizer, tmp_path / "local", **asked)
     expected = contents(tmp_path / "local")
     assert objects(bucket, "out/text") == expected
@@ -275,11 +277,40 @@ def test_pictures_from_and_to_object_storage(
         bucket.upload_file(str(path), "corpora", f"pictures/{path.name}")
     monkeypatch.setattr("rewurst.datamodules.image_writer.SHARD_BYTES", 12_000)
     asked = {**PICTURES, "skip_without_caption": True, "samples_per_shard": None}
-    prepare_images("s3://corpora/pictures", "s3://corpora/out/pictures", engine="ray", **asked)
+    command = ["prepare", "images", "s3://corpora/pictures", "--out", "s3://corpora/out/pictures", "--engine", "ray"]
+    assert main([*command, "--held_out", "0.3", "--max_corrupt", "0.5", "--skip_without_caption"]) == 0
     prepare_images("s3://corpora/pictures", tmp_path / "local", **asked)
     expected = contents(tmp_path / "local")
     assert "train/pictures-000002.tar" in expected
     assert objects(bucket, "out/pictures") == expected
+
+
+def dies(job: None, unit: int) -> int:
+    """Work of one unit out of which nothing comes."""
+    if unit == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unit
+
+
+def test_a_unit_whose_process_is_always_lost_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "RETRIES", 1)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with (
+        pytest.raises(UsageError, match=r"unit 2: its process was lost 2 times, perhaps for want of memory \("),
+        engines.Ray(most=2) as running,
+    ):
+        list(running.run(dies, None, ((f"unit {i}", i) for i in range(4))))
+    assert ray.is_initialized(), "a cluster that was there stays"
+
+
+def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="workers is 0, expected 1 or more with engine ray"):
+        engines.Ray(most=0)
+    with pytest.raises(UsageError, match="device cuda: the Ray cluster has no GPU"), engines.Ray(gpus=1):
+        pass
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UsageError, match=r"ray_address ray://127\.0\.0\.1:1: no Ray cluster there \(.*refused"):
+        engines.Ray("ray://127.0.0.1:1").__enter__()
 
 
 def kill_at_work(function: str, out: Path, done: threading.Event) -> None:
@@ -306,7 +337,8 @@ def test_latents_are_those_of_the_local_engine_though_a_worker_is_killed(bucket:
     done = threading.Event()
     killing = threading.Thread(target=kill_at_work, args=("make_shard", tmp_path / "ray", done))
     killing.start()
-    prepare_latents(source, tmp_path / "ray", compressor, 32, engine="ray", **asked)
+    command = ["prepare", "latents", source, "--stage_b", compressor, "--image_size", "32", "--engine", "ray"]
+    assert main([*command, "--samples_per_shard", "10", "--batch_size", "4", "--out", str(tmp_path / "ray")]) == 0
     assert not killing.is_alive(), "a process was killed meanwhile"
     done.set()
     threads = torch.get_num_threads()
