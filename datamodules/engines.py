@@ -56,7 +56,7 @@ class Ray:
             try:
                 _knock(address)
                 self._ray.init(self._address, log_to_driver=False, logging_level="warning")
-            except (OSError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError, self._ray.exceptions.RayError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise UsageError(f"ray_address {address}: no Ray cluster there ({reason})") from None
             self._started = True

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -63,6 +64,9 @@ def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REWURST_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise one is written into the home folder
+        patch.setenv("RAY_AUTH_MODE", "")  # what Ray sets it to goes with the patch
+        patch.delenv("RAY_AUTH_MODE")
         running = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
         yield running.address_info["address"]
         ray.shutdown()
