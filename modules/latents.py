@@ -8,12 +8,13 @@ Processes share the shards: by number (``shard_of``), or as the units of a Ray c
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -114,7 +115,7 @@ def prepare_latents(
         folder.begin((lambda: _empty_text_on(ray, work)) if ray else work.makers.empty_text)
         todo = folder.left(mine)
         total, left = (sum(len(folder.rows(shard)) for shard in shards) for shards in (mine, todo))
-        bar = tqdm(total=total, initial=total - left, unit=" images", disable=not progress, file=sys.stderr)
+        bar = tqdm(total=total, initial=total - left, unit=" images", desc="latents", disable=not progress)
         with bar:
             for rows in _on(ray, work, todo, faults) if ray else _here(work, todo, faults):
                 bar.update(rows)
@@ -133,58 +134,67 @@ def _here(work: LatentWork, todo: Sequence[int], faults: Faults) -> Iterator[int
 def _on(ray: Ray, work: LatentWork, todo: Sequence[int], faults: Faults) -> Iterator[int]:
     """The same on a cluster, in the order in which shards are done."""
     units = ((f"shard {shard} of {work.options.out}", shard) for shard in todo)
-    for _, made in ray.run(make_shard, _job(work), units):
-        faults.count(made.rows, made.faults)
+    for _, made in ray.run(make_shard, job_of(work), units):
+        faults.count(made.seen, made.faults)
         yield made.rows
 
 
 class Job(NamedTuple):
-    """For processes of a cluster: what is asked for, and what is to be the same there."""
+    """For processes of a cluster: what is asked for, and what is to be the same there, as JSON."""
 
     options: LatentOptions
-    described: dict[str, Any]
+    described: str
 
 
 class Made(NamedTuple):
-    """Of a shard: rows, and the images that could not be read."""
+    """Of a shard: its rows, the images that were read or could not be, and what was wrong with the latter."""
 
     rows: int
+    seen: int
     faults: list[str]
 
 
 def make_shard(job: Job, shard: int) -> Made:
     """Write a shard."""
     faults = Faults(1.0)
-    return Made(sum(_here(_opened(job), [shard], faults)), faults.found)
+    rows = sum(_here(_opened(job), [shard], faults))
+    return Made(rows, faults.seen, faults.found)
 
 
+@lru_cache(maxsize=1)
 def _opened(job: Job) -> LatentWork:
     """Images and networks, kept from one shard to the next.
 
     Raises:
         UsageError: They are others than those of the process that started the preparation.
     """
-    work = _work(job.options)
-    for name, value in work.described.items():
-        if name not in LatentIndex.not_in_fingerprint() and value != job.described[name]:
+    work = LatentWork(job.options)
+    here, there = json.loads(_described(work)), json.loads(job.described)
+    for name in there:
+        if here.get(name) != there[name]:
             raise UsageError(
-                f"{job.options.out}: {name} is {value} on this machine of the cluster, expected "
-                f"{job.described[name]}: give paths that are the same files on all of them"
+                f"{job.options.out}: {name} is {here.get(name)} on this machine of the cluster, expected "
+                f"{there[name]}: give paths that are the same files on all of them"
             )
     return work
 
 
-_work = lru_cache(maxsize=1)(LatentWork)
+def job_of(work: LatentWork) -> Job:
+    """What processes of a cluster are given."""
+    stage_a = work.makers.parts["a"].source if "a" in work.makers.parts else None
+    return Job(replace(work.options, stage_a=stage_a).everywhere(), _described(work))
 
 
-def _job(work: LatentWork) -> Job:
-    return Job(work.options.everywhere(), work.described)
+def _described(work: LatentWork) -> str:
+    """Where networks came from apart."""
+    where = LatentIndex.not_in_fingerprint()
+    return json.dumps({name: value for name, value in work.described.items() if name not in where}, sort_keys=True)
 
 
 def _empty_text_on(ray: Ray, work: LatentWork) -> bytes | None:
     if "text" not in work.makers.parts:
         return None
-    [(_, content)] = ray.run(_empty_text, _job(work), [("states of the empty text", None)])
+    [(_, content)] = ray.run(_empty_text, job_of(work), [("states of the empty text", None)])
     return content
 
 

@@ -337,12 +337,12 @@ def test_latents_are_those_of_the_local_engine_though_a_worker_is_killed(bucket:
     torch.manual_seed(1)
     SemanticCompressor.from_preset("tiny", widths=[8, 16, 16], c_latent=4).save(tmp_path / "compressor")
     source, compressor = str(tmp_path / "shapes" / "val"), str(tmp_path / "compressor")
-    asked: dict[str, Any] = {"samples_per_shard": 10, "batch_size": 4, "progress": False}
+    asked: dict[str, Any] = {"samples_per_shard": 60, "batch_size": 4, "progress": False}
     done = threading.Event()
     killing = threading.Thread(target=kill_at_work, args=("make_shard", tmp_path / "ray", done))
     killing.start()
     command = ["prepare", "latents", source, "--stage_b", compressor, "--image_size", "32", "--engine", "ray"]
-    assert main([*command, "--samples_per_shard", "10", "--batch_size", "4", "--out", str(tmp_path / "ray")]) == 0
+    assert main([*command, "--samples_per_shard", "60", "--batch_size", "4", "--out", str(tmp_path / "ray")]) == 0
     assert not killing.is_alive(), "a process was killed meanwhile"
     done.set()
     threads = torch.get_num_threads()
