@@ -64,6 +64,7 @@ def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REWURST_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # by default workers wait for everything else on the machine
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise one is written into the home folder
         patch.setenv("RAY_AUTH_MODE", "")  # what Ray sets it to goes with the patch
         patch.delenv("RAY_AUTH_MODE")
@@ -124,13 +125,15 @@ class Fifo:
 
     def reader(self) -> int:
         """The process that has begun to read it."""
-        self.end = self.path.open("wb")  # waits for a reader
-        self.end.write(self.content[: len(self.content) // 2])
-        self.end.flush()
-        [pid] = [
-            process.pid for process in psutil.process_iter() if process.pid != os.getpid() and self._is_open(process)
-        ]
-        return pid
+        while True:
+            self.end = self.path.open("wb")  # waits for a reader, which may yet be one that is about to end
+            with contextlib.suppress(BrokenPipeError):
+                self.end.write(self.content[: len(self.content) // 2])
+                self.end.flush()
+                others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+                if (found := next(filter(self._is_open, others), None)) is not None:
+                    return found.pid
+            self.close()
 
     def restore(self) -> None:
         """Puts the file back."""
@@ -143,7 +146,7 @@ class Fifo:
 
     def kill_reader(self) -> threading.Thread:
         """Kills the process that reads it, once it does; whoever reads after that finds the file."""
-        killed = threading.Thread(target=self._kill)
+        killed = threading.Thread(target=self._kill, daemon=True)
         killed.start()
         return killed
 
@@ -259,7 +262,7 @@ def test_pictures_are_those_of_the_local_engine_though_a_worker_is_killed(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UsageError, match=r"09\.png: no caption; add one, or leave such pictures out"):
-        prepare_images(str(pictures), tmp_path / "ray", engine="ray", **PICTURES)
+        prepare_images(str(pictures), tmp_path / "ray", engine="ray", workers=1, **PICTURES)
     killed = Fifo(pictures / "17.png").kill_reader()
     asked = {**PICTURES, "skip_without_caption": True}
     counts = prepare_images(str(pictures), tmp_path / "ray", engine="ray", **asked)
@@ -339,7 +342,7 @@ def test_latents_are_those_of_the_local_engine_though_a_worker_is_killed(bucket:
     source, compressor = str(tmp_path / "shapes" / "val"), str(tmp_path / "compressor")
     asked: dict[str, Any] = {"samples_per_shard": 60, "batch_size": 4, "progress": False}
     done = threading.Event()
-    killing = threading.Thread(target=kill_at_work, args=("make_shard", tmp_path / "ray", done))
+    killing = threading.Thread(target=kill_at_work, args=("make_shard", tmp_path / "ray", done), daemon=True)
     killing.start()
     command = ["prepare", "latents", source, "--stage_b", compressor, "--image_size", "32", "--engine", "ray"]
     assert main([*command, "--samples_per_shard", "60", "--batch_size", "4", "--out", str(tmp_path / "ray")]) == 0
