@@ -56,9 +56,10 @@ class Ray:
             try:
                 _knock(address)
                 self._ray.init(self._address, log_to_driver=False, logging_level="warning")
-            except (OSError, ValueError, RuntimeError, self._ray.exceptions.RayError) as error:
+            except Exception as error:  # Ray raises nothing narrower when its own processes do not start in time
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UsageError(f"ray_address {address}: no Ray cluster there ({reason})") from None
+                what = f"ray_address {address}: no Ray cluster there" if address else "no Ray cluster starts here"
+                raise UsageError(f"{what} ({reason})") from None
             self._started = True
         self._check_resources()
         return self

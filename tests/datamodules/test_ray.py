@@ -68,7 +68,12 @@ def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise one is written into the home folder
         patch.setenv("RAY_AUTH_MODE", "")  # what Ray sets it to goes with the patch
         patch.delenv("RAY_AUTH_MODE")
-        running = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        options = {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+        try:
+            running = ray.init(**options)
+        except Exception:  # on a machine that is busy beyond its cores Ray's half a minute may not do
+            ray.shutdown()
+            running = ray.init(**options)
         yield running.address_info["address"]
         ray.shutdown()
 
