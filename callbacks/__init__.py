@@ -33,6 +33,7 @@ from .schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
+from .throughput import Throughput
 from .weight_average import WeightAverage
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "SaveOnSignal",
     "Schedule",
     "StepProgressBar",
+    "Throughput",
     "WarmupCosine",
     "WarmupInverseSqrt",
     "WarmupLinear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
 from .attention import IGNORED, document_arguments, document_targets, require_positions
+from .flops import flops_a_token
 from .head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
 from .initial_weights import build, load_initial_weights
 from .losses import cross_entropy, linear_cross_entropy
@@ -137,6 +139,19 @@ class CausalLM(WatchedModule):
     def loss(self, input_ids: Tensor) -> Tensor:
         """What training minimises, from ids (batch, length): the mean of the tokens' losses, z-loss included."""
         return self._losses(input_ids[:, :-1], self._targets(input_ids), self.z_loss, "mean")
+
+    def flops(self, batch: Batch) -> float | None:
+        """FLOPs of a training step on a micro-batch, 6 N + 12 L d T a token; none for models with experts."""
+        rows, length = batch["input_ids"].shape
+        config: Any = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+            return None  # a token passes some of the parameters
+        shape = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
+        return rows * (length - 1) * flops_a_token(self._parameter_count, *shape, length - 1)
+
+    @cached_property
+    def _parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""

@@ -19,6 +19,7 @@ from .. import UsageError
 from .adversarial import ADVERSARIAL, AdversarialLoss, without_gradients
 from .codebook import CodebookUse, drawn_rows, snap
 from .finite import FiniteWatch
+from .flops import stage_a_flops
 from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .networks import VQGAN, PatchDiscriminator, describe
 from .perceptual import frozen_lpips
@@ -132,6 +133,10 @@ class StageA(LightningModule):
         """Reconstructions of images in [0, 1], through the codebook."""
         reconstructions: Tensor = self.vqgan(images.to(self.dtype))[0]
         return reconstructions.float().clamp(0, 1)
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of a training step on a micro-batch, the adversary and LPIPS included where they take part."""
+        return stage_a_flops(self.vqgan, tuple(batch["image"].shape), self.adversary, self.lpips is not None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the gradients of a micro-batch; the last one of a global batch steps both optimizers."""
