@@ -3,6 +3,7 @@
 from .atomic_checkpoint import AtomicCheckpointIO
 from .exact_resume import ExactResume
 from .forgetting import Forgetting
+from .hyperparameters import LogHyperparameters
 from .lr_rewarming import LRRewarming
 from .progress_bar import StepProgressBar
 from .replay import ReplayScheduler, ReplaySource
@@ -33,6 +34,8 @@ from .schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
+from .tensorboard_layout import TensorBoardLayout
+from .text_samples import LogText
 from .throughput import Throughput
 from .weight_average import WeightAverage
 
@@ -44,12 +47,15 @@ __all__ = [
     "InfiniteCosine",
     "InfiniteInverseSqrt",
     "LRRewarming",
+    "LogHyperparameters",
     "LogSamples",
+    "LogText",
     "ReplayScheduler",
     "ReplaySource",
     "SaveOnSignal",
     "Schedule",
     "StepProgressBar",
+    "TensorBoardLayout",
     "Throughput",
     "WarmupCosine",
     "WarmupInverseSqrt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from .. import UsageError
 from .attention import IGNORED, document_arguments, document_targets, require_positions
 from .flops import flops_a_token
 from .head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
+from .hugging_face import continuations
 from .initial_weights import build, load_initial_weights
 from .losses import cross_entropy, linear_cross_entropy
 from .watched import WatchedModule, parameter_groups
@@ -66,6 +68,8 @@ class CausalLM(WatchedModule):
         UsageError: The model is none that transformers knows, weights do not fit, the tokenizer has more tokens than
             the model, the model cannot do what is asked for.
     """
+
+    flops_formula = "6 N + 12 L d T a token"
 
     def __init__(
         self,
@@ -196,6 +200,13 @@ class CausalLM(WatchedModule):
         """Cross-entropy of every token, (rows, sequence_length), without rows that only fill up."""
         losses = self.token_losses(batch["input_ids"])
         return losses[batch["valid"]] if "valid" in batch else losses
+
+    def continue_text(self, prompts: Sequence[str], max_new_tokens: int = 50, temperature: float = 0.8) -> list[str]:
+        """Continuations of prompts, for :class:`~rewurst.callbacks.LogText`, with the tokenizer of the data."""
+        folder = getattr(self.trainer.datamodule, "tokenizer_folder", None)  # type: ignore[attr-defined]
+        if not folder:
+            raise UsageError("LogText: the data module knows no tokenizer_folder: prompts cannot be told as tokens")
+        return continuations(self.model, folder, prompts, max_new_tokens, temperature)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over two groups: matrices, which decay, and everything else, which does not."""

@@ -30,6 +30,8 @@ class DiffusionStage(WatchedModule):
         max_grad_norm: As in :class:`WatchedModule`.
     """
 
+    flops_formula = "3 x forward passes (1 x of frozen parts)"
+
     def __init__(self, optimizer: OptimizerCallable, max_grad_norm: float | None = 1.0) -> None:
         super().__init__(max_grad_norm)
         self.optimizer = optimizer

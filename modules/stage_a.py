@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,13 @@ class StageA(LightningModule):
     """
 
     latent_std: Tensor
+    charts: ClassVar[dict[str, list[str]]] = {
+        "PSNR of pictures (dB)": ["val/psnr/.*"],
+        "SSIM of pictures": ["val/ssim/.*"],
+        "Terms of the loss": ["train/(reconstruction|codebook|perceptual|adversarial|discriminator)"],
+        "Share of codes in use": ["train/codebook_usage", "val/codebook_usage/.*"],
+    }
+    flops_formula = "3 x forward passes"
     counted_optimizers = 1  # of which trainer.global_step counts the steps
 
     def __init__(

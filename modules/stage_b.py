@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -58,6 +58,12 @@ class StageB(DiffusionStage):
     Raises:
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
+
+    charts: ClassVar[dict[str, list[str]]] = {
+        "PSNR of pictures (dB)": ["val/psnr/.*"],
+        "SSIM of pictures": ["val/ssim/.*"],
+        "Error by diffusion time": ["val/loss_at/.*"],
+    }
 
     def __init__(
         self,
