@@ -88,6 +88,10 @@ class Throughput(ThroughputMonitor):
         if isinstance(run.profiler, PartProfiler):
             run.profiler = run.profiler.inner
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As ``teardown``, which a run that fails does not come to."""
+        self.teardown(trainer, pl_module, "fit")
+
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         """Starts the clocks."""
         if not trainer.is_global_zero:
@@ -170,6 +174,7 @@ class Throughput(ThroughputMonitor):
             if not self._window._time:  # rates go from the window's first entry to its last
                 self._update_window(0, None if tokens is None else 0, None if flops is None else 0)
             elapsed, batches, all_samples, all_tokens = self._totals
+            seconds = max(seconds, 1e-9)  # the window wants time to pass, a clock may be coarse
             self._totals = (elapsed + seconds, batches + 1, all_samples + samples, all_tokens + (tokens or 0))
             self._update_window(samples, tokens, flops)
 

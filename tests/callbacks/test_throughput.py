@@ -143,6 +143,16 @@ def test_the_trainers_profiler_goes_on_and_comes_back(clock: Clock, tmp_path: Pa
     profiler = SimpleProfiler()
     done = run(tmp_path, clock, Throughput(), profiler=profiler)
     assert done.profiler is profiler  # type: ignore[attr-defined]
+
+    class Fails(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise RuntimeError("on purpose")
+
+    failing = trainer(tmp_path, callbacks=[Throughput()], max_steps=2)
+    before = failing.profiler  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        failing.fit(Fails(clock), loader(clock), loader(clock))
+    assert failing.profiler is before  # type: ignore[attr-defined]
     assert len(profiler.recorded_durations["run_training_batch"]) == 8
 
 
