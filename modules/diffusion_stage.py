@@ -35,6 +35,8 @@ class DiffusionStage(WatchedModule):
         UsageError: A weight below 1.
     """
 
+    flops_formula = "3 x forward passes (1 x of frozen parts)"
+
     def __init__(
         self, optimizer: OptimizerCallable, max_grad_norm: float | None = 1.0, max_loss_weight: float = 1.0
     ) -> None:

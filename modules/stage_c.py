@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from .. import UsageError
 from . import diffusion
 from .diffusion_stage import DiffusionStage
+from .flops import FROZEN, TRAINED, forward_flops, text_flops
 from .image_metrics import valid_samples
 from .lower_stages import LowerStages, own_scale
 from .networks import ConditionCache, Prior, SemanticCompressor, TextEncoder
@@ -61,6 +62,8 @@ class StageC(DiffusionStage):
     Raises:
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
+
+    charts: ClassVar[dict[str, list[str]]] = {"Error by diffusion time": ["val/loss_at/.*"]}
 
     def __init__(
         self,
@@ -172,6 +175,22 @@ class StageC(DiffusionStage):
         predicted = self.prior(diffusion.diffuse(x, t, noise), t, self.text_states(batch)).float()
         errors: Tensor = (predicted - noise).square().mean((1, 2, 3))
         return errors
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of a training step on a micro-batch; the frozen networks pass it forward only, if at all."""
+        encoder, compressor, n = self.text_model, self.compressor.module, _count(batch)
+        total = 0.0 if encoder is None else TRAINED * text_flops(encoder, n)
+        if self.text_encoder is not None:
+            encoder = self.text_encoder.module
+            total += 0.0 if "text" in batch else FROZEN * text_flops(encoder, n)
+        assert encoder is not None
+        if "z" in batch:
+            x = tuple(batch["z"].shape)
+        else:
+            images = tuple(batch["image"].shape)
+            x = (n, self.prior.config["c_in"], *compressor.latent_size(images[2:]))
+            total += FROZEN * forward_flops(compressor, [images])
+        return total + TRAINED * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""
