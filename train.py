@@ -29,6 +29,7 @@ usage: rewurst COMMAND [--help] ...
   generate text FOLDER PROMPT       continue a prompt
   generate image FOLDER PROMPT      draw pictures
   generate reconstruction FOLDER IMAGE   an image beside what Stage A, and Stage B from z, make of it
+  reproduce continual --out DIR     run the papers' experiments and report which of their claims held
 
 `rewurst COMMAND --help` tells more. Errors are one line, exit status 2; REWURST_TRACEBACK=1 shows where they come from.
 """
@@ -61,6 +62,7 @@ def _command(name: str) -> Command:
     commands = {**dict.fromkeys(("fit", "validate", "test", "predict"), _lightning)}
     commands |= dict.fromkeys(("prepare", "export", "generate"), _tool)
     commands["schedule"] = _schedule
+    commands["reproduce"] = _reproduce
     if name not in commands:
         hint = closest(name, commands) or f"; there are {', '.join(commands)}"
         raise UsageError(f"no command {name!r}{hint}")
@@ -75,6 +77,12 @@ def _lightning(args: list[str]) -> None:
 
 def _schedule(args: list[str]) -> None:
     from rewurst.schedule_plot import run
+
+    run(args)
+
+
+def _reproduce(args: list[str]) -> None:
+    from rewurst.reproduce.command import run
 
     run(args)
 
