@@ -60,9 +60,7 @@ def of_recipe(scale: Scale) -> Data:
     return Data(old, new, {name: val[name] for name in (*old_val, *new_val)}, splits)
 
 
-def prepare(
-    old: Sequence[str], new: Sequence[str], out: Path, scale: Scale, tokenizer: str | None = None
-) -> Data:
+def prepare(old: Sequence[str], new: Sequence[str], out: Path, scale: Scale, tokenizer: str | None = None) -> Data:
     """Makes shards of two corpora under a folder; what is there already is not made again.
 
     Args:

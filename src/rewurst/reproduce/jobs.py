@@ -29,6 +29,7 @@ class Job:
         key: Hash of everything that decides the outcome, the runs it continues included.
         folder: Where it logs and saves.
         steps: Absolute steps at its end.
+        every: Steps between validations.
         config: What ``rewurst fit`` is given.
         parent: The job that it continues.
     """
@@ -38,6 +39,7 @@ class Job:
     key: str
     folder: Path
     steps: int
+    every: int
     config: Config
     parent: Job | None = None
 
@@ -45,6 +47,12 @@ class Job:
     def start(self) -> int:
         """Absolute steps at its beginning."""
         return self.steps - self.run.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens in a global batch."""
+        sizes = self.config["data"]["init_args"]
+        return int(sizes["global_batch_size"] * sizes["sequence_length"])
 
     def write_config(self) -> Path:
         """Writes the config, whole or not at all, and returns its path."""
@@ -66,9 +74,7 @@ def make_jobs(runs: list[Run], seeds: list[int], scale: Scale, data: Data, out: 
     return list(jobs.values())
 
 
-def _job(
-    run: Run, seed: int, base: Config, scale: Scale, data: Data, out: Path, steps: int, parent: Job | None
-) -> Job:
+def _job(run: Run, seed: int, base: Config, scale: Scale, data: Data, out: Path, steps: int, parent: Job | None) -> Job:
     trainer = base["trainer"] | {"max_steps": steps, "enable_progress_bar": False}
     data_config = _data_config(run, base["data"], data, seed)
     every = interval(run.steps, scale.every)
@@ -82,7 +88,7 @@ def _job(
     trainer["val_check_interval"] = every * _micro_batches(data_config["init_args"], trainer)
     trainer["logger"] = named("TensorBoardLogger", save_dir=str(folder.parent), name=folder.name)
     config["ckpt_path"] = f"auto:{parent.folder}" if parent else "auto"
-    return Job(run, seed, key, folder, steps, config, parent)
+    return Job(run, seed, key, folder, steps, every, config, parent)
 
 
 def interval(steps: int, every: int) -> int:
@@ -109,7 +115,7 @@ def _micro_batches(sizes: Config, trainer: Config) -> int:
         import torch
 
         devices = max(1, torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
-    rows = sizes["micro_batch_size"] * devices * trainer.get("num_nodes", 1)
+    rows = int(sizes["micro_batch_size"] * devices * trainer.get("num_nodes", 1))
     return max(1, int(sizes["global_batch_size"]) // rows)
 
 

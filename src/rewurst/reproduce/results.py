@@ -9,6 +9,7 @@ from pathlib import Path
 from .jobs import Job, write_whole
 
 Curve = list[tuple[int, float]]
+Events = dict[str, list[tuple[int, float]]]
 RESULT = "result.json"
 
 
@@ -28,7 +29,7 @@ class Result:
 
     key: str
     losses: dict[str, Curve]
-    tokens: float
+    tokens: int
     steps: int
     share_read: float
     seconds: float
@@ -58,32 +59,51 @@ def keep_result(job: Job, before: Result | None, seconds: float) -> Result | Non
         before: Result of the run that it continues.
         seconds: How long its process took.
     """
-    tokens = scalars(job.folder, "tokens")
+    versions = _versions(job.folder)
     losses = {}
     for corpus in job.config["data"]["init_args"]["val"]:
-        # What was logged as step n was logged with n + 1 batches done. A validation before the first one says again
-        # what the run before ended on.
-        logged = [(step + 1, value) for step, value in scalars(job.folder, f"val/loss/{corpus}")]
         first = [before.losses[corpus][-1]] if before is not None and corpus in before.losses else []
-        losses[corpus] = first + [(step, value) for step, value in logged if step > job.start + 1]
-    if not tokens or any(not curve or curve[-1][0] < job.steps for curve in losses.values()):
+        losses[corpus] = first + _validations(job, versions, f"val/loss/{corpus}")
+    if any(not curve or curve[-1][0] < job.steps for curve in losses.values()):
         return None
-    step, count = tokens[-1]
-    shares = scalars(job.folder, "replay/share_read")
-    share = shares[-1][1] if shares else 0.0
-    result = Result(job.key, losses, count / (step + 1) * job.steps, job.steps, share, round(seconds, 1))
+    shares = [value for events in versions for _, value in events.get("replay/share_read", [])]
+    share = shares[-1] if shares else 0.0
+    result = Result(job.key, losses, job.steps * job.tokens_per_step, job.steps, share, round(seconds, 1))
     write_whole(job.folder / RESULT, json.dumps(asdict(result)) + "\n")
     return result
 
 
+def _validations(job: Job, versions: list[Events], tag: str) -> Curve:
+    """A run's own validations: (steps done, loss), at its interval.
+
+    With n steps done Lightning logs as step n - 1, or otherwise where the process went on from a checkpoint. So what
+    was logged with it as ``tokens`` says how many there were. Validations in between are made as a process is stopped.
+    """
+    found: dict[int, float] = {}
+    for events in versions:
+        counted = events.get("tokens", [])
+        if counted:
+            step, tokens = counted[-1]
+            ahead = round(tokens / job.tokens_per_step) - step
+            found.update((step + ahead, value) for step, value in events.get(tag, []))
+    return sorted((step, value) for step, value in found.items() if step > job.start and step % job.every == 0)
+
+
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     """What TensorBoard holds of a tag, over all versions of a run: (step as logged, value), the latest of a step."""
+    values: dict[int, float] = {}
+    for events in _versions(folder):
+        values.update(events.get(tag, []))  # a resumed run repeats steps
+    return sorted(values.items())
+
+
+def _versions(folder: Path) -> list[Events]:
+    """What each process of a run logged, by tag, the first process first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    values: dict[int, float] = {}
+    found = []
     for version in sorted(folder.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_"))):
         events = EventAccumulator(str(version), size_guidance={"scalars": 0})
         events.Reload()
-        if tag in events.Tags()["scalars"]:
-            values.update((event.step, event.value) for event in events.Scalars(tag))  # a resumed run repeats steps
-    return sorted(values.items())
+        found.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
+    return found

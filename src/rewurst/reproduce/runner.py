@@ -1,8 +1,8 @@
 """Runs jobs as processes of ``rewurst fit``, as many at a time as asked for, and goes on where it was stopped.
 
-A job with a result is not run again. One that was stopped goes on from its newest checkpoint, which ``rewurst fit`` does
-by itself. A lock, which the process of a job inherits, keeps two from writing the same run: also where the runner was
-killed and left its processes behind, or where two runners share a folder.
+A job with a result is not run again. One that was stopped goes on from its newest checkpoint, which ``rewurst fit``
+does by itself. A lock, which the process of a job inherits, keeps two from writing the same run: also where the runner
+was killed and left its processes behind, or where two runners share a folder.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class Runner:
     def _settle(self, attempt: Attempt, bar: Any) -> bool:
         """Whether an attempt is over; its result, or what went wrong, is taken note of."""
         job = attempt.job
-        if attempt.process is None:
+        if attempt.process is None and load_result(job) is None:
             attempt.process = launch(job, self.at_once)  # none while another runner is still at it
             return False
-        status = attempt.process.poll()
+        status = attempt.process.poll() if attempt.process else 0
         if status is None:
             return False
         before = self.results.get(_name(job.parent)) if job.parent else None
@@ -124,9 +124,13 @@ class Runner:
 
     def _show(self, bar: Any, going: list[Attempt]) -> None:
         done = sum(job.run.steps for job in self.jobs if _name(job) in self.results)
-        bar.n = done + sum(_steps_done(attempt.job) for attempt in going)
+        now = done + sum(_steps_done(attempt.job) for attempt in going)
+        under_way = ", ".join(_label(attempt.job) for attempt in going)
+        if (now, under_way) == (bar.n, bar.postfix) and not sys.stderr.isatty():
+            return  # a log has a line for what changed
+        bar.n = now
         bar.set_description(f"{len(self.results)} of {len(self.jobs)} runs", refresh=False)
-        bar.set_postfix_str(", ".join(_label(attempt.job) for attempt in going), refresh=False)
+        bar.set_postfix_str(under_way, refresh=False)
         bar.refresh()
 
 
@@ -139,16 +143,19 @@ def results_of(jobs: Sequence[Job]) -> Results:
 def launch(job: Job, at_once: int) -> subprocess.Popen[bytes] | None:
     """Starts a job's process; none where another holds its lock."""
     config = job.write_config()
-    with (job.folder / "lock").open("w") as lock, (job.folder / "log.txt").open("ab") as log:
+    with (job.folder / "lock").open("a") as lock, (job.folder / "log.txt").open("ab") as log:
         if not _take(lock):
             return None
         threads = str(max(1, (os.cpu_count() or 1) // at_once))
         command = [sys.executable, "-m", "rewurst.train", "fit", "--config", str(config)]
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
         # A session of its own: Ctrl-C reaches the runner, which asks the processes to save.
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdout=log, stderr=log, pass_fds=[lock.fileno()], start_new_session=True, env=environment
         )
+        lock.truncate(0)
+        lock.write(f"{process.pid}\n")  # for whoever wants to know who holds it
+        return process
 
 
 def _take(lock: IO[str]) -> bool:
@@ -185,9 +192,8 @@ def _stop_signals() -> Iterator[None]:
 
 def _steps_done(job: Job) -> int:
     """Own steps of a job as far as it has saved."""
-    path = newest_checkpoint([job.folder])
-    match = _STEP.search(path.name) if path else None
-    return max(0, int(match[1]) - job.start) if match else 0
+    steps = [int(match[1]) for path in job.folder.rglob("*.ckpt") if (match := _STEP.search(path.name))]
+    return max(0, max(steps, default=job.start) - job.start)
 
 
 def _drop_older_checkpoints(folder: Path) -> None:

@@ -59,7 +59,9 @@ SCALES = {
             _PAPER_DATA,
             _PAPER_SPLITS,
         ),
-        Scale("405m", ("base.yaml", "models/pythia_410m.yaml"), 132_366, 44_229, 3e-4, 1000, _PAPER_DATA, _PAPER_SPLITS),
+        Scale(
+            "405m", ("base.yaml", "models/pythia_410m.yaml"), 132_366, 44_229, 3e-4, 1000, _PAPER_DATA, _PAPER_SPLITS
+        ),
     )
 }
 
