@@ -6,15 +6,16 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from rewurst.cli import parse
 from rewurst.reproduce.corpora import Data, of_recipe
-from rewurst.reproduce.jobs import Job, interval, make_jobs
+from rewurst.reproduce.jobs import Job, config_key, interval, make_jobs
 from rewurst.reproduce.runs import PEAKS, SHARES, WARMUPS, grid, peak_name, replay_name, total_steps, warmup_name
-from rewurst.reproduce.scales import CONFIGS, SCALES, Scale, base_config, load, merge
+from rewurst.reproduce.scales import CONFIGS, SCALES, Config, Scale, base_config, load, merge
 
 
 def test_every_question_of_the_papers_has_its_runs() -> None:
@@ -108,6 +109,22 @@ def test_keys_are_stable_and_tell_what_matters(scale: Scale, data: Data, tmp_pat
         name for name, _ in known if "split" in name
     }, "of another length are all but the splits, and what continues another run changes with it"
     assert not set(keys(scale, data, tmp_path, peak=1e-3).values()) & set(known.values())
+
+
+def test_what_only_watches_is_not_part_of_the_key(jobs: list[Job]) -> None:
+    job = next(job for job in jobs if job.run.name == "replay_5")
+    trainer = job.config["trainer"]
+    watched = {"callbacks": [*trainer["callbacks"], {"class_path": "LogSamples"}], "log_every_n_steps": 1, "devices": 2}
+
+    def key(trainer: Config, **more: Any) -> str:
+        return config_key(job.config | {"trainer": trainer} | more, job.every, job.parent.key if job.parent else "")
+
+    assert key(trainer) == key(trainer | watched) == job.key
+    replay = {"class_path": "ReplayScheduler", "init_args": {"share": 0.06}}
+    others = [each for each in trainer["callbacks"] if each["class_path"] != "ReplayScheduler"]
+    changed = [key(trainer | {"callbacks": [*others, replay]}), key(trainer | {"max_steps": 1})]
+    changed += [key(trainer | {"precision": "bf16-mixed"}), key(trainer, seed_everything=7)]
+    assert len({job.key, *changed}) == 5
 
 
 def test_merging_appends_and_replaces() -> None:

@@ -211,7 +211,7 @@ def _learning_rates() -> list[Claim]:
         Claim(
             "Re-warming adapts better than a constant low learning rate",
             "loss on new with the constant rate, less that of the re-warmed run (nats)",
-            "the constant rate adapts worst (no number given here)",
+            "the constant rate adapts worst",
             lambda run: run.new(LOW) - run.new(BASE),
             at_least=0.1,
         ),

@@ -17,6 +17,17 @@ from .runs import Run, named, total_steps
 from .scales import Config, Scale, base_config
 
 _KEY_DIGITS = 10
+_DECIDING = ("LRRewarming", "ReplayScheduler")  # the callbacks of the scales' configs log and save
+_WATCHING = (
+    "logger",
+    "profiler",
+    "log_every_n_steps",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "num_sanity_val_steps",
+    "devices",
+    "num_nodes",
+)
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,7 @@ def _job(run: Run, seed: int, base: Config, scale: Scale, data: Data, out: Path,
     every = interval(run.steps, scale.every)
     trainer["callbacks"] = _callbacks(run, base["trainer"]["callbacks"], data, every)
     config = base | {"seed_everything": seed, "data": data_config, "trainer": trainer}
-    for what in ("logger", "val_check_interval"):
-        trainer.pop(what, None)  # where it lies and on how many devices it runs do not change what comes of it
-    config.pop("ckpt_path", None)
-    key = config_key(config, parent.key if parent else "")
+    key = config_key(config, every, parent.key if parent else "")
     folder = out / "runs" / f"{run.name}-seed_{seed}-{key[:_KEY_DIGITS]}"
     trainer["val_check_interval"] = every * _micro_batches(data_config["init_args"], trainer)
     trainer["logger"] = named("TensorBoardLogger", save_dir=str(folder.parent), name=folder.name)
@@ -97,15 +105,30 @@ def interval(steps: int, every: int) -> int:
     return min(divisors, key=lambda number: abs(math.log(number / every)))
 
 
-def config_key(config: Config, parent: str) -> str:
-    """Hash of a config in which every corpus stands for what it holds instead of where it lies."""
+def config_key(config: Config, every: int, parent: str) -> str:
+    """Hash of what decides a run's outcome.
+
+    Every corpus stands for what it holds instead of where it lies. Left out are what only watches and saves, and the
+    devices, on which the global batches do not depend: a logger more is no reason to run everything again.
+
+    Args:
+        config: Of the run.
+        every: Steps between validations.
+        parent: Key of the run that it continues, empty where it continues none.
+    """
     arguments = dict(config["data"]["init_args"])
     arguments["corpora"] = [
         [name, {**corpus, "path": fingerprint(corpus["path"])}] for name, corpus in arguments["corpora"].items()
     ]
     arguments["val"] = {name: fingerprint(path) for name, path in arguments["val"].items()}
-    content = config | {"data": config["data"] | {"init_args": arguments}}
-    return hashlib.sha256(json.dumps([content, parent], sort_keys=True).encode()).hexdigest()
+    trainer = {
+        name: value
+        for name, value in config["trainer"].items()
+        if name not in _WATCHING and not name.startswith("enable_")
+    }
+    trainer["callbacks"] = [each for each in config["trainer"]["callbacks"] if each["class_path"] in _DECIDING]
+    content = [config["seed_everything"], config["model"], arguments, trainer, every, parent]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _micro_batches(sizes: Config, trainer: Config) -> int:
