@@ -32,7 +32,8 @@ from .runs import (
 # Okabe and Ito's colours, which the colour-blind can tell apart; the line styles tell them apart without colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
-_SHARES_MAP = "cividis"  # one scale from dark to light, seen alike by all
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_SHARES_MAP = "viridis"  # from dark to light, also for the colour-blind
 
 Results = dict[tuple[str, int], Result]
 Style = dict[str, Any]
@@ -98,7 +99,8 @@ def draw_replay(evidence: Evidence, path: Path) -> None:
     lines: dict[str, tuple[str, Style]] = {}
     for index, share in enumerate(shares):
         label = f"{share * 100:g} % replay" if share else "no replay"
-        lines[replay_name(share)] = (label, {"color": colours(index / len(shares))})
+        marker = {"marker": MARKERS[index], "markersize": 4}
+        lines[replay_name(share)] = (label, {"color": colours(index / len(shares)), **marker})
     lines[BOTH_SCRATCH] = ("both from scratch", {"color": "#D55E00", "linestyle": "--"})
     lines[NEW_SCRATCH] = ("new from scratch", {"color": "#CC79A7", "linestyle": ":"})
     _draw_both(evidence, path, lines)
