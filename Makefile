@@ -48,8 +48,9 @@ bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/lm.py --suite gpu --out benchmarks/results/lm-gpu.json
 	$(BIN)/python benchmarks/wuerstchen.py --suite released --device cuda --dtype bfloat16 --out benchmarks/results/wuerstchen-gpu.json
 
+# The papers' experiments at the smallest scale, three seeds; stopped or killed, the same command goes on.
 reproduce: $(STAMP)
-	$(BIN)/python examples/demo.py --only continual --runs all
+	$(BIN)/rewurst reproduce continual --out runs/reproduce --scale tiny --seeds 3
 
 clean:
 	rm -rf $(VENV) data build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
