@@ -16,11 +16,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from .. import UsageError
-from ..datamodules.batches import EvaluationRows, as_is
+from ..datamodules.batches import EvaluationRows
 from ..datamodules.image_facts import Filters
 from ..datamodules.image_reader import ImageReader, Showing
 from ..datamodules.image_rows import ImageRows
 from ..datamodules.image_shards import ImageShards
+from ..datamodules.picks import as_is
 from . import diffusion
 from .image_metrics import psnr, ssim
 from .pipeline import TextToImage

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import UsageError
-from ..datamodules.batches import EvaluationRows, as_is
+from ..datamodules.batches import EvaluationRows
+from ..datamodules.picks import as_is
 from ..datamodules.shards import TokenShards
 from ..datamodules.text import TokenReader
 from ..hints import closest
