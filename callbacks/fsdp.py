@@ -264,7 +264,10 @@ def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
     for optimizer in optimizers:
         kind = type(optimizer)
         if kind.__module__.startswith("bitsandbytes") or kind.__name__ in ("LBFGS", "SparseAdam"):
-            raise UsageError(f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW")
+            raise UsageError(
+                f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW, or "
+                "rewurst.modules' AdamW8bit and Lion8bit"
+            )
 
 
 # The Trainer looks names up in lower case; "fsdp" is Lightning's own, of before.

@@ -6,14 +6,14 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from .image_metrics import CorpusMeans, log_means
 from .networks import describe
-from .stage_parts import Batch, Frozen, uniforms
-from .watched import WatchedModule, parameter_groups
+from .optimizers import OptimizerChoice, make_optimizer
+from .stage_parts import STAGES, Batch, Frozen, uniforms
+from .watched import WatchedModule
 
 BUCKETS = 5
 """Intervals of t that the validation loss is told apart by."""
@@ -30,7 +30,7 @@ class DiffusionStage(WatchedModule):
         max_grad_norm: As in :class:`WatchedModule`.
     """
 
-    def __init__(self, optimizer: OptimizerCallable, max_grad_norm: float | None = 1.0) -> None:
+    def __init__(self, optimizer: OptimizerChoice, max_grad_norm: float | None = 1.0) -> None:
         super().__init__(max_grad_norm)
         self.optimizer = optimizer
         self._means = CorpusMeans()
@@ -73,7 +73,7 @@ class DiffusionStage(WatchedModule):
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer over all that is trained; weight decay, if there is any, acts on matrices only."""
-        return self.optimizer(parameter_groups(self))
+        return make_optimizer(self.optimizer, STAGES, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps which attribute is which network, and what the frozen ones are and where they came from."""
