@@ -65,6 +65,13 @@ class EightBitOptimizer(Optimizer):
         kinds = (torch.float32, torch.bfloat16, torch.float16)
         return parameter.numel() >= self.min_8bit_size and parameter not in self._kept and parameter.dtype in kinds
 
+    def allocate(self) -> None:
+        """Makes room for the states of all parameters, which the first step would do."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter] = self._fresh(parameter)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step; returns what the closure does."""

@@ -177,7 +177,7 @@ def test_states_cross_between_8_and_32_bits(first: Any, second: Any) -> None:
         optimizer = SETTINGS.of(names[1])([{"params": target}])
         optimizer.load_state_dict(saved)
         assert all(value.dtype == torch.float32 for value in saved["state"][0].values())
-        if second == "adamw":
+        if names[1] == "adamw":
             assert optimizer.param_groups[0]["fused"]
         before = [parameter.detach().clone() for parameter in target]
         steps(optimizer, 1, seed=3)
