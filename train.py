@@ -27,6 +27,7 @@ usage: rewurst COMMAND [--help] ...
   prepare latents FOLDER ...        what a compressor makes of images into shards
   prepare verify FOLDER             compare shards with their index
   export hf CKPT OUT                write a checkpoint as a Hugging Face folder
+  export weights CKPT OUT           write a checkpoint's weights as one safetensors file
   export diffusers --stage_a ...    write Würstchen checkpoints as folders that diffusers loads
   generate text FOLDER PROMPT       continue a prompt
   generate image FOLDER PROMPT      draw pictures

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from .shard_files import is_whole
+from .shard_files import LEFTOVERS, is_whole, tidy
 
 
 def newest_checkpoint(folders: Iterable[str | Path]) -> Path | None:
@@ -27,10 +26,9 @@ def newest_checkpoint(folders: Iterable[str | Path]) -> Path | None:
 
 
 def remove_leftovers(folders: Iterable[str | Path]) -> None:
-    """Takes away what sharded saves that were killed have left under a run's folders, for which no other run saves."""
-    for leftover in [path for folder in folders for path in Path(folder).rglob(".*.ckpt.*.tmp") if path.is_dir()]:
-        rank_zero_warn(f"{leftover} is what a save that was cut off has left: it is removed")
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Takes away what saves that were killed have left under a run's folders, for which no other run saves."""
+    for leftover in [path for folder in folders for path in Path(folder).rglob(LEFTOVERS)]:
+        rank_zero_warn(f"{leftover} is what a save that was cut off has left: it is {tidy(leftover)}")
 
 
 def _time(path: Path) -> int:

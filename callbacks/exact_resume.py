@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed
+from torch.optim import Optimizer
 
 from .. import UsageError
 
@@ -24,7 +25,9 @@ class ExactResume(Callback):
     kept from touching them too, since a run that was stopped between a save and a validation leaves that one out.
 
     What this cannot restore is the position of a loader: that is the data module's (``TextDataModule`` has it).
-    Saving is a collective operation where there are several processes, as saving a checkpoint is.
+    Saving is a collective operation where there are several processes, as saving a checkpoint is. A checkpoint saved
+    within a global batch (``ModelCheckpoint`` saves after the first micro-batch of a run that goes on) holds the states
+    from before it, since a run that goes on from there begins that global batch anew.
 
     Raises:
         UsageError: The checkpoint is of another number of processes. Set ``world_size_may_change`` where nothing in
@@ -39,10 +42,12 @@ class ExactResume(Callback):
         self.world_size_may_change = world_size_may_change
         self._restored: list[Randomness] | None = None
         self._after_batch: Randomness | None = None
+        self._after_step: Randomness | None = None
+        self._within_step = False
 
     def state_dict(self) -> dict[str, Any]:
         """The states by rank: tensors, numbers and tuples, nothing that would need unpickling."""
-        own = randomness()
+        own = self._after_step if self._within_step and self._after_step is not None else randomness()
         if not (distributed.is_available() and distributed.is_initialized()):
             return {"ranks": [own]}
         ranks: list[Any] = [None] * distributed.get_world_size()
@@ -70,11 +75,22 @@ class ExactResume(Callback):
         if self._restored is not None:
             restore_randomness(self._restored[trainer.global_rank])
             self._restored = None
-        self._after_batch = randomness()
+        self._after_batch = self._after_step = randomness()
+        self._within_step = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A global batch begins, or goes on."""
+        self._within_step = True
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """The global batch is complete with this micro-batch."""
+        self._within_step = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Remembers the states before any validation."""
         self._after_batch = randomness()
+        if not self._within_step:
+            self._after_step = self._after_batch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Undoes what validation drew."""

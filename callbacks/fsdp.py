@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -20,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -28,13 +26,12 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 
 from .. import UsageError
-from .fsdp_blocks import compile_blocks, find_blocks, frozen_children, recompute
-from .fsdp_optimizer import named_state, restore_named_state
-from .fsdp_weights import any_rank_is_empty, hand_out, refuse_empty_frozen, whole_on_rank_zero
+from .fsdp_blocks import DType, compile_blocks, find_blocks, frozen_children, mixed_precision, recompute
+from .fsdp_optimizer import named_state, refuse_optimizers, restore_named_state
+from .fsdp_weights import any_rank_is_empty, hand_out, refuse_empty_frozen, share_buffers, whole_on_rank_zero
 from .shard_loading import load_checkpoint
 from .sharded_checkpoint import remove_checkpoint, save_checkpoint
 
-DType = Literal["float32", "bfloat16", "float16"]
 STEPS = ("training_step", "validation_step", "test_step", "predict_step", "draw_samples")
 """What is called from outside of ``forward`` and computes with the module's parameters."""
 
@@ -105,6 +102,7 @@ class FSDP(ModelParallelStrategy):
         self.activation_checkpointing, self.compile = activation_checkpointing, compile
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
         self.forward_methods = forward_methods
+        self._buffers_shared = False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -135,13 +133,17 @@ class FSDP(ModelParallelStrategy):
         assert self.accelerator is not None
         assert module is not None
         self.accelerator.setup(trainer)
-        _check(module)
+        if not module.automatic_optimization:
+            raise UsageError(
+                f"FSDP: {type(module).__name__} steps its optimizers itself, between partial backward passes: use "
+                "strategy ddp"
+            )
         if not isinstance(module, FSDPModule):
             self.model = self._shard_and_fill(self.precision_plugin.convert_module(module))
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
-            _check_optimizers(self.optimizers)
+            refuse_optimizers(self.optimizers)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING and not self.cpu_offload:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -170,7 +172,7 @@ class FSDP(ModelParallelStrategy):
         whole = {parameter for child in frozen_children(module) for parameter in child.parameters()}
         options: dict[str, Any] = {
             "mesh": self._sharding_mesh(),
-            "mp_policy": self._mixed_precision(),
+            "mp_policy": mixed_precision(self.precision_plugin, self.param_dtype, self.reduce_dtype),
             "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
             if self.cpu_offload
             else OffloadPolicy(),
@@ -189,20 +191,6 @@ class FSDP(ModelParallelStrategy):
         """Two dimensions for hybrid sharding, one where there is one replica."""
         return self.device_mesh if self.device_mesh["replicate"].size() > 1 else self.device_mesh["shard"]
 
-    def _mixed_precision(self) -> MixedPrecisionPolicy:
-        """Inputs are not cast: autocast does it where it is on, and targets must not lose precision."""
-        plugin, name = self.precision_plugin, self.param_dtype
-        if isinstance(plugin, MixedPrecision):
-            if plugin.precision != "bf16-mixed":
-                raise UsageError(f"FSDP: precision {plugin.precision} needs a loss scaler; use bf16-mixed")
-            name = name or "bfloat16"
-        param_dtype = None if name is None else getattr(torch, name)
-        return MixedPrecisionPolicy(
-            param_dtype,
-            getattr(torch, self.reduce_dtype),
-            cast_forward_inputs=name is not None and not isinstance(plugin, MixedPrecision),
-        )
-
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
         """While gradients accumulate, replicas sum theirs only once, at the last micro-batch."""
@@ -215,6 +203,31 @@ class FSDP(ModelParallelStrategy):
             yield
         finally:
             module.set_requires_all_reduce(True)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with buffers that all processes share."""
+        self._share_buffers()
+        return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, with buffers that all processes share."""
+        self._share_buffers()
+        return super().test_step(*args, **kwargs)
+
+    def on_validation_start(self) -> None:
+        """Steps will share buffers: once, when callbacks have put those in place that are judged."""
+        self._buffers_shared = False
+
+    def on_test_start(self) -> None:
+        """As before validation."""
+        self._buffers_shared = False
+
+    def _share_buffers(self) -> None:
+        """Statistics of BatchNorm are each process's own while training; the first one's are saved and judged."""
+        assert self.lightning_module is not None
+        if not self._buffers_shared:
+            share_buffers(self.lightning_module)
+            self._buffers_shared = True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's tensors, sharded ones as they are."""
@@ -251,23 +264,6 @@ class FSDP(ModelParallelStrategy):
         """Takes a checkpoint away, so that no part of it is ever found."""
         if self.is_global_zero:
             remove_checkpoint(Path(filepath))
-
-
-def _check(module: LightningModule) -> None:
-    name = type(module).__name__
-    if not module.automatic_optimization:
-        raise UsageError(f"FSDP: {name} steps its optimizers itself, between partial backward passes: use strategy ddp")
-
-
-def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Refuses optimizers that read a parameter's memory as if it were all there."""
-    for optimizer in optimizers:
-        kind = type(optimizer)
-        if kind.__module__.startswith("bitsandbytes") or kind.__name__ in ("LBFGS", "SparseAdam"):
-            raise UsageError(
-                f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW, or "
-                "rewurst.modules' AdamW8bit and Lion8bit"
-            )
 
 
 # The Trainer looks names up in lower case; "fsdp" is Lightning's own, of before.

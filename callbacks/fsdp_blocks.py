@@ -1,18 +1,22 @@
-"""Which parts of a module are sharded together, and what else is done to each: recomputation, compilation."""
+"""Which parts of a module are sharded together, and in what precision, recomputed or compiled."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
 from .. import UsageError
 from ..hints import closest
+
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 def find_blocks(module: nn.Module, names: Sequence[str] | None = None) -> list[nn.Module]:
@@ -64,6 +68,26 @@ def frozen_children(module: nn.Module) -> list[nn.Module]:
         for child in module.children()
         if (parameters := list(child.parameters())) and not any(parameter.requires_grad for parameter in parameters)
     ]
+
+
+def mixed_precision(plugin: Precision, param_dtype: DType | None, reduce_dtype: DType) -> MixedPrecisionPolicy:
+    """What blocks are gathered, computed and reduced in.
+
+    Inputs are not cast under autocast, which does it itself: targets must not lose precision.
+
+    Raises:
+        UsageError: The precision needs a loss scaler.
+    """
+    autocast = isinstance(plugin, MixedPrecision)
+    if autocast:
+        if plugin.precision != "bf16-mixed":
+            raise UsageError(f"FSDP: precision {plugin.precision} needs a loss scaler; use bf16-mixed")
+        param_dtype = param_dtype or "bfloat16"
+    return MixedPrecisionPolicy(
+        None if param_dtype is None else getattr(torch, param_dtype),
+        getattr(torch, reduce_dtype),
+        cast_forward_inputs=param_dtype is not None and not autocast,
+    )
 
 
 def recompute(blocks: Sequence[nn.Module], every: int) -> None:

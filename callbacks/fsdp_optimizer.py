@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,21 @@ from torch.optim import Optimizer
 from .. import UsageError
 
 State = dict[str, Any]
+
+
+def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuses optimizers that read a parameter's memory as if it were all there.
+
+    Raises:
+        UsageError: Names the first.
+    """
+    for optimizer in optimizers:
+        kind = type(optimizer)
+        if kind.__module__.startswith("bitsandbytes") or kind.__name__ in ("LBFGS", "SparseAdam"):
+            raise UsageError(
+                f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW, or AdamW8bit "
+                "or Lion8bit of rewurst.modules"
+            )
 
 
 def named_state(optimizer: Optimizer, module: nn.Module) -> State:

@@ -94,6 +94,15 @@ def hand_out(module: nn.Module, whole: Mapping[str, Tensor], device: torch.devic
             tensor.copy_(value)
 
 
+@torch.no_grad()
+def share_buffers(module: nn.Module) -> None:
+    """Hands the first process's buffers that checkpoints hold to all others."""
+    held = module.state_dict(keep_vars=True)
+    for tensor in held.values():
+        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+            distributed.broadcast(tensor, src=0)
+
+
 def refuse_empty_frozen(module: nn.Module) -> None:
     """Refuses networks beside the module tree (Stage A, a text encoder) that any process built without memory.
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import pickle
+import shutil
 import sys
 import uuid
 import zipfile
@@ -19,9 +20,15 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from .. import UsageError
+from ..sharded import is_sharded
 
 Shapes = dict[str, dict[str, Tensor]]
 """Tensors without values, by the checkpoint's keys and by their names."""
+
+LEFTOVERS = ".*.ckpt.*.tmp"
+"""Names of checkpoints that are being written, replaced or removed."""
+ASIDE = ".old.tmp"
+"""End of the name of what is being replaced, behind the name of what replaces it."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -139,11 +146,6 @@ def require_files(folder: Path) -> None:
         raise UsageError(f"{folder} lacks {missing[0]}, or a part of it: copy the checkpoint again, or take another")
 
 
-def is_sharded(path: Path) -> bool:
-    """Whether a path is a folder with a sharded checkpoint in it."""
-    return (path / ".metadata").is_file() and (path / "meta.pt").is_file()
-
-
 def is_whole(path: Path) -> bool:
     """Whether a folder is a sharded checkpoint that nothing is missing of."""
     try:
@@ -155,17 +157,31 @@ def is_whole(path: Path) -> bool:
 def exchange(new: Path, target: Path) -> None:
     """Puts a folder in its place. What was there is then where the new one was, with nothing in between.
 
-    File systems that cannot exchange names (NFS) get two renames: killed between them, neither is there.
+    File systems that cannot exchange names (NFS) get two renames: killed between them, neither is there until
+    :func:`tidy`.
     """
     if not os.path.lexists(target):
         os.rename(new, target)
         return
     if sys.platform == "linux" and _renameat2(new, target):
         return
-    aside = new.with_name(f"{new.name}.old.tmp")
+    aside = new.with_name(new.name + ASIDE)
     os.rename(target, aside)
     os.rename(new, target)
     os.rename(aside, new)
+
+
+def tidy(leftover: Path) -> str:
+    """Removes what a killed save has left, or puts back what :func:`exchange` had put aside; says which it was."""
+    name = leftover.name.removeprefix(".").removesuffix(f".tmp{ASIDE}").rpartition(".")[0]
+    if leftover.name.endswith(ASIDE) and not os.path.lexists(leftover.with_name(name)):
+        os.rename(leftover, leftover.with_name(name))
+        return "put back"
+    if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
+    return "removed"
 
 
 def fsync(folder: Path) -> None:

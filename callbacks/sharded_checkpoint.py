@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from .. import UsageError
-from .shard_files import exchange, fsync
+from .shard_files import LEFTOVERS, exchange, fsync, tidy
 from .shard_loading import SHARDED, Checkpoint, read_checkpoint
 
 
@@ -40,6 +40,8 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
     """
     tensors, meta = split(checkpoint)
     first = not distributed.is_initialized() or distributed.get_rank() == 0
+    if not first:  # of what every process has whole the first one's counts: BatchNorm's statistics differ
+        tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     temporary = target.parent / f".{target.name}.{_same_everywhere(secrets.token_hex(4))}.tmp"
     problem = ""
     if first:
@@ -124,9 +126,8 @@ def _is_sharded_state(value: Any) -> bool:
 def _begin(target: Path, temporary: Path) -> str:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(".*.tmp"):  # of saves and removals that were killed
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in target.parent.glob(LEFTOVERS):
+            tidy(leftover)
         temporary.mkdir()
     except OSError as error:
         return _reason(error)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import UsageError
 from ..hints import closest, did_you_mean
-from .weights import is_sharded, read_file
+from ..sharded import is_sharded
+from .weights import read_file
 
 State = Mapping[str, Tensor]
 

@@ -121,6 +121,7 @@ def _stage_a(model: Settings, data: Settings, mixed: bool) -> Planned:
     options = {key: value for key, value in model.items() if key not in drop}
     both = {key: _choice(model[key]) for key in ("optimizer", "discriminator_optimizer")}
     module = StageA(perceptual_weight=0.0, **both, **options)
+    module._observe = lambda latents, indices: None  # type: ignore[method-assign]  # it looks at values
     module.step, side = module.adversarial_start, _image_size(data)  # from when on the discriminator takes part
     beside = {}
     if model["perceptual_weight"]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import UsageError
 from ..hints import did_you_mean
+from ..sharded import is_sharded
 
 WEIGHTS = "diffusion_pytorch_model"
 """Stem of diffusers' weight files."""
@@ -119,11 +120,6 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}: give a file with a dictionary of tensors")
     return content
-
-
-def is_sharded(path: Path) -> bool:
-    """Say whether a path is a folder of shards that :class:`~rewurst.callbacks.FSDP` wrote."""
-    return (path / ".metadata").is_file() and (path / "meta.pt").is_file()
 
 
 def is_one_file(path: str | Path) -> bool:

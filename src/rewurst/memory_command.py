@@ -141,9 +141,9 @@ class Configured:
             return simulate(live, built.module, lambda: built.loss(micro_batch_size), self.mixed)
 
     def step_bytes(self, micro_batch_size: int, every: int | None, narrow: bool) -> StepBytes:
-        """Of the config's micro-batch and less as it is, of larger ones in proportion."""
+        """Of the config's micro-batch as it is, of others in proportion to that and the double of it."""
         first = max(self.micro_batch_size, self.straight_from)
-        if micro_batch_size <= first:
+        if micro_batch_size == first or micro_batch_size < self.straight_from:
             return self.simulated(micro_batch_size, every, narrow)
         return extrapolate({rows: self.simulated(rows, every, narrow) for rows in (first, 2 * first)}, micro_batch_size)
 

@@ -88,6 +88,16 @@ def test_a_resumed_run_draws_what_the_whole_one_draws(tmp_path: Path, stop: int)
     assert begun.drawn + resumed.drawn == whole.drawn
 
 
+def test_states_saved_within_a_global_batch_are_those_before_it(tmp_path: Path) -> None:
+    saves = [Do(n, lambda trainer, n=n: trainer.save_checkpoint(tmp_path / f"{n}.ckpt")) for n in (4, 5, 7, 8)]
+    fit(2, *saves, accumulate_grad_batches=4)
+    kept = [torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["callbacks"]["ExactResume"] for n in (4, 5, 7, 8)]
+    before, second, fourth, after = (state["ranks"][0]["torch"] for state in kept)
+    assert torch.equal(second, before)
+    assert torch.equal(fourth, before)
+    assert not torch.equal(after, before)
+
+
 @given(seed=st.integers(0, 2**32 - 1), draws=st.integers(0, 700))
 @settings(max_examples=20, deadline=None)
 def test_states_survive_a_checkpoint(seed: int, draws: int) -> None:

@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rewurst import callbacks, cli
-from rewurst.callbacks import InfiniteCosine, LRRewarming, ReplayScheduler, Schedule
+from rewurst.callbacks import FSDP, InfiniteCosine, LRRewarming, ReplayScheduler, Schedule
 from rewurst.callbacks.lengths import in_steps
 from rewurst.datamodules.mixture import Mixture, RunningShare
 from rewurst.datamodules.text import Corpus, TextDataModule
 from rewurst.modules.initial_weights import build
+from rewurst.named_classes import import_named
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -58,29 +59,34 @@ class Built(Exception):  # noqa: N818  # no error
 
 
 @pytest.fixture(scope="module")
-def parse() -> Iterator[Parse]:
-    """Parses the command of a config, by the command line's own parser, built once."""
+def parser() -> Iterator[LightningArgumentParser]:
+    """The command line's own parser, built once."""
 
     def carry_out(self: cli.CLI, parser: LightningArgumentParser, args: Any) -> None:
         raise Built(parser)
 
     precision = torch.get_float32_matmul_precision()
-    known: dict[tuple[str, ...], Config] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(cli.CLI, "parse_arguments", carry_out)
         with pytest.raises(Built) as built:
             cli.run(["fit"])
-        parser: LightningArgumentParser = built.value.args[0]
-
-        def parse(recipe: str, *more: str) -> Config:
-            if (recipe, *more) not in known:
-                args = [*command(ROOT / "configs" / "continual" / f"{recipe}.yaml"), *more]
-                known[recipe, *more] = parser.parse_args(args).fit.as_dict()
-            return known[recipe, *more]
-
-        yield parse
+        yield built.value.args[0]
     torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="module")
+def parse(parser: LightningArgumentParser) -> Parse:
+    """Parses the command of a config."""
+    known: dict[tuple[str, ...], Config] = {}
+
+    def parse(recipe: str, *more: str) -> Config:
+        if (recipe, *more) not in known:
+            args = [*command(ROOT / "configs" / "continual" / f"{recipe}.yaml"), *more]
+            known[recipe, *more] = parser.parse_args(args).fit.as_dict()
+        return known[recipe, *more]
+
+    return parse
 
 
 def only(config: Config, class_name: str) -> Config | None:
@@ -129,6 +135,35 @@ def test_parses_as_its_head_says(path: Path, parse: Parse) -> None:
     if share(config):
         assert data(config).replay_corpora
     assert data(config).tokens_per_step > 0
+
+
+@pytest.mark.parametrize("devices", [8, 64, 256])
+def test_language_models_on_many_devices(devices: int, parse: Parse) -> None:
+    assert_divides(parse(f"scale/gpus_{devices}"), devices)
+
+
+@pytest.mark.parametrize("devices", [8, 64])
+@pytest.mark.parametrize("stage", ["stage_b", "stage_c"])
+def test_stages_of_wuerstchen_on_many_devices(stage: str, devices: int, parser: LightningArgumentParser) -> None:
+    head = (ROOT / "configs" / "wuerstchen" / "scale" / f"gpus_{devices}.yaml").read_text(encoding="utf8")
+    [words] = [words for words in COMMAND.findall(head) if f"paper/{stage}.yaml" in words]
+    import_named(shlex.split(words))
+    config = parser.parse_args(["fit", *shlex.split(words)]).fit.as_dict()
+    assert config["trainer"]["val_check_interval"] == 10_000 * assert_divides(config, devices)
+
+
+def assert_divides(config: Config, devices: int) -> int:
+    """Shards over so many devices, whose micro-batches make up the global batch; how many each takes for it."""
+    trainer, source = config["trainer"], config["data"]["init_args"]
+    assert trainer["devices"] * trainer["num_nodes"] == devices
+    strategy = trainer["strategy"]
+    assert "FSDP" in str(strategy)
+    built = FSDP(**({} if isinstance(strategy, str) else strategy["init_args"]))
+    replicas = trainer["num_nodes"] if built.replicas == "nodes" else built.replicas
+    assert devices % replicas == 0
+    accumulation, rest = divmod(source["global_batch_size"], devices * source["micro_batch_size"])
+    assert rest == 0
+    return accumulation
 
 
 def test_every_part_is_named_by_a_recipe() -> None:

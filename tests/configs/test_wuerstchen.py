@@ -17,7 +17,7 @@ from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNe
 from rewurst.modules.stage_parts import build
 
 FOLDER = Path(__file__).parents[2] / "configs" / "wuerstchen"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "scale")
 
 
 def load(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One process of the pool that tests of FSDP run their scenarios in; not collected by pytest.
+"""One process of the pool that tests of FSDP run their scenarios in.
 
 Reads a line of JSON for each scenario ({"name", "world_size", "port", "arguments"}), runs the function of that name in
 a process group of so many, and answers with a line of JSON.
@@ -6,14 +6,18 @@ a process group of so many, and answers with a line of JSON.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import runpy
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -35,7 +39,8 @@ from rewurst.callbacks import (
     construct_on_rank_zero,
 )
 from rewurst.datamodules.text import Corpus, TextDataModule
-from rewurst.modules import CausalLM, StageC
+from rewurst.modules import CausalLM, StageB, StageC
+from rewurst.train import main
 
 warnings.filterwarnings("ignore")
 NEOX = {
@@ -89,11 +94,11 @@ class Beside:
 
 
 class Rows:
-    def __init__(self, first: int, count: int, every: int, size: int, steps: int) -> None:
-        self.first, self.count, self.every, self.size, self.steps = first, count, every, size, steps
+    def __init__(self, first: int, count: int, every: int, size: int) -> None:
+        self.first, self.count, self.every, self.size = first, count, every, size
 
     def __len__(self) -> int:
-        return self.steps * self.count // self.size
+        return 100 * self.count // self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         per_step = self.count // self.size
@@ -114,17 +119,30 @@ class Rows:
 
 
 class RowData(LightningDataModule):
-    def __init__(self, micro_batch_size: int, steps: int) -> None:
+    """Global batches of 8 rows, each a function of its number, from the step on that a checkpoint says."""
+
+    def __init__(self, micro_batch_size: int) -> None:
         super().__init__()
-        self.micro_batch_size, self.steps = micro_batch_size, steps
+        self.micro_batch_size, self.start = micro_batch_size, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"step": self.trainer.global_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.start = state_dict["step"]
 
     def train_dataloader(self) -> Any:
+        return self.loader(self.start)
+
+    def val_dataloader(self) -> Any:
+        return self.loader(0)
+
+    def loader(self, step: int) -> Any:
         assert self.trainer is not None
         mine = 8 // self.trainer.world_size
-        rows = Rows(self.trainer.global_rank * mine, mine, 8, self.micro_batch_size, self.steps)
+        rows = Rows(8 * step + self.trainer.global_rank * mine, mine, 8, self.micro_batch_size)
         return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
-
-    val_dataloader = train_dataloader
 
 
 class Losses(Callback):
@@ -181,8 +199,15 @@ def stage_c(folder: str) -> StageC:
     return module
 
 
+def stage_b(folder: str) -> StageB:
+    """A U-Net and a compressor, with BatchNorm, in a frozen Stage A's latents."""
+    return StageB(f"{folder}/vqgan", {"preset": "tiny", "dropout": [0.0, 0.0]}, "tiny", text_length=4)
+
+
 def make_module(kind: str, folder: str = "", **options: Any) -> LightningModule:
     seed_everything(0)
+    if kind == "stage_b":
+        return stage_b(folder)
     if kind == "stage_c":
         return stage_c(folder)
     if kind == "foreign":
@@ -209,9 +234,11 @@ def losses(
     accumulation: int = 2,
     settings: dict[str, Any] | None = None,
     optimizer: str = "adamw",
+    save: str = "",
+    resume: str | None = None,
     **options: Any,
 ) -> Any:
-    """Losses of a run with accumulation and clipping."""
+    """Losses of a run with accumulation and clipping; saved in a folder every 3 steps if asked for."""
     world_size = int(os.environ["WORLD_SIZE"])
     torch._dynamo.utils.counters.clear()
     recorder = Losses()
@@ -220,14 +247,26 @@ def losses(
     if module == "neox":
         data = text_data(folder, world_size, accumulation)
     else:
-        data = RowData(8 // (world_size * accumulation), steps)
+        data = RowData(8 // (world_size * accumulation))
         options |= {"accumulate_grad_batches": accumulation, "gradient_clip_val": 0.05}
-    trainer = make_trainer(strategy, steps, [recorder], folder, limit_val_batches=0, **options)
-    trainer.fit(model, data)
+    callbacks: list[Callback] = [recorder]
+    if save:
+        callbacks.append(ModelCheckpoint(f"{folder}/{save}", "{step}", every_n_train_steps=3, save_top_k=-1))
+    options = {"limit_val_batches": 0, "enable_checkpointing": bool(save)} | options
+    trainer = make_trainer(strategy, steps, callbacks, folder, **options)
+    trainer.fit(model, data, ckpt_path=resume)
     sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     parameters = len(list(model.parameters()))
-    return {"losses": recorder.losses, "sharded": sharded, "parameters": parameters, "graphs": graphs}
+    validated = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+    return {
+        "losses": recorder.losses,
+        "validated": validated,
+        "statistics": [t.double().sum().item() for name, t in model.state_dict().items() if "running_" in name],
+        "sharded": sharded,
+        "parameters": parameters,
+        "graphs": graphs,
+    }
 
 
 @scenario
@@ -291,7 +330,7 @@ def pictures(folder: str, **options: Any) -> Any:
     recorder = Losses()
     callbacks: list[Callback] = [recorder, LogSamples(samples=3)]
     options = {"val_check_interval": 2, "limit_val_batches": 4, "num_sanity_val_steps": 0} | options
-    make_trainer("fsdp", 4, callbacks, folder, **options).fit(make_module("foreign"), RowData(2, 4))
+    make_trainer("fsdp", 4, callbacks, folder, **options).fit(make_module("foreign"), RowData(2))
     return {"losses": recorder.losses}
 
 
@@ -304,7 +343,7 @@ def built_on_rank_zero(nobody: bool = False, hybrid: bool = False) -> Any:
         model = CausalLM(NEOX)
     empty = sum(tensor.is_meta for tensor in model.parameters())
     trainer = make_trainer("hybrid" if hybrid else "fsdp", 0, [], limit_val_batches=0)
-    trainer.fit(model, RowData(1, 1))
+    trainer.fit(model, RowData(1))
     expected = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert own.keys() == expected.keys()
@@ -326,15 +365,48 @@ def refused(what: str, folder: str = "") -> Any:
         model.encoder = nn.Linear(16, 16)
     elif what == "frozen":
         model.beside = Beside(nn.Linear(2, 2, device="meta" if os.environ["RANK"] == "1" else None))  # type: ignore[assignment]
+    elif what == "bitsandbytes":
+        foreign = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
+        model.configure_optimizers = lambda: foreign(model.parameters())  # type: ignore[method-assign]
     elif what == "optimizer":
         model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters())  # type: ignore[method-assign]
-    make_trainer("fsdp", 1, [], **options).fit(model, RowData(1, 1))
+    make_trainer("fsdp", 1, [], **options).fit(model, RowData(1))
+
+
+@scenario
+def pid() -> int:
+    return os.getpid()
+
+
+@scenario
+def script(path: str, args: list[str]) -> str:
+    """What a script prints, run as if it were called."""
+    with redirect_stdout(io.StringIO()) as said, patch.object(sys, "argv", [path, *args]):
+        runpy.run_path(path, run_name="__main__")
+    return said.getvalue()
+
+
+class StepLog(Callback):
+    """A line for each batch: the step and its loss, to the bit."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        if trainer.is_global_zero:
+            with open(self.path, "a") as file:
+                file.write(f"{trainer.global_step} {float(outputs['loss']).hex()}\n")
+
+
+@scenario
+def command_line(args: list[str]) -> int:
+    """The exit status of a command."""
+    return main(args)
 
 
 def serve(rank: int, tasks: int, answers: int) -> None:
     """Runs what comes through one pipe and answers through another."""
-    for line in os.fdopen(tasks):
-        task = json.loads(line)
+    while task := read_task(tasks):
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(task["port"]),
@@ -354,16 +426,28 @@ def serve(rank: int, tasks: int, answers: int) -> None:
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
+def read_task(tasks: int) -> Any:
+    """The next line, and nothing of the one after it: another process may come to read that."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := os.read(tasks, 1)):
+            return None
+        line += byte
+    return json.loads(line)
+
+
 if __name__ == "__main__":
     # Importing takes longer than most scenarios, so it is done once, and the processes are forked.
     torch.set_num_threads(1)
     pipes = [int(number) for number in sys.argv[1:]]
-    for rank in range(len(pipes) // 2):
-        if os.fork() == 0:
-            serve(rank, *pipes[2 * rank : 2 * rank + 2])
-            os._exit(0)
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            break
+    waiting = list(range(len(pipes) // 2))
+    children: dict[int, int] = {}
+    while waiting or children:
+        for rank in waiting:
+            if (child := os.fork()) == 0:
+                serve(rank, *pipes[2 * rank : 2 * rank + 2])
+                os._exit(0)
+            children[child] = rank
+        ended, status = os.wait()
+        rank = children.pop(ended)
+        waiting = [rank] if os.WIFSIGNALED(status) else []
