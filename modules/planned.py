@@ -6,7 +6,8 @@ taken from the files that the config names, where these are there, else to be th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -100,14 +101,31 @@ def _causal_lm(model: Settings, data: Settings, mixed: bool) -> Planned:
             return int(min(tokens, chunk_size(vocabulary, width)) * vocabulary * itemsize)
         return int(tokens * vocabulary * (2 if mixed else 4))
 
+    def loss(rows: int) -> Tensor:
+        with _rows_of_one_sequence():
+            return module.loss(torch.zeros(rows, length + 1, dtype=torch.long))
+
     return Planned(
         module,
-        lambda rows: module.loss(torch.zeros(rows, length + 1, dtype=torch.long)),
+        loss,
         [module.configure_optimizers()],
         f"rows of {length} tokens",
         logits=logits,
         logits_stay=not plain,
     )
+
+
+@contextmanager
+def _rows_of_one_sequence() -> Iterator[None]:
+    """Has transformers make no mask, as for real rows: of tensors without values it takes positions to begin anew."""
+    from transformers import masking_utils
+
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 def _stage_a(model: Settings, data: Settings, mixed: bool) -> Planned:

@@ -17,7 +17,16 @@ from . import UsageError
 from .callbacks.fsdp_blocks import find_blocks, frozen_children, recompute
 from .cli import parse
 from .modules.eight_bit import EightBitOptimizer
-from .modules.memory_plan import RESERVE, Layout, MemoryPlan, Weight, extrapolate, largest_micro_batch, plan
+from .modules.memory_plan import (
+    RESERVE,
+    RESERVE_CPU,
+    Layout,
+    MemoryPlan,
+    Weight,
+    extrapolate,
+    largest_micro_batch,
+    plan,
+)
 from .modules.memory_simulation import StepBytes, simulate, state_bytes, without_memory
 from .modules.planned import Planned, planned
 from .tools import Parser
@@ -56,7 +65,7 @@ def run(args: list[str]) -> None:
         print(text)
     for devices in known.devices or [config.devices]:
         print()
-        print(table(config.answers(devices), config.memory))
+        print(table(config.answers(devices), config.memory, config.reserve))
 
 
 def _parser() -> Parser:
@@ -94,6 +103,7 @@ class Configured:
             raise UsageError(f"plan knows precision {', '.join(PRECISIONS)}, not {precision}")
         self.mixed, self.on_cpu = PRECISIONS[precision], trainer.get("accelerator") == "cpu"
         self.memory = memory or _own_memory(self.on_cpu)
+        self.reserve = RESERVE_CPU if self.on_cpu else RESERVE
         self.micro_batch_size = int(self.data["init_args"]["micro_batch_size"])
         self.global_batch_size = int(self.data["init_args"]["global_batch_size"])
         devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
@@ -188,7 +198,7 @@ class Configured:
         """Without and with blocks recomputed."""
         layout, found = self.layout(devices), []
         for every in (None, self.recomputed or 1):
-            limit = self.memory * (1 - RESERVE)
+            limit = self.memory * (1 - self.reserve)
             largest = largest_micro_batch(lambda rows, every=every: self.at(layout, rows, every).total, limit)  # type: ignore[misc]
             divisors = [n for n in range(1, largest + 1) if self.global_batch_size % (n * devices) == 0]
             at = self.at(layout, self.micro_batch_size, every)
@@ -209,7 +219,7 @@ class Configured:
         return [first, *(f"note: {note}" for note in self.notes)]
 
 
-def table(answers: list[Answer], memory: int) -> str:
+def table(answers: list[Answer], memory: int, reserve: float) -> str:
     """Lines of text for one number of devices."""
     layout = answers[0].layout
     kind = {"single": "no strategy", "ddp": "DDP", "fsdp": f"FSDP over {layout.shards}"}[layout.strategy]
@@ -227,8 +237,8 @@ def table(answers: list[Answer], memory: int) -> str:
     }
     rows += [[text, *(f"{getattr(a.plan, part) / 1e9:.2f}" for a in answers)] for text, part in parts.items()]
     rows.append(["which is in", *(a.plan.peak_in for a in answers)])
-    fits = ["yes" if a.plan.fits(memory) else "no" for a in answers]
-    rows.append([f"fits {memory / 2**30:.3g} GiB with {RESERVE:.0%} left", *fits])
+    fits = ["yes" if a.plan.fits(memory, reserve) else "no" for a in answers]
+    rows.append([f"fits {memory / 2**30:.3g} GiB with {reserve:.0%} left", *fits])
     rows.append(["largest micro-batch that does", *(str(a.largest) for a in answers)])
     rows.append(["of those that divide the global batch", *(str(a.dividing) for a in answers)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
