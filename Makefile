@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow soak lint types bench bench-gpu reproduce clean
+.PHONY: install demo test test-slow soak lint types docs bench bench-gpu reproduce clean
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The site, into build/site; a link that leads nowhere is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/stream.py --out benchmarks/results/stream.json
 	$(BIN)/python benchmarks/decoding.py --out benchmarks/results/images.json
@@ -44,8 +48,9 @@ bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/lm.py --suite gpu --out benchmarks/results/lm-gpu.json
 	$(BIN)/python benchmarks/wuerstchen.py --suite released --device cuda --dtype bfloat16 --out benchmarks/results/wuerstchen-gpu.json
 
+# The papers' experiments at the smallest scale, three seeds; stopped or killed, the same command goes on.
 reproduce: $(STAMP)
-	$(BIN)/python examples/demo.py --only continual --runs all
+	$(BIN)/rewurst reproduce continual --out runs/reproduce --scale tiny --seeds 3
 
 clean:
 	rm -rf $(VENV) data build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

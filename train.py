@@ -31,7 +31,9 @@ usage: rewurst COMMAND [--help] ...
   export diffusers --stage_a ...    write Würstchen checkpoints as folders that diffusers loads
   generate text FOLDER PROMPT       continue a prompt
   generate image FOLDER PROMPT      draw pictures
+  evaluate FOLDER ...               benchmark tasks and perplexity of a language model, pictures of a cascade
   generate reconstruction FOLDER IMAGE   an image beside what Stage A, and Stage B from z, make of it
+  reproduce continual --out DIR     run the papers' experiments and report which of their claims held
 
 `rewurst COMMAND --help` tells more. Errors are one line, exit status 2; REWURST_TRACEBACK=1 shows where they come from.
 """
@@ -63,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _command(name: str) -> Command:
     commands = {**dict.fromkeys(("fit", "validate", "test", "predict"), _lightning)}
     commands |= dict.fromkeys(("prepare", "export", "generate"), _tool)
-    commands |= {"schedule": _schedule, "plan": _plan}
+    commands |= {"schedule": _schedule, "plan": _plan, "evaluate": _evaluate, "reproduce": _reproduce}
     if name not in commands:
         hint = closest(name, commands) or f"; there are {', '.join(commands)}"
         raise UsageError(f"no command {name!r}{hint}")
@@ -84,6 +86,18 @@ def _schedule(args: list[str]) -> None:
 
 def _plan(args: list[str]) -> None:
     from rewurst.memory_command import run
+
+    run(args)
+
+
+def _evaluate(args: list[str]) -> None:
+    from rewurst.evaluate import run
+
+    run(args)
+
+
+def _reproduce(args: list[str]) -> None:
+    from rewurst.reproduce.command import run
 
     run(args)
 

@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
-from rewurst.datamodules.batches import Picks
 from rewurst.datamodules.foreign import index_shards
+from rewurst.datamodules.picks import Picks
 from rewurst.modules import StageC, diffusion
 from rewurst.modules.latents import prepare_latents
 from rewurst.modules.networks import Prior, SemanticCompressor

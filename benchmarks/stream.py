@@ -28,10 +28,11 @@ from stream_peer import BATCH, LENGTH, PACKAGES, ROWS, Contender, environment, m
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rewurst.datamodules.batches import MicroBatches, as_is
+from rewurst.datamodules.batches import MicroBatches
 from rewurst.datamodules.lanes import Lanes
 from rewurst.datamodules.mixture import Mixture, RunningShare
 from rewurst.datamodules.order import CorpusOrder
+from rewurst.datamodules.picks import as_is
 from rewurst.datamodules.shards import TokenShards, TokenWriter
 from rewurst.datamodules.text import TokenReader
 

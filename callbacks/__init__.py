@@ -5,6 +5,7 @@ from .exact_resume import ExactResume
 from .forgetting import Forgetting
 from .fsdp import FSDP
 from .fsdp_weights import construct_on_rank_zero
+from .hyperparameters import LogHyperparameters
 from .lr_rewarming import LRRewarming
 from .progress_bar import StepProgressBar
 from .replay import ReplayScheduler, ReplaySource
@@ -35,6 +36,9 @@ from .schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
+from .tensorboard_layout import TensorBoardLayout
+from .text_samples import LogText
+from .throughput import Throughput
 from .weight_average import WeightAverage
 
 __all__ = [
@@ -46,12 +50,16 @@ __all__ = [
     "InfiniteCosine",
     "InfiniteInverseSqrt",
     "LRRewarming",
+    "LogHyperparameters",
     "LogSamples",
+    "LogText",
     "ReplayScheduler",
     "ReplaySource",
     "SaveOnSignal",
     "Schedule",
     "StepProgressBar",
+    "TensorBoardLayout",
+    "Throughput",
     "WarmupCosine",
     "WarmupInverseSqrt",
     "WarmupLinear",

@@ -7,12 +7,19 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from .throughput import Throughput
+
 
 class StepProgressBar(TQDMProgressBar):
     """Shows completed optimizer steps of ``max_steps``, named after the data module's ``dataset``.
 
     Lightning's own bars count batches of an epoch and take a resumed run's remaining steps for all of them. Without
     ``max_steps`` this one is Lightning's.
+
+    Beside the steps, the time left and what modules log with ``prog_bar=True`` stand the learning rate of the first
+    group, tokens or samples a second where there is a :class:`~rewurst.callbacks.Throughput`, and the share of old data
+    read where there is a :class:`~rewurst.callbacks.ReplayScheduler`: at the logging interval, when the host waits for
+    the device anyway.
     """
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
@@ -49,7 +56,18 @@ class StepProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Lightning's metrics without the version number."""
+        """What stands behind the bar, by short names."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        if "train/loss" in metrics:
+            metrics = {"loss": metrics.pop("train/loss")} | metrics
+        if trainer.optimizers:
+            metrics["lr"] = f"{float(trainer.optimizers[0].param_groups[0]['lr']):.2e}"
+        speeds = next((c.latest for c in trainer.callbacks if isinstance(c, Throughput)), {})  # type: ignore[attr-defined]
+        for name in ("tokens", "samples"):
+            if (speed := speeds.get(f"throughput/{name}_per_s")) is not None:
+                metrics[f"{name}/s"] = f"{speed:.3g}" if speed < 1000 else f"{speed / 1000:.3g}k"
+                break
+        if (share := trainer.callback_metrics.get("replay/share_read")) is not None:
+            metrics["old"] = f"{float(share):.1%}"
         return metrics

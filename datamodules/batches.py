@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .lanes import Lanes
 from .order import CorpusOrder, slot_seeds
+from .picks import Batch, Numbers, Picks, as_is
 from .progress import Progress
 
 BLOCK = 4096  # counters that are permuted together
-Batch = dict[str, Any]
-Numbers = NDArray[np.int64]
 
 
 class Rows(Protocol):
@@ -46,25 +43,6 @@ class Rows(Protocol):
     def locate(self, row: int) -> str:
         """Where a row lies, for messages."""
         ...
-
-
-@dataclass(frozen=True)
-class Picks:
-    """The samples of a micro-batch.
-
-    Attributes:
-        corpus: Of each sample, new corpora first, ``(n,)``.
-        row: In its corpus, ``(n,)``.
-        seed: Of all that is random about it, ``(n,)``.
-        lane: Of the batch.
-        training: Whether the model learns from it, rather than being evaluated on it.
-    """
-
-    corpus: Numbers
-    row: Numbers
-    seed: Numbers
-    lane: int
-    training: bool
 
 
 Reader = Callable[[Picks], Batch]
@@ -206,11 +184,6 @@ def loader(dataset: Dataset[Batch], sampler: Sampler[int] | None, num_workers: i
         pin_memory=pinned,
         generator=own,
     )
-
-
-def as_is(batch: Batch) -> Batch:
-    """The loader's own conversion would make a tensor, and so a shared memory file, of every array."""
-    return batch
 
 
 class _Loader(DataLoader[Batch]):

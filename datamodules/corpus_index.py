@@ -102,7 +102,11 @@ class CorpusIndex:
         """Write ``index.json`` atomically: whoever sees it sees all of it."""
         path = Path(folder) / INDEX_FILE
         with writing(path):
-            write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+            write_atomically(path, self.content())
+
+    def content(self) -> str:
+        """What ``index.json`` holds."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides which sample is which; where shards lie does not count."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .. import UsageError
+from .sources import Skipped, SourceFile, read
 
 TASK_CHARS = 2**20
 TASKS_PER_WORKER = 2  # one in work, one that waits, so that a worker never does
@@ -27,6 +29,33 @@ class Text(NamedTuple):
     stream: int
     text: str
     ends_document: bool
+
+
+def is_held_out(beginning: str, share: float) -> bool:
+    """Whether a document that begins so (its first piece) is for validation; it depends on nothing else."""
+    digest = hashlib.blake2b(beginning.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def texts(files: Iterable[SourceFile], text_field: str, held_out: float, skipped: Skipped) -> Iterator[Text]:
+    """The documents of files; stream 1 is that of documents that are held out, stream 0 that of all others.
+
+    Args:
+        files: From ``sources.expand``; what a file gives depends on none before it.
+        text_field: Field of JSON lines, column of Parquet files.
+        held_out: Share of the documents that is held out.
+        skipped: Counts what is left out.
+
+    Raises:
+        UsageError: What is wrong with a file, and where.
+    """
+    stream, begins = 0, True
+    for file in files:
+        for piece in read(file, text_field, skipped):
+            if begins:
+                stream = int(is_held_out(piece.text, held_out))
+            yield Text(stream, piece.text, piece.ends_document)
+            begins = piece.ends_document
 
 
 class Tokens(NamedTuple):
@@ -120,10 +149,15 @@ def encode(texts: Iterable[Text], tokenizer_json: str, end_token: int, workers: 
 _encoder: Encoder | None = None  # of this worker process
 
 
+def start_worker() -> None:
+    """To be called in processes that encode beside others."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
+
+
 def _start_worker(tokenizer_json: str, end_token: int) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
+    start_worker()
     _encoder = Encoder(tokenizer_json, end_token)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import UsageError
 from .corpus_index import writing
+from .targets import UNFINISHED
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,8 +22,13 @@ TOKENIZER_FILES = (
 # A layout is a pattern that the path of every file in the folder matches; temporary files of a killed run included.
 _TOKENIZER = rf"\.?({'|'.join(map(re.escape, TOKENIZER_FILES))})(\.\w+)?"
 TOKENIZER_LAYOUT = re.compile(_TOKENIZER)
-CORPUS_LAYOUT = re.compile(rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)?|tokenizer/{_TOKENIZER})")
-IMAGE_LAYOUT = re.compile(r"(train|val|unseen)/([^/]+-\d{6,}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)?)")
+_UNFINISHED = rf"{re.escape(UNFINISHED)}/.+"  # of a preparation in units that was stopped
+CORPUS_LAYOUT = re.compile(
+    rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)?|tokenizer/{_TOKENIZER})|{_UNFINISHED}"
+)
+IMAGE_LAYOUT = re.compile(
+    rf"(train|val|unseen)/([^/]+-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)?)|{_UNFINISHED}"
+)
 
 
 def shard_name(source: str, otherwise: str) -> str:

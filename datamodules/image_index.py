@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .corpus_index import CorpusIndex, Shard, write_atomically, writing
+from .corpus_index import CorpusIndex, Shard
 from .image_facts import FACTS_DTYPE
 from .storage import join, open_bytes
+from .targets import Target
 
 FACTS_FILE = "facts.npy"
 
@@ -65,7 +66,7 @@ def write_image_index(
 
 
 def image_index(
-    folder: Path,
+    folder: str | Path,
     shards: Sequence[Shard],
     facts: Sequence[NDArray[Any]],
     sources: Sequence[str],
@@ -82,13 +83,11 @@ def image_index(
     )
 
 
-def write_facts(folder: Path, facts: NDArray[Any]) -> str:
-    """Write ``facts.npy`` with ``FACTS_DTYPE`` rows, and return its SHA-256."""
+def write_facts(folder: str | Path, facts: NDArray[Any]) -> str:
+    """Write ``facts.npy`` with ``FACTS_DTYPE`` rows into a folder or below a URL, and return its SHA-256."""
     content = io.BytesIO()
     np.lib.format.write_array(content, facts.astype(FACTS_DTYPE), version=(1, 0), allow_pickle=False)
-    path = folder / FACTS_FILE
-    with writing(path):
-        write_atomically(path, content.getvalue())
+    Target(str(folder)).write(FACTS_FILE, content.getvalue())
     return hashlib.sha256(content.getvalue()).hexdigest()
 
 

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .batches import Batch, Picks
 from .decoding import MAX_PIXELS, DecodeError, decode
 from .geometry import Crop, Size, crop, resample, size_to_decode, uniform
 from .image_facts import caption_of, image_suffix
 from .image_rows import ImageRows
 from .order import slot_seeds
+from .picks import Batch, Picks
 
 REPLACEMENTS = 32  # tried for one slot; with half of the images corrupt all of them fail once in 4 billion slots
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from .. import UsageError
 from ..hints import did_you_mean, nearest
 from . import shapes
 from .image_facts import IMAGE_SUFFIXES
+from .remote_files import Place, Url, find, place, seekable
 from .sources import LINE_BYTES, PARQUET_BATCH_ROWS, walk
+from .storage import is_remote
 from .streams import COMPRESSIONS, lines
 
 IMAGE_FIELDS = ("file_name", "image", "path")  # the first is that of Hugging Face's imagefolder
@@ -45,9 +47,9 @@ class Picture(NamedTuple):
     """
 
     name: str
-    image: Path | bytes | Drawing
-    caption: Path | str | None
-    values: Path | dict[str, Any]
+    image: Place | bytes | Drawing
+    caption: Place | str | None
+    values: Place | dict[str, Any]
     side: str | None = None
 
 
@@ -101,31 +103,35 @@ def listing(source: str, image_field: str | None, caption_field: str | None) -> 
     """The pictures of a folder or a table.
 
     Args:
-        source: Folder, ``.jsonl`` or ``.parquet``.
+        source: Folder, ``.jsonl`` or ``.parquet``, or the URL of one.
         image_field: Field of a table with the file name; by default the first there is of ``IMAGE_FIELDS``.
         caption_field: With the caption; by default the first of ``CAPTION_FIELDS``.
 
     Raises:
         UsageError: No such source, one of another kind, one without a picture or a caption.
     """
-    path = Path(source)
-    if not path.exists():
+    path = place(source)
+    if isinstance(path, Path) and not path.exists():
         raise UsageError(f"source {source}: no such file or folder{did_you_mean(path)}")
-    if path.is_dir():
+    if (isinstance(path, Path) and path.is_dir()) or (isinstance(path, Url) and _table_kind(path) is None):
         tables = [path / name for name in TABLES if (path / name).is_file()]
         if not tables:
             return _folder(path)
         path = tables[0]
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSIONS]
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in (".jsonl", ".parquet"):
+    kind = _table_kind(path)
+    if kind is None:
         raise UsageError(f"source {source}: unknown kind {path.suffix or path.name!r}, expected {EXPECTED}")
     rows, count = (_json_rows(path), None) if kind == ".jsonl" else _parquet_rows(path)
     return Listing(_table(path, rows, image_field, caption_field), count)
 
 
-def _folder(folder: Path) -> Listing:
-    files = sorted(walk(folder), key=lambda path: path.relative_to(folder).parts)
+def _table_kind(path: Place) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSIONS]
+    return suffixes[-1] if suffixes and suffixes[-1] in (".jsonl", ".parquet") else None
+
+
+def _folder(folder: Place) -> Listing:
+    files: Sequence[Place] = find(folder.url) if isinstance(folder, Url) else _sorted(folder)
     images = [path for path in files if path.suffix.lower()[1:] in IMAGE_SUFFIXES and not path.name.startswith(".")]
     if not images:
         kinds = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)
@@ -141,14 +147,18 @@ def _folder(folder: Path) -> Listing:
             f"source {folder}: none of its {len(pictures)} images has a caption, expected a .txt beside each, such as "
             f"{images[0].with_suffix('.txt')}, or a {' or '.join(TABLES)} with file_name and text"
         )
-    used = {*images, *(p.caption for p in pictures), *(p.values for p in pictures if isinstance(p.values, Path))}
+    used = {*images, *(p.caption for p in pictures), *(p.values for p in pictures if not isinstance(p.values, dict))}
     others = [path for path in files if path not in used]
     remark = f"{len(others)} other files left out (the first: {others[0]})" if others else ""
     return Listing(pictures, len(pictures), remark=remark)
 
 
+def _sorted(folder: Path) -> list[Path]:
+    return sorted(walk(folder), key=lambda path: path.relative_to(folder).parts)
+
+
 def _table(
-    path: Path, rows: Iterator[tuple[str, dict[str, Any]]], image_field: str | None, caption_field: str | None
+    path: Place, rows: Iterator[tuple[str, dict[str, Any]]], image_field: str | None, caption_field: str | None
 ) -> Iterator[Picture]:
     first: tuple[str, str] | None = None
     for where, row in rows:
@@ -159,9 +169,9 @@ def _table(
             )
         image, caption = row.get(first[0]), row.get(first[1])
         if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # as datasets' Image feature is stored
-            content: Path | bytes = image["bytes"]
+            content: Place | bytes = image["bytes"]
         elif isinstance(image, str) and image:
-            content = path.parent / image
+            content = Url(image) if is_remote(image) else path.parent / image
         else:
             raise UsageError(f"{where}: {first[0]} holds {image!r:.60}, expected a file name")
         if caption is not None and not isinstance(caption, str):
@@ -185,7 +195,7 @@ def _field(where: str, row: dict[str, Any], asked: str | None, usual: tuple[str,
     raise UsageError(f"{where}: no field {names}; --{option} can be one of: {', '.join(row) or 'none'}")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(path: Place) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in lines(path, LINE_BYTES):
         if line.isspace():
             continue
@@ -198,7 +208,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}:{number}", row
 
 
-def _parquet_rows(path: Path) -> tuple[Iterator[tuple[str, dict[str, Any]]], int]:
+def _parquet_rows(path: Place) -> tuple[Iterator[tuple[str, dict[str, Any]]], int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -206,14 +216,14 @@ def _parquet_rows(path: Path) -> tuple[Iterator[tuple[str, dict[str, Any]]], int
         return UsageError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})")
 
     try:
-        count = int(pq.read_metadata(path).num_rows)
+        count = int(pq.read_metadata(seekable(path)).num_rows)
     except (pa.ArrowException, OSError) as error:
         raise unreadable(error) from None
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         number = 0
         try:
-            with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            with pq.ParquetFile(seekable(path), buffer_size=2**20, pre_buffer=False) as file:
                 for batch in file.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
                     for row in batch.to_pylist():
                         yield f"{path}, row {number}", row

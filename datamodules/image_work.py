@@ -29,6 +29,7 @@ from .geometry import Crop, resample, size_to_decode
 from .image_facts import Facts, facts_of
 from .image_header import MAX_PIXELS, DecodeError
 from .image_sources import Drawing, Picture
+from .remote_files import Place, Url
 from .shapes import draw
 
 FORMATS = ("jpg", "png", "webp")
@@ -140,6 +141,11 @@ def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
         return Fault("corrupt", picture.name, str(error))
 
 
+def side_of(sample: Sample, held_out: float) -> str:
+    """Where a sample goes: as its source says, or ``val`` for a share of ``held_out`` and ``train`` for the others."""
+    return sample.side or ("val" if sample.draw < held_out else "train")
+
+
 def _recode(data: bytes, recoding: Recoding) -> tuple[str, bytes, tuple[int, int] | None]:
     """Suffix and content of what is stored, and the size before where that was larger."""
     header = read_header(data, recoding.max_pixels)
@@ -174,16 +180,16 @@ def _encode(pixels: NDArray[np.uint8], suffix: str, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _caption(caption: Path | str | None) -> str | None:
-    if isinstance(caption, Path):
+def _caption(caption: Place | str | None) -> str | None:
+    if isinstance(caption, Path | Url):
         caption = _read(caption).decode("utf-8-sig", "replace")
     if caption is not None:
         caption = caption.encode("utf-8", "replace").decode().strip()  # JSON can spell half a surrogate pair
     return caption or None
 
 
-def _values(values: Path | dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(values, Path):
+def _values(values: Place | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(values, dict):
         return values
     try:
         found = json.loads(_read(values))
@@ -194,11 +200,11 @@ def _values(values: Path | dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Place) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DecodeError(f"{path} cannot be read ({error.strerror})") from None
+        raise DecodeError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def _work_on(task: Sequence[Picture], recoding: Recoding) -> list[Sample | Fault]:

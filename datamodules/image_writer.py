@@ -15,6 +15,26 @@ from .shard_file import ShardFile
 SHARD_BYTES = 2**28
 
 
+def is_full(samples: int, size: int, samples_per_shard: int | None) -> bool:
+    """Whether a shard of so many samples and bytes takes no more."""
+    return samples >= samples_per_shard if samples_per_shard else size >= SHARD_BYTES
+
+
+def image_key(sample: int) -> str:
+    """Key of a sample, by its number in the corpus."""
+    return f"{sample:09d}"
+
+
+def image_shard_name(name: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{name}-{number:06d}.tar"
+
+
+def no_picture(folder: str) -> UsageError:
+    """That a side would be empty."""
+    return UsageError(f"{folder}: no picture is left for it; give more, or another --held_out")
+
+
 class ImageWriter:
     """Samples into shards of one folder.
 
@@ -37,13 +57,12 @@ class ImageWriter:
     def append(self, sample: Sample) -> None:
         """Write a sample; its key is its number."""
         if self._file is None:
-            self._file = ShardFile(self.folder / f"{self._name}-{len(self.shards):06d}.tar")
+            self._file = ShardFile(self.folder / image_shard_name(self._name, len(self.shards)))
             self._facts.append([])
-        self._file.add_members(f"{self._samples:09d}", sample.members)
+        self._file.add_members(image_key(self._samples), sample.members)
         self._facts[-1].append(sample.facts)
         self._samples += 1
-        full = self._file.samples >= self._limit if self._limit else self._file.bytes >= SHARD_BYTES
-        if full:
+        if is_full(self._file.samples, self._file.bytes, self._limit):
             self._finish_shard()
 
     def close(self) -> int:
@@ -56,7 +75,7 @@ class ImageWriter:
             UsageError: There are none, a full disk.
         """
         if not self._samples:
-            raise UsageError(f"{self.folder}: no picture is left for it; give more, or another --held_out")
+            raise no_picture(str(self.folder))
         self._finish_shard()
         write_image_index(self.folder, self.shards, [facts_array(facts) for facts in self._facts], [self._source])
         return self._samples

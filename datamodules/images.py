@@ -10,13 +10,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .batches import Batch, Reader
+from .batches import Reader
 from .decoding import MAX_PIXELS
 from .geometry import Size, buckets
 from .image_facts import Filters
 from .image_reader import ImageReader, Showing, describe_left_out
 from .image_rows import ImageRows
 from .image_shards import ImageShards
+from .picks import Batch
 from .stream import Corpus, StreamDataModule
 
 __all__ = ["Corpus", "ImageTextDataModule"]

@@ -13,13 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .batches import Batch, Picks, Reader
+from .batches import Reader
 from .geometry import Crop, Size, uniform
 from .image_facts import Filters, caption_of
 from .image_reader import ReplacingReader, describe_left_out
 from .image_rows import ImageRows
 from .images import ImageTextDataModule
 from .latent_index import LatentShards
+from .picks import Batch, Picks
 from .stream import Corpus
 
 __all__ = ["Corpus", "LatentDataModule"]

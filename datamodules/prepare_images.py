@@ -4,34 +4,39 @@
 2. ``image_work`` reads and checks them in worker processes; what cannot be used is counted, and bounded.
 3. A hash of the image file says whether it is held out: the same file is always on the same side.
 4. One ordered pass writes the shards. The index comes last: a folder without one is unfinished.
+
+On a Ray cluster ``image_units`` does steps 2 and 3 for runs of pictures, and step 4 for each shard.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .. import UsageError
+from .engines import Ray, check_engine
 from .folders import IMAGE_LAYOUT, make_folder, shard_name
+from .image_faults import Faults
 from .image_sources import Listing, drawings, listing
-from .image_work import Fault, Recoding, Sample, work
+from .image_units import ImageJob, prepare_image_units
+from .image_work import Fault, Recoding, Sample, side_of, work
 from .image_writer import ImageWriter
 from .shapes import PICTURES
-
-LISTED = 3  # faults that the summary names
-ENOUGH = 1000  # pictures after which too many faults end the preparation early
+from .storage import join
+from .targets import Target, everywhere, local_out
+from .units import begin
 
 
 def prepare_images(
     source: str,
-    out: Path,
+    out: str | Path,
     *,
     held_out: float = 0.0,
     recoding: Recoding | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     max_corrupt: float = 0.05,
     skip_without_caption: bool = False,
     image_field: str | None = None,
@@ -40,22 +45,26 @@ def prepare_images(
     pictures: int = PICTURES,
     seed: int = 0,
     overwrite: bool = False,
+    engine: str = "local",
+    ray_address: str | None = None,
     progress: bool = True,
 ) -> dict[str, int]:
     """Write the pictures of a source into ``out/train`` and, with ``held_out`` above 0, ``out/val``.
 
     ``builtin:shapes`` and ``builtin:shapes-new`` are drawn: ``val`` holds a fresh picture of each combination that
     ``train`` shows, ``unseen`` the combinations that it does not. The same input gives the same bytes, whatever the
-    number of workers. When it fails, no index is left behind.
+    engine and the number of workers. When it fails, no index is left behind. Asked for again, engine ``ray`` goes on
+    where it was stopped; it knows pictures by their names.
 
     Args:
         source: A folder of images, each with a ``.txt`` of the same name beside it, and perhaps a ``.json``; a
             ``.jsonl`` or ``.parquet`` with file names (or images) and captions; a folder that holds such a table as
-            ``metadata.jsonl`` or ``metadata.parquet``; ``builtin:shapes`` or ``builtin:shapes-new``.
-        out: Folder, empty or new.
+            ``metadata.jsonl`` or ``metadata.parquet``; the URL of one of these; ``builtin:shapes`` or
+            ``builtin:shapes-new``.
+        out: Folder, empty or new; with engine ``ray`` every machine sees it, and it may be a URL.
         held_out: Share of the pictures for validation, in [0, 1); drawn pictures bring their own.
         recoding: How pictures are stored, by default as they are. ``image_size`` is the side of drawn ones (64).
-        workers: Processes that read and check; with 0 or 1 this one does.
+        workers: Processes that read and check, by default this one alone; with engine ``ray`` at most so many at once.
         max_corrupt: Share of the pictures that may be corrupt, and are left out; with more the preparation fails.
         skip_without_caption: Leave pictures without a caption out, instead of failing.
         image_field: Field of a table with file names (default: file_name, image or path).
@@ -64,6 +73,8 @@ def prepare_images(
         pictures: Drawn of each combination.
         seed: Of drawn pictures.
         overwrite: Replace what an earlier preparation left in ``out``.
+        engine: ``local``, or ``ray`` for the machines of a Ray cluster.
+        ray_address: Of the cluster, see :class:`engines.Ray`.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -74,86 +85,49 @@ def prepare_images(
             caption, no picture for a side, an ``out`` that is not empty, a full disk.
     """
     _check(held_out, workers, max_corrupt, samples_per_shard)
+    check_engine(engine, ray_address)
     recoding = recoding or Recoding()
     if source.startswith("builtin:"):
         listed = drawings(source, recoding.image_size or 64, pictures, seed)
         if held_out:
             raise UsageError(f"held_out is {held_out}, expected none for {source}: it brings its own held-out pictures")
     else:
-        listed = listing(source, image_field, caption_field)
+        listed = listing(everywhere(source) if engine == "ray" else source, image_field, caption_field)
     sides = listed.sides or (("train", "val") if held_out else ("train",))
-    make_folder(out, IMAGE_LAYOUT, overwrite)
-    writers = {
-        side: ImageWriter(out / side, shard_name(source, otherwise="images"), samples_per_shard, source)
-        for side in sides
-    }
-    faults = Faults(max_corrupt, skip_without_caption)
+    name = shard_name(source, otherwise="images")
+    if engine == "ray":
+        job = ImageJob(Target.shared(out), name, sides, held_out, recoding, samples_per_shard, skip_without_caption)
+        with Ray(ray_address, workers) as ray:
+            begin(
+                job.target, job.plan() | {"source": source, "pictures": pictures, "seed": seed}, IMAGE_LAYOUT, overwrite
+            )
+            counts, faults = prepare_image_units(listed, source, job, max_corrupt, ray, progress)
+    else:
+        faults = Faults(max_corrupt, skip_without_caption)
+        make_folder(local_out(out), IMAGE_LAYOUT, overwrite)
+        writers = {side: ImageWriter(local_out(out) / side, name, samples_per_shard, source) for side in sides}
+        counts = _prepare_here(writers, _samples(listed, recoding, workers or 1, faults, progress), held_out, faults)
+    for side in sides:
+        print(f"{join(str(out), side)}: {counts[side][0]} pictures in {counts[side][1]} shards", file=sys.stderr)
+    for remark in (*faults.remarks(), listed.remark):
+        if remark:
+            print(remark, file=sys.stderr)
+    return {side: counts[side][0] for side in sides}
+
+
+def _prepare_here(
+    writers: dict[str, ImageWriter], samples: Iterator[Sample], held_out: float, faults: Faults
+) -> dict[str, tuple[int, int]]:
+    """Samples and shards of each side."""
     try:
-        for sample in _samples(listed, recoding, workers, faults, progress):
-            writers[sample.side or ("val" if sample.draw < held_out else "train")].append(sample)
+        for sample in samples:
+            writers[side_of(sample, held_out)].append(sample)
         faults.check(final=True)
-        counts = {side: writers[side].close() for side in reversed(sides)}
+        return {side: (writers[side].close(), len(writers[side].shards)) for side in reversed(writers)}
     except BaseException:
         for writer in writers.values():
             writer.abort()
         raise
-    for side in sides:
-        print(f"{out / side}: {counts[side]} pictures in {len(writers[side].shards)} shards", file=sys.stderr)
-    for remark in (*faults.remarks(), listed.remark):
-        if remark:
-            print(remark, file=sys.stderr)
-    return {side: counts[side] for side in sides}
-
-
-class Faults:
-    """Pictures that could not be used: counted, the first of each kind remembered.
-
-    Args:
-        max_corrupt: Share that may be corrupt.
-        skip_without_caption: Whether pictures without a caption are left out rather than refused.
-    """
-
-    def __init__(self, max_corrupt: float, skip_without_caption: bool) -> None:
-        self._max_corrupt, self._skip = max_corrupt, skip_without_caption
-        self._seen = 0
-        self._counts = {"corrupt": 0, "caption": 0}
-        self._first: dict[str, list[Fault]] = {"corrupt": [], "caption": []}
-
-    def count(self, result: Sample | Fault) -> None:
-        """Take note of a picture.
-
-        Raises:
-            UsageError: It has no caption, or too many are corrupt.
-        """
-        self._seen += 1
-        if isinstance(result, Sample):
-            return
-        if result.kind == "caption" and not self._skip:
-            raise UsageError(f"{result.name}: no caption; add one, or leave such pictures out: --skip_without_caption")
-        self._counts[result.kind] += 1
-        if len(self._first[result.kind]) < LISTED:
-            self._first[result.kind].append(result)
-        if result.kind == "corrupt":
-            self.check()
-
-    def check(self, final: bool = False) -> None:
-        """Raise where more are corrupt than may be; before the end only once that is sure enough."""
-        corrupt = self._counts["corrupt"]
-        if corrupt > self._max_corrupt * self._seen and (final or self._seen >= ENOUGH):
-            raise UsageError(
-                f"{corrupt} of {self._seen} pictures are corrupt, more than max_corrupt ({self._max_corrupt}) of them; "
-                f"the first: {_named(self._first['corrupt'][:1])}"
-            )
-
-    def remarks(self) -> Iterator[str]:
-        """One line for each kind of fault that there was."""
-        for kind, what in (("corrupt", "corrupt pictures"), ("caption", "pictures without a caption")):
-            if self._counts[kind]:
-                yield f"{self._counts[kind]} {what} left out, the first: {_named(self._first[kind])}"
-
-
-def _named(faults: Sequence[Fault]) -> str:
-    return "; ".join(f"{fault.name} ({fault.reason})" for fault in faults)
 
 
 def _samples(listed: Listing, recoding: Recoding, workers: int, faults: Faults, progress: bool) -> Iterator[Sample]:
@@ -161,16 +135,16 @@ def _samples(listed: Listing, recoding: Recoding, workers: int, faults: Faults, 
         total=listed.total, unit=" pictures", unit_scale=True, desc="images", disable=not progress, file=sys.stderr
     ) as bar:
         for result in work(listed.pictures, recoding, workers):
-            faults.count(result)
+            faults.count(1, [result] if isinstance(result, Fault) else [])
             bar.update()
             if isinstance(result, Sample):
                 yield result
 
 
-def _check(held_out: float, workers: int, max_corrupt: float, samples_per_shard: int | None) -> None:
+def _check(held_out: float, workers: int | None, max_corrupt: float, samples_per_shard: int | None) -> None:
     if not 0 <= held_out < 1:
         raise UsageError(f"held_out is {held_out}, expected a share of the pictures from 0 to below 1")
-    if workers < 0:
+    if workers is not None and workers < 0:
         raise UsageError(f"workers is {workers}, expected 0 or more")
     if not 0 <= max_corrupt <= 1:
         raise UsageError(f"max_corrupt is {max_corrupt}, expected a share of the pictures from 0 to 1")

@@ -179,8 +179,8 @@ class FsspecObject:
 
     def describe(self) -> tuple[int, str]:
         """Size and ETag by the file system's ``info``."""
-        with _fsspec_errors(self.url):
-            info = _file_system(self.url).info(self.url)
+        with fsspec_errors(self.url):
+            info = file_system(self.url).info(self.url)
         if info.get("type") == "directory" or info.get("size") is None:
             raise FileNotFoundError(f"{shown(self.url)}: no such object")
         names = ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime")
@@ -188,8 +188,8 @@ class FsspecObject:
 
     def fetch(self, begin: int, end: int, size: int, identity: str) -> bytes:
         """One ranged request."""
-        with _fsspec_errors(self.url):
-            content = _file_system(self.url).cat_file(self.url, start=begin, end=end)
+        with fsspec_errors(self.url):
+            content = file_system(self.url).cat_file(self.url, start=begin, end=end)
         if len(content) != end - begin:
             raise PassingError(f"{len(content)} bytes came, {end - begin} expected")
         return bytes(content)
@@ -231,7 +231,7 @@ def _failure(url: str, status: int, reason: str, headers: Any) -> Exception:
 _file_systems: dict[tuple[int, str], Any] = {}
 
 
-def _file_system(url: str) -> Any:
+def file_system(url: str) -> Any:
     """The file system for a URL, one a process: a client's event loop does not survive a fork."""
     import fsspec
 
@@ -248,7 +248,8 @@ def _file_system(url: str) -> Any:
 
 
 @contextmanager
-def _fsspec_errors(url: str) -> Iterator[None]:
+def fsspec_errors(url: str) -> Iterator[None]:
+    """Turn what a file system raises into PassingError, FileNotFoundError or UsageError."""
     try:
         yield
     except UsageError:

@@ -16,7 +16,8 @@ from typing import Any
 from .. import UsageError
 from ..hints import did_you_mean
 from . import builtin
-from .storage import open_bytes
+from .remote_files import Place, Url, find, place, seekable
+from .storage import is_remote, open_bytes
 from .streams import COMPRESSIONS, lines, text_pieces
 from .tar_scan import scan
 
@@ -80,6 +81,8 @@ def expand(sources: Sequence[str], skipped: Skipped) -> list[SourceFile]:
         if source.startswith(builtin.PREFIX):
             builtin.documents(source)  # refuses a misspelt name now rather than after the files before it
             files.append(SourceFile(source, "builtin"))
+        elif is_remote(source):
+            files += _expand_url(Url(source), skipped)
         elif path.is_dir():
             files += _expand_folder(path, skipped)
         elif not path.exists():
@@ -103,13 +106,13 @@ def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]
         UsageError: What is wrong with the file, and where: line, byte offset, the fields there are.
     """
     if file.kind in (".txt", ".md"):
-        yield from _whole_file(Path(file.name), skipped)
+        yield from _whole_file(place(file.name), skipped)
         return
     match file.kind:
         case ".jsonl":
-            documents = _json_lines(Path(file.name), text_field)
+            documents = _json_lines(place(file.name), text_field)
         case ".parquet":
-            documents = _parquet(Path(file.name), text_field)
+            documents = _parquet(place(file.name), text_field)
         case ".tar":
             documents = _captions(file.name)
         case _:
@@ -130,7 +133,25 @@ def _captions(path: str) -> Iterator[str]:
                 yield bytes(content.read(member.begin, member.begin + member.size)).decode("utf-8-sig", "replace")
 
 
-def _kind(path: Path) -> str | None:
+def identity(file: SourceFile) -> tuple[str, int, str]:
+    """Name, size in bytes, and what changes when the file does; of a built-in corpus its name alone.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    if file.kind == "builtin":
+        return file.name, 0, ""
+    where = place(file.name)
+    try:
+        if isinstance(where, Url):
+            return file.name, *where.describe()
+        status = where.stat()
+    except OSError as error:
+        raise UsageError(f"source {where}: cannot be read ({error.strerror or error})") from None
+    return file.name, status.st_size, str(status.st_mtime_ns)
+
+
+def _kind(path: Place) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         return suffixes[0] if suffixes[0] in _PLAIN_KINDS else None
@@ -157,23 +178,40 @@ def _expand_folder(folder: Path, skipped: Skipped) -> list[SourceFile]:
     return found
 
 
+def _expand_url(url: Url, skipped: Skipped) -> list[SourceFile]:
+    """An object of a known kind, or all below a folder."""
+    if (kind := _kind(url)) is not None:
+        identity(SourceFile(url.url, kind))
+        return [SourceFile(url.url, kind)]
+    found = []
+    for below in find(url.url):
+        kind = _kind(below)
+        if kind is None:
+            skipped.unknown_files.append(str(below))
+        else:
+            found.append(SourceFile(below.url, kind))
+    if not found:
+        raise UsageError(f"source {url}: no such folder, or none with a file of a known kind, expected {_expected()}")
+    return found
+
+
 def walk(folder: Path) -> Iterator[Path]:
     """Files, and links to folders, anywhere in a folder.
 
     Raises:
         UsageError: A folder in it cannot be read.
     """
-    for place, folders, names in os.walk(folder, onerror=_cannot_list):
+    for inside, folders, names in os.walk(folder, onerror=_cannot_list):
         # Links to folders are not followed, as they may lead in circles: they count as unknown files.
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        yield from (Path(place, name) for name in [*names, *links])
+        links = [name for name in folders if Path(inside, name).is_symlink()]
+        yield from (Path(inside, name) for name in [*names, *links])
 
 
 def _cannot_list(error: OSError) -> None:
     raise UsageError(f"source {error.filename}: the folder cannot be read ({error.strerror})")
 
 
-def _whole_file(path: Path, skipped: Skipped) -> Iterator[Piece]:
+def _whole_file(path: Place, skipped: Skipped) -> Iterator[Piece]:
     """A file is one document; it is read one piece ahead, to know which one is the last."""
     pieces = text_pieces(path, PIECE_CHARS)
     present = next(pieces)
@@ -187,7 +225,7 @@ def _whole_file(path: Path, skipped: Skipped) -> Iterator[Piece]:
     yield Piece(present, ends_document=True)
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[str]:
+def _json_lines(path: Place, text_field: str) -> Iterator[str]:
     for number, line in lines(path, LINE_BYTES):
         if line.isspace():
             yield ""
@@ -204,13 +242,13 @@ def _json_lines(path: Path, text_field: str) -> Iterator[str]:
         yield _text(fields[text_field], f"{path}:{number}: field {text_field!r}")
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _parquet(path: Place, column: str) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # Buffered, because otherwise a whole column chunk is read, which may have gigabytes.
-        with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        with pq.ParquetFile(seekable(path), buffer_size=2**20, pre_buffer=False) as file:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise UsageError(f"{path}: no column {column!r}; --text_field can be one of: {names}")

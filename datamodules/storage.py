@@ -89,7 +89,7 @@ def read_whole(path_or_url: str, limit: int = WHOLE_LIMIT_BYTES) -> bytes:
         content = persistently(lambda: remote.whole(limit), shown(path_or_url), remote.attempts, stats)
         stats.add(bytes_fetched=len(content))
         return content
-    path = _local(path_or_url)
+    path = local_path(path_or_url)
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)
@@ -113,7 +113,7 @@ def open_bytes(path_or_url: str, size: int | None = None, cache: BlockCache | No
     Raises:
         UsageError: There is none, it cannot be read, or it has another size.
     """
-    opened: Bytes = CachedBytes(path_or_url, cache) if is_remote(path_or_url) else LocalBytes(_local(path_or_url))
+    opened: Bytes = CachedBytes(path_or_url, cache) if is_remote(path_or_url) else LocalBytes(local_path(path_or_url))
     if size is not None and opened.size != size:
         opened.close()
         found = f"{opened.size} bytes found, {size} expected"
@@ -231,7 +231,8 @@ class CachedBytes:
         return asdict(self.stats)
 
 
-def _local(path: str) -> Path:
+def local_path(path: str) -> Path:
+    """The path of a file on this machine, which may be given as ``file://``."""
     return Path(url2pathname(urlsplit(path).path) if path.lower().startswith("file://") else path)
 
 

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from .. import UsageError
-from .batches import Batch, EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
+from .batches import EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
 from .lanes import Lanes
 from .ledger import Ledger, Reading
 from .mixture import Mixture, RunningShare
 from .order import CorpusOrder
+from .picks import Batch
 from .progress import Progress
 
 R = TypeVar("R", bound=Rows)

@@ -8,10 +8,10 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 from .. import UsageError
+from .remote_files import Place
 
 COMPRESSIONS = (".gz", ".zst")
 BLOCK_BYTES = 2**18
@@ -20,7 +20,7 @@ ZSTD_INPUT_BYTES = 2**10
 
 
 @contextmanager
-def open_bytes(path: Path) -> Iterator[BinaryIO]:
+def open_bytes(path: Place) -> Iterator[BinaryIO]:
     """Open ``path`` decompressed by its suffix; what goes wrong inside the block is told in one line.
 
     Raises:
@@ -42,7 +42,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def text_pieces(path: Path, piece_chars: int) -> Iterator[str]:
+def text_pieces(path: Place, piece_chars: int) -> Iterator[str]:
     """The text of a UTF-8 file, cut after the last line end within ``piece_chars`` characters, or there if none.
 
     Raises:
@@ -58,7 +58,7 @@ def text_pieces(path: Path, piece_chars: int) -> Iterator[str]:
     yield buffer
 
 
-def lines(path: Path, maximum_bytes: int) -> Iterator[tuple[int, str]]:
+def lines(path: Place, maximum_bytes: int) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file with their numbers from 1.
 
     Raises:
@@ -78,7 +78,7 @@ def lines(path: Path, maximum_bytes: int) -> Iterator[tuple[int, str]]:
             offset += len(line)
 
 
-def _decoded(path: Path) -> Iterator[str]:
+def _decoded(path: Place) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     with open_bytes(path) as file:
@@ -95,7 +95,7 @@ def _decoded(path: Path) -> Iterator[str]:
                 return
 
 
-def _not_utf8(path: Path, offset: int, byte: int) -> UsageError:
+def _not_utf8(path: Place, offset: int, byte: int) -> UsageError:
     return UsageError(f"{path}: byte {offset} (0x{byte:02x}) is not valid UTF-8; convert the file or leave it out")
 
 

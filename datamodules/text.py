@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from .. import UsageError
-from .batches import Batch, Picks, Reader
+from .batches import Reader
+from .picks import Batch, Picks
 from .shards import TokenShards
 from .stream import Corpus, StreamDataModule
 

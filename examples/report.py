@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewurst.reproduce.results import scalars
+
 CORPORA = ("prose", "code")
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
@@ -72,18 +74,6 @@ def add(out: Path, name: str, summary: dict[str, Any], text: str) -> None:
     _, *pieces = re.split(r"<!-- (\w+) -->\n", path.read_text("utf8")) if path.exists() else [""]
     parts = dict(zip(pieces[::2], pieces[1::2], strict=True)) | {name: text}
     path.write_text("".join(f"<!-- {part} -->\n{parts[part]}" for part in parts), encoding="utf8")
-
-
-def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    values: dict[int, float] = {}
-    for version in sorted(folder.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_"))):
-        events = EventAccumulator(str(version), size_guidance={"scalars": 0})
-        events.Reload()
-        if tag in events.Tags()["scalars"]:
-            values.update((event.step, event.value) for event in events.Scalars(tag))  # a resumed run repeats steps
-    return sorted(values.items())
 
 
 def _draw(results: list[Result], figure: Path) -> None:

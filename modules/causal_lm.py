@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -11,7 +13,9 @@ from torch.optim import Optimizer
 
 from .. import UsageError
 from .attention import IGNORED, document_arguments, document_targets, require_positions
+from .flops import flops_a_token
 from .head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
+from .hugging_face import continuations
 from .initial_weights import build, load_initial_weights
 from .losses import cross_entropy, linear_cross_entropy
 from .optimizers import OptimizerChoice, OptimizerSettings, make_optimizer
@@ -60,6 +64,8 @@ class CausalLM(WatchedModule):
         UsageError: The model is none that transformers knows, weights do not fit, the tokenizer has more tokens than
             the model, the model cannot do what is asked for.
     """
+
+    flops_formula = "6 N + 12 L d T a token"
 
     def __init__(
         self,
@@ -134,6 +140,19 @@ class CausalLM(WatchedModule):
         """What training minimises, from ids (batch, length): the mean of the tokens' losses, z-loss included."""
         return self._losses(input_ids[:, :-1], self._targets(input_ids), self.z_loss, "mean")
 
+    def flops(self, batch: Batch) -> float | None:
+        """FLOPs of a training step on a micro-batch, 6 N + 12 L d T a token; none for models with experts."""
+        rows, length = batch["input_ids"].shape
+        config: Any = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+            return None  # a token passes some of the parameters
+        shape = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
+        return rows * (length - 1) * flops_a_token(self._parameter_count, *shape, length - 1)
+
+    @cached_property
+    def _parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""
         input_ids = batch["input_ids"]
@@ -177,6 +196,13 @@ class CausalLM(WatchedModule):
         """Cross-entropy of every token, (rows, sequence_length), without rows that only fill up."""
         losses = self.token_losses(batch["input_ids"])
         return losses[batch["valid"]] if "valid" in batch else losses
+
+    def continue_text(self, prompts: Sequence[str], max_new_tokens: int = 50, temperature: float = 0.8) -> list[str]:
+        """Continuations of prompts, for :class:`~rewurst.callbacks.LogText`, with the tokenizer of the data."""
+        folder = getattr(self.trainer.datamodule, "tokenizer_folder", None)  # type: ignore[attr-defined]
+        if not folder:
+            raise UsageError("LogText: the data module knows no tokenizer_folder: prompts cannot be told as tokens")
+        return continuations(self.model, folder, prompts, max_new_tokens, temperature)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over two groups: matrices, which decay, and everything else, which does not."""

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from .. import UsageError
 from .image_metrics import CorpusMeans, log_means
 from .networks import describe
 from .optimizers import OptimizerChoice, make_optimizer
@@ -28,10 +29,21 @@ class DiffusionStage(WatchedModule):
     Args:
         optimizer: Of all that is trained.
         max_grad_norm: As in :class:`WatchedModule`.
+        max_loss_weight: Largest value of 1 / snr(t) that losses are weighted with.
+
+    Raises:
+        UsageError: A weight below 1.
     """
 
-    def __init__(self, optimizer: OptimizerChoice, max_grad_norm: float | None = 1.0) -> None:
+    flops_formula = "3 x forward passes (1 x of frozen parts)"
+
+    def __init__(
+        self, optimizer: OptimizerChoice, max_grad_norm: float | None = 1.0, max_loss_weight: float = 1.0
+    ) -> None:
         super().__init__(max_grad_norm)
+        if max_loss_weight < 1:
+            raise UsageError(f"max_loss_weight {max_loss_weight} must be at least 1, which is no weight")
+        self.max_loss_weight = max_loss_weight
         self.optimizer = optimizer
         self._means = CorpusMeans()
 

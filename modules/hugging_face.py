@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +74,66 @@ def generate_text(
         )
     model: Any = build(folder).eval()
     tokenizer = _load_tokenizer(Path(folder))
-    ids = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt")["input_ids"]
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        output = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p)
+    return str(tokenizer.decode(output, skip_special_tokens=True))
+
+
+@torch.no_grad()
+def continuations(
+    model: Any, tokenizer: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, top_p: float = 0.95
+) -> list[str]:
+    """Continues prompts, each by itself, with a model in training; draws from the global generator.
+
+    Args:
+        model: A causal language model of transformers; it stays in the mode that it is in.
+        tokenizer: Its tokenizer's folder.
+        prompts: Texts.
+        max_new_tokens: Most tokens added to each.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Draw from the likeliest tokens that hold this probability together.
+
+    Returns:
+        What was added to each prompt.
+    """
+    words, training = _load_tokenizer(Path(tokenizer)), model.training
+    try:
+        model.eval()
+        texts = []
+        for prompt in prompts:
+            output = _generate(model, words, prompt, max_new_tokens, temperature, top_p)
+            added = output[len(_ids(words, prompt)[0]) :]
+            texts.append(str(words.decode(added, skip_special_tokens=True)))
+    finally:
+        model.train(training)
+    return texts
+
+
+def _ids(tokenizer: Any, prompt: str) -> torch.Tensor:
+    ids: torch.Tensor = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt")[
+        "input_ids"
+    ]
+    return ids
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_p: float
+) -> torch.Tensor:
+    """Tokens (length,) of a prompt and its continuation."""
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **sampling,
-        )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    ids = _ids(tokenizer, prompt).to(model.device)
+    output: torch.Tensor = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    return output[0]
 
 
 def _recorded_tokenizer(content: dict[str, Any], checkpoint: Path) -> Path:

@@ -1,132 +1,32 @@
 """Latents of images, made once: embeddings, Stage A latents and text states into shards, for training that needs none.
 
-1. ``datamodules`` decode and crop the images of a corpus, in worker processes, as they do for training.
-2. The networks run on batches of one shape that never cross a shard, so that who makes which shard changes no byte.
-3. ``datamodules.latent_writer`` writes shards and, when all are there, the index.
+1. ``latent_work`` makes whole shards, each from the images and networks alone.
+2. ``datamodules.latent_writer`` writes them and, when all are there, the index.
+
+Processes share the shards: by number (``shard_of``), or as the units of a Ray cluster.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .. import UsageError
-from ..datamodules.batches import Picks, as_is
-from ..datamodules.geometry import Size, buckets, nearest_bucket
-from ..datamodules.image_facts import Filters
-from ..datamodules.image_header import DecodeError
-from ..datamodules.image_reader import ImageReader, Showing
-from ..datamodules.image_rows import ImageRows
-from ..datamodules.image_shards import ImageShards
-from ..datamodules.latent_index import MAKERS, array_bytes
-from ..datamodules.latent_writer import LatentFolder
-from .networks import VQGAN, SemanticCompressor, TextEncoder
-from .stage_parts import Frozen
-from .weights import is_one_file, read_file
-
-SHARD_BYTES = 2**28
-MOST_ROWS = 10_000
-SETTLED = 200
-"""Samples after which a share of corrupt ones means something."""
-
-Group = tuple[int, list[int], int]
-"""Shard, rows and lane of a batch."""
-Members = dict[str, bytes]
-
-
-class Makers:
-    """The networks that make latents.
-
-    Args:
-        stage_b: Checkpoint with the compressor, or the compressor's folder.
-        what: Names of arrays: ``z``, ``a``, ``text``.
-        text_encoder: Folder or hub name, for ``text``.
-        stage_a: Checkpoint or folder, for ``a``; by default the one that Stage B's checkpoint names.
-        dtype: Of the arrays.
-        device: To run on.
-
-    Raises:
-        UsageError: A network is missing or cannot be read, or an array is unknown.
-    """
-
-    def __init__(
-        self,
-        stage_b: str,
-        what: Sequence[str],
-        text_encoder: str | None = None,
-        stage_a: str | None = None,
-        dtype: str = "float16",
-        device: str = "cpu",
-    ) -> None:
-        if unknown := [name for name in what if name not in MAKERS]:
-            raise UsageError(f"what {unknown[0]!r} is unknown: choose among {', '.join(MAKERS)}")
-        if "z" not in what:
-            raise UsageError(f"what {','.join(what)} lacks z, which Stage C trains on: add it")
-        if dtype not in ("float16", "float32"):
-            raise UsageError(f"dtype {dtype!r} must be float16 or float32")
-        if "text" in what and text_encoder is None:
-            raise UsageError("what names text: give text_encoder, the folder or hub name of a frozen CLIP text model")
-        self.what, self.dtype, self.device = tuple(name for name in MAKERS if name in what), dtype, torch.device(device)
-        self.parts: dict[str, Frozen[Any]] = {
-            "z": Frozen(SemanticCompressor.from_checkpoint(stage_b, torch.float32), stage_b)
-        }
-        if "a" in what:
-            source = stage_a or _named_stage_a(stage_b)
-            self.parts["a"] = Frozen(VQGAN.from_checkpoint(source, torch.float32), source)
-        if "text" in what and text_encoder is not None:
-            self.parts["text"] = Frozen(TextEncoder.from_pretrained(text_encoder), text_encoder)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, captions: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
-        """Arrays by name of each of a batch's images (n, 3, h, w), bytes."""
-        pixels = images.to(self.device).float() / 255
-        made = {"z": self.parts["z"].on(self.device)(pixels)}
-        if "a" in self.parts:
-            made["a"] = self.parts["a"].on(self.device).to_latents(pixels)
-        if "text" in self.parts:
-            made["text"] = self.parts["text"].on(self.device).encode(captions)
-        arrays = {name: made[name].float().cpu().numpy().astype(self.dtype) for name in self.what}
-        return [{name: array[i] for name, array in arrays.items()} for i in range(len(images))]
-
-    def empty_text(self) -> bytes | None:
-        """States of the text "" as a file, where there is a text encoder."""
-        if "text" not in self.parts:
-            return None
-        states = self.parts["text"].on(self.device).encode([""])[0]
-        return array_bytes(states.float().cpu().numpy().astype(self.dtype))
-
-    def described(self) -> dict[str, Any]:
-        """What the index says of them."""
-        fields: dict[str, Any] = {"what": self.what, "dtype": self.dtype}
-        for name, part in self.parts.items():
-            fields |= {f"{MAKERS[name]}_sha256": part.fingerprint, f"{MAKERS[name]}_source": part.source}
-        return fields
-
-    def bytes_a_sample(self, size: Size) -> int:
-        """About how much is stored of an image."""
-        compressor = self.parts["z"].module
-        numbers = compressor.config["c_latent"] * _cells(size, compressor.pixels_per_latent)
-        if "a" in self.parts:
-            vqgan = self.parts["a"].module
-            numbers += vqgan.config["latent_channels"] * _cells(size, vqgan.compression)
-        if "text" in self.parts:
-            numbers += self.parts["text"].module.length * self.parts["text"].module.width
-        return int(numbers) * np.dtype(self.dtype).itemsize + 2048
+from ..datamodules.engines import Ray, check_engine
+from ..datamodules.latent_index import LatentIndex
+from .latent_work import Faults, LatentOptions, LatentWork
 
 
 def prepare_latents(
     source: str,
-    out: Path,
+    out: str | Path,
     stage_b: str,
     image_size: int,
     *,
@@ -143,6 +43,8 @@ def prepare_latents(
     samples_per_shard: int | None = None,
     shard_of: tuple[int, int] = (0, 1),
     max_corrupt: float = 0.05,
+    engine: str = "local",
+    ray_address: str | None = None,
     progress: bool = True,
 ) -> str:
     """Write the latents of a corpus of images as a corpus of latents, row by row.
@@ -151,8 +53,8 @@ def prepare_latents(
     stopped goes on when it is asked for again; shards that are whole stay.
 
     Args:
-        source: Folder of the images, with ``index.json``.
-        out: Folder to fill.
+        source: Folder of the images, with ``index.json``, or its URL.
+        out: Folder to fill, or its URL; with engine ``ray`` every machine sees it, as it does the networks' files.
         stage_b: Checkpoint with the Semantic Compressor, or its folder.
         image_size: As the data module's; so are ``max_aspect``, ``bucket_multiple`` and ``resize``.
         what: Arrays to make: ``z``; ``a`` for Stage A's latents, ``text`` for text states.
@@ -162,12 +64,14 @@ def prepare_latents(
         bucket_multiple: See ``image_size``.
         resize: See ``image_size``.
         batch_size: Images that networks see at once.
-        workers: Processes that decode.
-        device: To run networks on.
+        workers: Processes that decode; with engine ``ray`` for each shard in work.
+        device: To run networks on; with engine ``ray`` a shard in work takes a GPU of the cluster for ``cuda``.
         dtype: Of the arrays, ``float16`` or ``float32``.
         samples_per_shard: By default shards have up to 256 MiB.
         shard_of: This process's number and how many there are: each makes its share of the shards.
         max_corrupt: Share of the images that may be corrupt; they have rows without latents.
+        engine: ``local``, or ``ray`` for the machines of a Ray cluster.
+        ray_address: Of the cluster, see :class:`datamodules.engines.Ray`.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -182,142 +86,118 @@ def prepare_latents(
         raise UsageError(f"shard_of {number}/{processes}: the number must be at least 0 and below {processes}")
     if batch_size < 1 or workers < 0:
         raise UsageError(f"batch_size {batch_size} must be at least 1 and workers {workers} at least 0")
-    images = ImageShards(source)
-    sizes = [(image_size, image_size)] if max_aspect == 1 else buckets(image_size, bucket_multiple, max_aspect)
-    makers = Makers(stage_b, what, text_encoder, stage_a, dtype, device)
-    rows = samples_per_shard or min(MOST_ROWS, max(1, SHARD_BYTES // max(map(makers.bytes_a_sample, sizes))))
-    images_sha256 = images.index.fingerprint()
-    described = makers.described() | {"sizes": tuple(sizes), "resize": resize or 0, "images_sha256": images_sha256}
-    folder = LatentFolder(out, images, rows, described, {"batch_size": batch_size})
+    check_engine(engine, ray_address)
+    options = LatentOptions(
+        source=source,
+        out=str(out),
+        stage_b=stage_b,
+        image_size=image_size,
+        what=tuple(what),
+        text_encoder=text_encoder,
+        stage_a=stage_a,
+        max_aspect=max_aspect,
+        bucket_multiple=bucket_multiple,
+        resize=resize,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        samples_per_shard=samples_per_shard,
+    )
+    work = LatentWork(options)
+    folder = work.folder
     if folder.is_complete():
         return f"{out}: complete already"
-    folder.begin(makers.empty_text())
-    todo = [shard for shard in range(number, folder.shards, processes) if not folder.is_whole(shard)]
-    reader = ImageReader([ImageRows(images, Filters(), sizes)], Showing(sizes, resize, random_crop=False))
+    mine = range(number, folder.shards, processes)
     faults = Faults(max_corrupt)
-    done = sum(len(folder.rows(shard)) for shard in range(number, folder.shards, processes) if shard not in todo)
-    total = done + sum(len(folder.rows(shard)) for shard in todo)
-    with tqdm(total=total, initial=done, unit=" images", desc="latents", disable=not progress, file=sys.stderr) as bar:
-        for shard, samples in _made(todo, folder, sizes, reader, makers, batch_size, workers, faults):
-            folder.write(shard, samples)
-            bar.update(len(samples))
+    gpus = int(device.startswith("cuda"))
+    with Ray(ray_address, cpus=1 + workers, gpus=gpus) if engine == "ray" else nullcontext() as ray:
+        folder.begin((lambda: _empty_text_on(ray, work)) if ray else work.makers.empty_text)
+        todo = folder.left(mine)
+        total, left = (sum(len(folder.rows(shard)) for shard in shards) for shards in (mine, todo))
+        bar = tqdm(total=total, initial=total - left, unit=" images", desc="latents", disable=not progress)
+        with bar:
+            for rows in _on(ray, work, todo, faults) if ray else _here(work, todo, faults):
+                bar.update(rows)
     if not folder.finish():
         return f"{out}: this process's {len(todo)} shards are done; the index comes with the last of the others'"
-    return f"{out}: {len(images):,} rows of latents in {folder.shards} shards{faults.remark()}"
+    return f"{out}: {len(work.images):,} rows of latents in {folder.shards} shards{faults.remark()}"
 
 
-class Faults:
-    """Images that could not be read, counted."""
+def _here(work: LatentWork, todo: Sequence[int], faults: Faults) -> Iterator[int]:
+    """Rows of each shard that has been written."""
+    for shard, samples in work.made(todo, faults):
+        work.folder.write(shard, samples)
+        yield len(samples)
 
-    def __init__(self, most: float) -> None:
-        self._most, self._seen, self._found = most, 0, list[str]()
 
-    def count(self, seen: int, found: Sequence[str]) -> None:
-        """Take note of a batch.
+def _on(ray: Ray, work: LatentWork, todo: Sequence[int], faults: Faults) -> Iterator[int]:
+    """The same on a cluster, in the order in which shards are done."""
+    units = ((f"shard {shard} of {work.options.out}", shard) for shard in todo)
+    for _, made in ray.run(make_shard, job_of(work), units):
+        faults.count(made.seen, made.faults)
+        yield made.rows
 
-        Raises:
-            UsageError: Too many are corrupt.
-        """
-        self._seen += seen
-        self._found += found
-        if self._seen >= SETTLED and len(self._found) > self._most * self._seen:
+
+class Job(NamedTuple):
+    """For processes of a cluster: what is asked for, and what is to be the same there, as JSON."""
+
+    options: LatentOptions
+    described: str
+
+
+class Made(NamedTuple):
+    """Of a shard: its rows, the images that were read or could not be, and what was wrong with the latter."""
+
+    rows: int
+    seen: int
+    faults: list[str]
+
+
+def make_shard(job: Job, shard: int) -> Made:
+    """Write a shard."""
+    faults = Faults(1.0)
+    rows = sum(_here(_opened(job), [shard], faults))
+    return Made(rows, faults.seen, faults.found)
+
+
+@lru_cache(maxsize=1)
+def _opened(job: Job) -> LatentWork:
+    """Images and networks, kept from one shard to the next.
+
+    Raises:
+        UsageError: They are others than those of the process that started the preparation.
+    """
+    work = LatentWork(job.options)
+    here, there = json.loads(_described(work)), json.loads(job.described)
+    for name in there:
+        if here.get(name) != there[name]:
             raise UsageError(
-                f"{len(self._found)} of {self._seen} images are corrupt, more than max_corrupt {self._most} allows; "
-                f"the first is {self._found[0]}"
+                f"{job.options.out}: {name} is {here.get(name)} on this machine of the cluster, expected "
+                f"{there[name]}: give paths that are the same files on all of them"
             )
-
-    def remark(self) -> str:
-        """The end of a line, empty where all went well."""
-        return f"; {len(self._found)} corrupt images have none, the first is {self._found[0]}" if self._found else ""
+    return work
 
 
-class Groups(Dataset[dict[str, Any]]):
-    """Decoded images, batch by batch; it goes to worker processes."""
-
-    def __init__(self, groups: Sequence[Group], reader: ImageReader, images: ImageShards) -> None:
-        self._groups, self._reader, self._images = groups, reader, images
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        shard, rows, lane = self._groups[number]
-        [source] = self._reader.sources
-        none = np.zeros(0, dtype=np.int64)
-        picks = Picks(none, none, none, lane, training=False)
-        read, shown, faults = [], [], {}
-        for row in rows:
-            try:
-                shown.append(self._reader.show(source, row, 0, picks))
-                read.append(row)
-            except DecodeError as error:
-                faults[row] = f"{self._images.locate(row)}: {error}"
-        batch = self._reader.arrays(shown) if shown else {}
-        return {**batch, "shard": shard, "rows": read, "shown": [one.about() for one in shown], "faults": faults}
+def job_of(work: LatentWork) -> Job:
+    """What processes of a cluster are given."""
+    stage_a = work.makers.parts["a"].source if "a" in work.makers.parts else None
+    return Job(replace(work.options, stage_a=stage_a).everywhere(), _described(work))
 
 
-def _groups(shard: int, folder: LatentFolder, sizes: Sequence[Size], batch_size: int) -> Iterator[Group]:
-    """Batches of rows of one shape, in their order; rows without image or caption are in none."""
-    rows = np.asarray(folder.rows(shard))
-    facts = folder.images.facts[rows]
-    lanes = np.where(facts["caption_length"] >= 0, nearest_bucket(facts["height"], facts["width"], list(sizes)), -1)
-    for lane in range(len(sizes)):
-        mine = rows[lanes == lane].tolist()
-        for begin in range(0, len(mine), batch_size):
-            yield shard, mine[begin : begin + batch_size], lane
+def _described(work: LatentWork) -> str:
+    """Where networks came from apart."""
+    where = LatentIndex.not_in_fingerprint()
+    return json.dumps({name: value for name, value in work.described.items() if name not in where}, sort_keys=True)
 
 
-def _made(
-    todo: Sequence[int],
-    folder: LatentFolder,
-    sizes: Sequence[Size],
-    reader: ImageReader,
-    makers: Makers,
-    batch_size: int,
-    workers: int,
-    faults: Faults,
-) -> Iterator[tuple[int, list[Members]]]:
-    """Shards with the members of their samples, one after another."""
-    groups = [group for shard in todo for group in _groups(shard, folder, sizes, batch_size)]
-    left = {shard: sum(group[0] == shard for group in groups) for shard in todo}
-    loader = DataLoader(
-        Groups(groups, reader, folder.images),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=as_is,  # type: ignore[arg-type]  # typed for lists; without batching it gets one sample
-    )
-    batches = iter(loader)
-    for shard in todo:
-        made: dict[int, Members] = {}
-        for _ in range(left[shard]):
-            batch = next(batches)
-            faults.count(len(batch["rows"]) + len(batch["faults"]), list(batch["faults"].values()))
-            made |= {row: _left_out(reason) for row, reason in batch["faults"].items()}
-            if batch["rows"]:
-                made |= dict(zip(batch["rows"], _members(batch, makers), strict=True))
-        nothing = _left_out("it has no image or no caption")
-        yield shard, [made.get(row, nothing) for row in folder.rows(shard)]
+def _empty_text_on(ray: Ray, work: LatentWork) -> bytes | None:
+    if "text" not in work.makers.parts:
+        return None
+    [(_, content)] = ray.run(_empty_text, job_of(work), [("states of the empty text", None)])
+    return content
 
 
-def _members(batch: dict[str, Any], makers: Makers) -> list[Members]:
-    captions = [caption for caption, _, _ in batch["shown"]]
-    samples = []
-    for arrays, (caption, crop, size) in zip(makers(batch["image"], captions), batch["shown"], strict=True):
-        members = {"txt": caption.encode(), "json": json.dumps({"crop": crop, "original_size": size}).encode()}
-        samples.append(members | {f"{name}.npy": array_bytes(array) for name, array in arrays.items()})
-    return samples
-
-
-def _left_out(reason: str) -> Members:
-    return {"json": json.dumps({"left_out": reason}).encode()}
-
-
-def _cells(size: Size, pixels: float) -> float:
-    return size[0] / pixels * size[1] / pixels
-
-
-def _named_stage_a(stage_b: str) -> str:
-    named = read_file(stage_b).get("frozen", {}).get("stage_a", {}) if is_one_file(stage_b) else {}
-    if "source" not in named:
-        raise UsageError(f"{stage_b} names no Stage A: give stage_a")
-    return str(named["source"])
+def _empty_text(job: Job, unit: None) -> bytes | None:
+    """Made where all other states are, so that they are made alike."""
+    return _opened(job).makers.empty_text()

@@ -121,7 +121,7 @@ def _rows_of_one_sequence() -> Iterator[None]:
     from transformers import masking_utils
 
     before = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[assignment]
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:

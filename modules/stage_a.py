@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from .. import UsageError
 from .adversarial import ADVERSARIAL, AdversarialLoss, without_gradients
 from .codebook import CodebookUse, drawn_rows, snap
 from .finite import FiniteWatch
+from .flops import stage_a_flops
 from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .networks import VQGAN, PatchDiscriminator, describe
 from .optimizers import OptimizerChoice, make_optimizer
@@ -68,6 +69,13 @@ class StageA(LightningModule):
     """
 
     latent_std: Tensor
+    charts: ClassVar[dict[str, list[str]]] = {
+        "PSNR of pictures (dB)": ["val/psnr/.*"],
+        "SSIM of pictures": ["val/ssim/.*"],
+        "Terms of the loss": ["train/(reconstruction|codebook|perceptual|adversarial|discriminator)"],
+        "Share of codes in use": ["train/codebook_usage", "val/codebook_usage/.*"],
+    }
+    flops_formula = "3 x forward passes"
     counted_optimizers = 1  # of which trainer.global_step counts the steps
 
     def __init__(
@@ -132,6 +140,10 @@ class StageA(LightningModule):
         """Reconstructions of images in [0, 1], through the codebook."""
         reconstructions: Tensor = self.vqgan(images.to(self.dtype))[0]
         return reconstructions.float().clamp(0, 1)
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of a training step on a micro-batch, the adversary and LPIPS included where they take part."""
+        return stage_a_flops(self.vqgan, tuple(batch["image"].shape), self.adversary, self.lpips is not None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the gradients of a micro-batch; the last one of a global batch steps both optimizers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from .. import UsageError
 from . import diffusion
 from .diffusion_stage import DiffusionStage
+from .flops import FROZEN, TRAINED, forward_flops, text_flops
 from .image_metrics import psnr, ssim, valid_samples
 from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder
 from .optimizers import OptimizerChoice
@@ -58,6 +59,12 @@ class StageB(DiffusionStage):
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
 
+    charts: ClassVar[dict[str, list[str]]] = {
+        "PSNR of pictures (dB)": ["val/psnr/.*"],
+        "SSIM of pictures": ["val/ssim/.*"],
+        "Error by diffusion time": ["val/loss_at/.*"],
+    }
+
     def __init__(
         self,
         stage_a: str,
@@ -76,9 +83,7 @@ class StageB(DiffusionStage):
         sampled_batches: int = 1,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(optimizer, max_grad_norm)
-        if max_loss_weight < 1:
-            raise UsageError(f"max_loss_weight {max_loss_weight} must be at least 1, which is no weight")
+        super().__init__(optimizer, max_grad_norm, max_loss_weight)
         for name, value in (("zero_share", zero_share), ("noise_share", noise_share), ("noise_until", noise_until)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} {value} must lie in [0, 1]")
@@ -98,7 +103,6 @@ class StageB(DiffusionStage):
         self._check_widths()
         self.text_length = text_length
         self.zero_share, self.noise_share, self.noise_until = zero_share, noise_share, noise_until
-        self.max_loss_weight = max_loss_weight
         self.sampling_steps, self.sampled_batches = sampling_steps, sampled_batches
 
     def latents(self, images: Tensor) -> Tensor:
@@ -117,6 +121,18 @@ class StageB(DiffusionStage):
         if self._trainer is not None and self.trainer.training:
             self.log("train/captions_cut", float(len(cut)), batch_size=1)
         return states
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of a training step on a micro-batch; the frozen networks pass it forward only."""
+        images, vqgan, config = tuple(batch["image"].shape), self.stage_a.module, self.unet.config
+        n, length = images[0], self.text_length
+        total = FROZEN * forward_flops(vqgan, [images], "encode") + TRAINED * forward_flops(self.compressor, [images])
+        if self.text_encoder is not None:
+            length = self.text_encoder.module.length
+            total += FROZEN * text_flops(self.text_encoder.module, n)
+        latents = (n, config["c_in"], *(side // vqgan.compression for side in images[2:]))
+        z = (n, config["effnet_embd"], *self.compressor.latent_size(images[2:]))
+        return total + TRAINED * forward_flops(self.unet, [latents, (n,), z, (n, length, config["clip_embd"])])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from .. import UsageError
 from . import diffusion
 from .diffusion_stage import DiffusionStage
+from .flops import FROZEN, TRAINED, forward_flops, text_flops
 from .image_metrics import valid_samples
 from .lower_stages import LowerStages, own_scale
 from .networks import ConditionCache, Prior, SemanticCompressor, TextEncoder
@@ -25,7 +26,8 @@ class StageC(DiffusionStage):
     """Würstchen's Stage C, the text-conditional prior (arXiv 2306.00637).
 
     It learns to denoise x = (z + latent_std) / latent_mean, z being what the frozen Semantic Compressor makes of an
-    image. The loss is the mean squared error of the predicted noise, weighted with p2 = 1 - alpha_bar(t). Captions are
+    image. The loss is the mean squared error of the predicted noise, weighted with p2 = 1 - alpha_bar(t), and more
+    near t = 1 where ``max_loss_weight`` says so. Captions are
     seen through all states of a text encoder, padding included; one that was dropped is the text "".
 
     Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], or ``z`` (n, 16, h, w), with
@@ -50,6 +52,9 @@ class StageC(DiffusionStage):
             None for numbers that bring this compressor's z to mean 0 and deviation 1, which a small one needs.
         latent_std: See ``latent_mean``.
         stage_a: Checkpoint or folder of Stage A, for pictures; by default the one that Stage B's checkpoint names.
+        max_loss_weight: The loss is weighted with 1 / snr(t) too, kept in [1, max_loss_weight]; 1 is the paper's. Near
+            t = 1, where the text alone knows the picture, the noise's error hardly tells what is missing: in a short
+            run a small model learns the text from this weight.
         sampling_steps: Of Stage C, for pictures.
         guidance_scale: The same; up to 1 there is no guidance.
         stage_b_steps: Of Stage B, for pictures.
@@ -58,6 +63,8 @@ class StageC(DiffusionStage):
     Raises:
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
+
+    charts: ClassVar[dict[str, list[str]]] = {"Error by diffusion time": ["val/loss_at/.*"]}
 
     def __init__(
         self,
@@ -69,12 +76,13 @@ class StageC(DiffusionStage):
         latent_mean: float | None = Prior.latent_mean,
         latent_std: float | None = Prior.latent_std,
         stage_a: str | None = None,
+        max_loss_weight: float = 1.0,
         sampling_steps: int = 60,
         guidance_scale: float = 4.0,
         stage_b_steps: int = 12,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(optimizer, max_grad_norm)
+        super().__init__(optimizer, max_grad_norm, max_loss_weight)
         self.prior = build(Prior, prior)
         self.compressor = Frozen(SemanticCompressor.from_checkpoint(stage_b, torch.float32), stage_b)
         self._set_scale(latent_mean, latent_std)
@@ -169,12 +177,28 @@ class StageC(DiffusionStage):
         errors: Tensor = (predicted - noise).square().mean((1, 2, 3))
         return errors
 
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of a training step on a micro-batch; the frozen networks pass it forward only, if at all."""
+        encoder, compressor, n = self.text_model, self.compressor.module, _count(batch)
+        total = 0.0 if encoder is None else TRAINED * text_flops(encoder, n)
+        if self.text_encoder is not None:
+            encoder = self.text_encoder.module
+            total += 0.0 if "text" in batch else FROZEN * text_flops(encoder, n)
+        assert encoder is not None
+        if "z" in batch:
+            x = tuple(batch["z"].shape)
+        else:
+            images = tuple(batch["image"].shape)
+            x = (n, self.prior.config["c_in"], *compressor.latent_size(images[2:]))
+            total += FROZEN * forward_flops(compressor, [images])
+        return total + TRAINED * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""
         randomness = generators(batch)
         [chance] = uniforms(randomness, _count(batch), 1, self.device)
         t = diffusion.training_times(chance)
-        return self.watch((self.losses(batch, t, randomness) * diffusion.p2_weight(t)).mean(), batch)
+        return self.watch((self.losses(batch, t, randomness) * self._weight(t)).mean(), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Takes in each sample's loss at its own time."""
@@ -182,7 +206,10 @@ class StageC(DiffusionStage):
         bucket, t = self.validation_times(batch, count, randomness)
         losses = self.losses(batch, t, randomness)
         counted = valid_samples(batch, losses)
-        self.take_in(dataloader_idx, losses * diffusion.p2_weight(t), losses, bucket, counted)
+        self.take_in(dataloader_idx, losses * self._weight(t), losses, bucket, counted)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        return diffusion.p2_weight(t) * diffusion.inverse_snr_weight(t, self.max_loss_weight)
 
     @torch.no_grad()
     def draw_embeddings(

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import UsageError
 from ..hints import closest
 from .networks import TextEncoder
@@ -38,7 +40,11 @@ def fresh_text_encoder(settings: Mapping[str, Any]) -> TextEncoder:
     tokenizer = _framed_tokenizer(str(folder), settings.get("max_position_embeddings", 77))
     end = tokenizer.eos_token_id
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    return TextEncoder(CLIPTextModel(CLIPTextConfig(**settings, **tokens)), tokenizer)
+    model = CLIPTextModel(CLIPTextConfig(**settings, **tokens))
+    # CLIP's deviation of 0.02 is gone after some ten of AdamW's first steps: words would be told apart much later.
+    words: Any = model.get_input_embeddings()
+    torch.nn.init.normal_(words.weight)
+    return TextEncoder(model, tokenizer)
 
 
 def _framed_tokenizer(folder: str, length: int) -> Any:

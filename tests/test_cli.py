@@ -59,8 +59,9 @@ def config(workspace: Path, tmp_path: Path) -> Path:
         "enable_progress_bar": False,
         "log_every_n_steps": 1,
     }
-    content["trainer"]["callbacks"][0]["init_args"]["length"] = 20
-    content["trainer"]["callbacks"][2]["init_args"]["every_n_train_steps"] = 3
+    arguments = {callback["class_path"]: callback.get("init_args") for callback in content["trainer"]["callbacks"]}
+    arguments["LRRewarming"]["length"] = 20
+    arguments["ModelCheckpoint"]["every_n_train_steps"] = 3
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path

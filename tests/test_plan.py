@@ -24,7 +24,7 @@ def test_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "CausalLM, 1.3M parameters, adamw, fp32; 16 rows of 128 tokens a device, 16 in all" in found
     plain, recomputed = (float(value) for value in found["at the peak"])
     assert 0.02 < recomputed < plain < 0.5
-    assert found["fits 1 GiB with 30% left"] == ["yes", "yes"]
+    assert found["fits 1 GiB with 10% left"] == ["yes", "yes"]
     assert int(found["largest micro-batch that does"][0]) > 16
 
 
@@ -34,7 +34,7 @@ def test_devices_and_8_bits(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "1.3M parameters, adamw_8bit, fp32" in text
     assert "2 devices, FSDP over 2, GB" in text
-    assert text.count("fits 0.00931 GiB with 30% left") == 2
+    assert text.count("fits 0.00931 GiB with 10% left") == 2
     assert "largest micro-batch that does" in text
 
 

@@ -69,6 +69,10 @@ class SemanticCompressor(Network):
         """Image pixels on each side of a latent's square: 42.67 for the released sizes."""
         return round(self.stride / self.input_scale, 2)
 
+    def latent_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return height and width of the latents of images of height and width ``size``."""
+        return tuple(-(-round(side * self.input_scale) // self.stride) for side in size)
+
     def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch c_latent h_latent w_latent"]:
         """Compress images in [0, 1]."""
         size = [round(side * self.input_scale) for side in images.shape[-2:]]

@@ -81,10 +81,17 @@ class Prior(Network):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the authors do: Xavier, small inputs, no output and no timestep, residuals scaled by depth."""
+        """Initialise as the authors do: Xavier, small inputs, no output and no timestep, residuals scaled by depth.
+
+        Their N(0, 0.02) hardly changes the scale of texts at their widths. Of narrow ones it would leave next to
+        nothing, and attention would not find the text for hundreds of steps: there the scale is kept.
+        """
         self.apply(xavier)
-        for layer in ("projection", "cond_mapper.0", "cond_mapper.2"):
-            nn.init.normal_(self.get_parameter(f"{layer}.weight"), std=0.02)
+        nn.init.normal_(self.projection.weight, std=0.02)
+        for layer in ("cond_mapper.0", "cond_mapper.2"):
+            weight = self.get_parameter(f"{layer}.weight")
+            width = weight.shape[1]
+            nn.init.normal_(weight, std=0.02 if width >= 1024 else math.sqrt(1 / width))
         nn.init.zeros_(self.get_parameter("out.1.weight"))
         for block in self.blocks:
             if isinstance(block, ResBlock):

@@ -17,16 +17,7 @@ from . import UsageError
 from .callbacks.fsdp_blocks import find_blocks, frozen_children, recompute
 from .cli import parse
 from .modules.eight_bit import EightBitOptimizer
-from .modules.memory_plan import (
-    RESERVE,
-    RESERVE_CPU,
-    Layout,
-    MemoryPlan,
-    Weight,
-    extrapolate,
-    largest_micro_batch,
-    plan,
-)
+from .modules.memory_plan import RESERVE, Layout, MemoryPlan, Weight, extrapolate, largest_micro_batch, plan
 from .modules.memory_simulation import StepBytes, simulate, state_bytes, without_memory
 from .modules.planned import Planned, planned
 from .tools import Parser
@@ -34,6 +25,7 @@ from .tools import Parser
 Config = Mapping[str, Any]
 DESCRIPTION = "Says what a config takes of a device's memory, whether it fits, and the largest micro-batch that does."
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+GLIBC = "glibc may take twice that and more in holes between tensors; under MALLOC_MMAP_THRESHOLD_=1048576 it does not"
 PRECISIONS = {"32-true": False, "32": False, "None": False, "bf16-mixed": True, "16-mixed": True}
 
 
@@ -65,7 +57,7 @@ def run(args: list[str]) -> None:
         print(text)
     for devices in known.devices or [config.devices]:
         print()
-        print(table(config.answers(devices), config.memory, config.reserve))
+        print(table(config.answers(devices), config.memory))
 
 
 def _parser() -> Parser:
@@ -103,7 +95,6 @@ class Configured:
             raise UsageError(f"plan knows precision {', '.join(PRECISIONS)}, not {precision}")
         self.mixed, self.on_cpu = PRECISIONS[precision], trainer.get("accelerator") == "cpu"
         self.memory = memory or _own_memory(self.on_cpu)
-        self.reserve = RESERVE_CPU if self.on_cpu else RESERVE
         self.micro_batch_size = int(self.data["init_args"]["micro_batch_size"])
         self.global_batch_size = int(self.data["init_args"]["global_batch_size"])
         devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
@@ -198,7 +189,7 @@ class Configured:
         """Without and with blocks recomputed."""
         layout, found = self.layout(devices), []
         for every in (None, self.recomputed or 1):
-            limit = self.memory * (1 - self.reserve)
+            limit = self.memory * (1 - RESERVE)
             largest = largest_micro_batch(lambda rows, every=every: self.at(layout, rows, every).total, limit)  # type: ignore[misc]
             divisors = [n for n in range(1, largest + 1) if self.global_batch_size % (n * devices) == 0]
             at = self.at(layout, self.micro_batch_size, every)
@@ -216,10 +207,10 @@ class Configured:
         precision = "bf16-mixed" if self.mixed else "fp32"
         batch = f"{self.micro_batch_size} {self.sample} a device, {self.global_batch_size} in all"
         first = f"{name}, {every / 1e6:,.1f}M parameters{of}, {optimizer}, {precision}; {batch}"
-        return [first, *(f"note: {note}" for note in self.notes)]
+        return [first, *(f"note: {note}" for note in [*self.notes, *([GLIBC] if self.on_cpu else [])])]
 
 
-def table(answers: list[Answer], memory: int, reserve: float) -> str:
+def table(answers: list[Answer], memory: int) -> str:
     """Lines of text for one number of devices."""
     layout = answers[0].layout
     kind = {"single": "no strategy", "ddp": "DDP", "fsdp": f"FSDP over {layout.shards}"}[layout.strategy]
@@ -237,8 +228,8 @@ def table(answers: list[Answer], memory: int, reserve: float) -> str:
     }
     rows += [[text, *(f"{getattr(a.plan, part) / 1e9:.2f}" for a in answers)] for text, part in parts.items()]
     rows.append(["which is in", *(a.plan.peak_in for a in answers)])
-    fits = ["yes" if a.plan.fits(memory, reserve) else "no" for a in answers]
-    rows.append([f"fits {memory / 2**30:.3g} GiB with {reserve:.0%} left", *fits])
+    fits = ["yes" if a.plan.fits(memory) else "no" for a in answers]
+    rows.append([f"fits {memory / 2**30:.3g} GiB with {RESERVE:.0%} left", *fits])
     rows.append(["largest micro-batch that does", *(str(a.largest) for a in answers)])
     rows.append(["of those that divide the global batch", *(str(a.dividing) for a in answers)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -49,13 +49,18 @@ def _prepare(parser: Parser) -> None:
     what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
     tokenizer = _tool(what, "tokenizer", "train a byte-level BPE tokenizer", _run_prepare_tokenizer)
     _add_sources(tokenizer)
+    tokenizer.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     tokenizer.add_argument("--vocab_size", type=int, required=True, help="tokens, end token and 256 bytes included")
     text = _tool(what, "text", "tokenize text and pack it into shards: OUT/train and OUT/val", _run_prepare_text)
     _add_sources(text)
+    text.add_argument("--out", required=True, help="folder to write, new or empty; with ray, or its URL")
     text.add_argument("--tokenizer", required=True, help="folder or hub name of a fast tokenizer")
     text.add_argument("--sequence_length", type=int, default=2048, help="tokens predicted in a row")
     text.add_argument("--held_out", type=float, default=0.0, help="share of documents kept for validation")
-    text.add_argument("--workers", type=int, default=1, help="processes that tokenize")
+    text.add_argument(
+        "--workers", type=int, help="processes that tokenize (default: 1; with ray: all there is room for)"
+    )
+    _add_engine(text)
     text.add_argument("--rows_per_shard", type=int, help="rows in a shard (default: about 256 MiB)")
     index = _tool(what, "index", "index tars that are there already, of token rows or of images", _run_prepare_index)
     index.add_argument("shards", nargs="+", metavar="SHARD", help="path, glob, braces, folder or URL of tars")
@@ -75,12 +80,13 @@ def _prepare(parser: Parser) -> None:
 def _prepare_images(images: Parser) -> None:
     source = "folder of images with a .txt beside each, .jsonl or .parquet with names and captions, or builtin:shapes"
     images.add_argument("source", metavar="SOURCE", help=source)
-    images.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    images.add_argument("--out", required=True, help="folder to write, new or empty; with ray, or its URL")
     images.add_argument("--held_out", type=float, default=0.0, help="share of pictures kept for validation")
     images.add_argument("--image_size", type=int, help="shortest side that larger pictures are made to have")
     images.add_argument("--format", help="jpg, png or webp to encode all again (default: files stay as they are)")
     images.add_argument("--quality", type=int, default=95, help="of JPEG and WebP")
-    images.add_argument("--workers", type=int, default=1, help="processes that read and check")
+    images.add_argument("--workers", type=int, help="processes that read and check (default: 1; with ray: all)")
+    _add_engine(images)
     images.add_argument("--max_corrupt", type=float, default=0.05, help="share that may be corrupt, and is left out")
     images.add_argument("--skip_without_caption", action="store_true", help="leave pictures without a caption out")
     images.add_argument("--image_field", help="with the file name (default: file_name, image or path)")
@@ -93,7 +99,7 @@ def _prepare_images(images: Parser) -> None:
 
 def _prepare_latents(latents: Parser) -> None:
     latents.add_argument("source", metavar="FOLDER", help="images, with index.json")
-    latents.add_argument("--out", type=Path, required=True, help="folder to fill, or to go on filling")
+    latents.add_argument("--out", required=True, help="folder to fill, or to go on filling, or its URL")
     latents.add_argument(
         "--stage_b", required=True, metavar="CKPT", help="Stage B with its compressor, or a compressor"
     )
@@ -107,7 +113,8 @@ def _prepare_latents(latents: Parser) -> None:
     latents.add_argument("--bucket_multiple", type=int, default=64, help="of which the sides of shapes are multiples")
     latents.add_argument("--resize", type=int, help="side of a square that images cover before they are cropped")
     latents.add_argument("--batch_size", type=int, default=32, help="images that networks see at once")
-    latents.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    latents.add_argument("--workers", type=int, default=0, help="processes that decode images (with ray: a shard)")
+    _add_engine(latents)
     latents.add_argument("--device", default="cpu", help="such as cuda")
     latents.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
     latents.add_argument("--samples_per_shard", type=int, help="(default: up to 256 MiB)")
@@ -181,12 +188,16 @@ def _add_sources(parser: Parser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), .tar of captioned images, a folder of them, "
+        help=".txt, .md, .jsonl, .parquet (.gz and .zst too), .tar of captioned images, a folder or the URL of them, "
         "builtin:prose or builtin:code",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--text_field", default="text", help="field of .jsonl and column of .parquet with the text")
     parser.add_argument("--overwrite", action="store_true", help="replace what was prepared there")
+
+
+def _add_engine(parser: Parser) -> None:
+    parser.add_argument("--engine", default="local", help="local, or ray for the machines of a cluster")
+    parser.add_argument("--ray_address", help="of the cluster (default: RAY_ADDRESS, or one that is started here)")
 
 
 def _run_prepare_tokenizer(args: Parsed) -> None:
@@ -211,6 +222,8 @@ def _run_prepare_text(args: Parsed) -> None:
         text_field=args.text_field,
         rows_per_shard=args.rows_per_shard,
         overwrite=args.overwrite,
+        engine=args.engine,
+        ray_address=args.ray_address,
     )
 
 
@@ -244,6 +257,8 @@ def _run_prepare_images(args: Parsed) -> None:
         pictures=args.pictures,
         seed=args.seed,
         overwrite=args.overwrite,
+        engine=args.engine,
+        ray_address=args.ray_address,
     )
 
 

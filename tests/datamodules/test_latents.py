@@ -25,6 +25,7 @@ from rewurst.datamodules.image_shards import ImageShards
 from rewurst.datamodules.integrity import verify
 from rewurst.datamodules.latent_index import array_bytes
 from rewurst.datamodules.latent_writer import LatentFolder
+from rewurst.datamodules.targets import Target
 
 QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1}
 QUIET |= {"logger": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}
@@ -54,8 +55,8 @@ def write_corpora(tmp_path: Path) -> Corpora:
         images = ImageShards(folder)
         described = {"what": ("z", "text"), "dtype": "float16", "sizes": tuple(sizes or [(64, 64)])}
         described |= {"images_sha256": images.index.fingerprint(), "compressor_sha256": maker, "compressor_source": "b"}
-        target = LatentFolder(out, images, 8, described, {})
-        target.begin(array_bytes(np.full((3, 2), -1, np.float16)))
+        target = LatentFolder(Target(str(out)), images, 8, described, {})
+        target.begin(lambda: array_bytes(np.full((3, 2), -1, np.float16)))
         for shard in range(target.shards):
             samples: list[dict[str, bytes]] = []
             for row in target.rows(shard):

@@ -314,7 +314,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import fsspec
 
     monkeypatch.setattr(remote, "_file_systems", {})
-    system = remote._file_system("memory://x")
+    system = remote.file_system("memory://x")
     info = system.info
     monkeypatch.setattr(system, "info", lambda url: {**info(url), "ETag": "one"})
     system.pipe("/a/x.tar", CONTENT)

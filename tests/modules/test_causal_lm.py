@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from rewurst import UsageError
-from rewurst.callbacks import ExactResume, LRRewarming, StepProgressBar, WarmupCosine
+from rewurst.callbacks import ExactResume, LRRewarming, StepProgressBar, Throughput, WarmupCosine
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.modules import CausalLM
 from rewurst.modules.head import is_plain_head
@@ -456,6 +456,7 @@ def test_no_step_waits_for_the_device_between_logging_intervals(
 ) -> None:
     waits: list[tuple[int, str]] = []
     callbacks = [LRRewarming(WarmupCosine(1e-3, 1e-4), 9), ExactResume(), StepProgressBar(), LearningRateMonitor()]
+    callbacks.append(Throughput())
     options: dict[str, Any] = {"max_steps": 9, "log_every_n_steps": 4, "val_check_interval": 100}
     run = trainer(tmp_path, **options, callbacks=callbacks, enable_progress_bar=True)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from rewurst import UsageError
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
 from rewurst.datamodules.foreign import index_shards
 from rewurst.datamodules.integrity import verify
-from rewurst.modules import StageC
+from rewurst.modules import StageC, latents
+from rewurst.modules.latent_work import LatentOptions, LatentWork
 from rewurst.modules.latents import prepare_latents
 from rewurst.modules.networks import VQGAN, SemanticCompressor
 from rewurst.train import main
@@ -62,7 +64,7 @@ def compressor(tmp_path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def losses(compressor: str, clip: Path, data: Any) -> list[float]:
@@ -172,6 +174,27 @@ def test_a_preparation_that_was_killed_goes_on(write_images: Write, compressor: 
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in times} == times, "they were kept"
+
+
+def test_a_machine_that_finds_another_network_is_refused(write_images: Write, compressor: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "what": ("z",),
+        "text_encoder": None,
+        "stage_a": None,
+        "max_aspect": 1.0,
+        "bucket_multiple": 64,
+    }
+    options |= {"resize": None, "batch_size": 4, "workers": 0, "device": "cpu", "dtype": "float16"}
+    options |= {"source": write_images(count=8), "out": str(tmp_path / "out"), "stage_b": compressor}
+    job = latents.job_of(LatentWork(LatentOptions(image_size=32, samples_per_shard=None, **options)))
+    assert latents.make_shard(job, 0) == (8, 8, [])
+    torch.manual_seed(2)
+    SemanticCompressor.from_preset("tiny", widths=[8, 16, 16], c_latent=4).save(tmp_path / "other")
+    elsewhere = job._replace(options=replace(job.options, stage_b=str(tmp_path / "other")))
+    with pytest.raises(
+        UsageError, match=r"out: compressor_sha256 is \w+ on this machine of the cluster, expected \w+: "
+    ):
+        latents.make_shard(elsewhere, 0)
 
 
 def test_another_preparation_into_the_same_folder_is_refused(

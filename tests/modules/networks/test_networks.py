@@ -64,7 +64,7 @@ class TestInitialisation:
         inputs, output, small = (
             ([network.embedding[1]], network.clf[1], [network.clip_mapper, network.effnet_mappers[1]])
             if isinstance(network, StageBUNet)
-            else ([], network.out[1], [network.projection, network.cond_mapper[0], network.cond_mapper[2]])
+            else ([], network.out[1], [network.projection])
         )
         assert not output.weight.any()
         for layer in small:
@@ -72,6 +72,13 @@ class TestInitialisation:
         for layer in inputs:
             assert layer.weight.abs().max().item() <= 0.02 * math.sqrt(6 / sum(layer.weight.shape[:2]))
         assert network.blocks[2].attention.to_q.weight.std() > 0 if isinstance(network, Prior) else True
+
+    @pytest.mark.parametrize("width", [64, 1024])
+    def test_texts_keep_their_scale(self, width: int) -> None:
+        """The authors' numbers at their widths; a narrow prior sees its texts, too."""
+        prior = Prior(c_in=4, c=width, c_cond=width, depth=1, nhead=2)
+        stds = [prior.get_parameter(f"cond_mapper.{layer}.weight").std().item() for layer in (0, 2)]
+        assert stds == pytest.approx([0.02 if width == 1024 else 0.125] * 2, rel=0.05)
 
     def test_fresh_networks_learn(self) -> None:
         for network, inputs in (

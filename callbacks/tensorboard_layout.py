@@ -1,0 +1,118 @@
+"""TensorBoard's page of custom charts: what belongs together in one chart, and where a dataset began."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from .forgetting import Forgetting
+from .lr_rewarming import LRRewarming
+from .replay import ReplayScheduler
+from .throughput import Throughput
+
+Charts = dict[str, list[str]]
+BEGINS = "dataset/begins"
+
+
+class TensorBoardLayout(Callback):
+    """Lays TensorBoard's tab "Custom Scalars" out, and marks where a dataset begins.
+
+    Charts: the validation loss of every corpus in one; the training loss; forgetting and adaptation against the start
+    of the dataset; the learning rate with a vertical line where it is re-warmed; the replay share asked for and read;
+    tokens; tokens a second, MFU with its formula, shares of time; the gradient norm; and what the module names in an
+    attribute ``charts``, as the argument does. Those that only a callback fills are there where it is. Grids and sample
+    text stand under "Images" and "Text", where :class:`~rewurst.callbacks.LogSamples` and
+    :class:`~rewurst.callbacks.LogText` put them.
+
+    Where a dataset begins (see :class:`~rewurst.callbacks.LRRewarming`), its name, step and schedule are logged as the
+    text ``dataset``. With other loggers nothing happens.
+
+    Args:
+        charts: More charts: of each title, regular expressions of names.
+
+    Example::
+
+        Trainer(callbacks=[TensorBoardLayout({"Accuracy": ["val/accuracy/.*"]})])
+    """
+
+    def __init__(self, charts: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.charts = {title: list(names) for title, names in (charts or {}).items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the layout once for each run's folder, and the mark."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                layout = self.layout(trainer, pl_module)
+                logger.experiment.add_custom_scalars(
+                    {
+                        category: {title: ["Multiline", names] for title, names in charts.items()}
+                        for category, charts in layout.items()
+                    }
+                )
+                _mark(logger.experiment, next(_those(trainer, LRRewarming), None))
+
+    def layout(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Charts]:
+        """Regular expressions of names by category and chart."""
+        there = {type_ for type_ in CHARTS_OF if next(_those(trainer, type_), None) is not None}
+        learning: Charts = {"Validation loss": ["val/loss/.*"], "Training loss": ["train/loss"]}
+        for type_ in (Forgetting, ReplayScheduler):
+            learning |= CHARTS_OF[type_] if type_ in there else {}
+        learning |= getattr(pl_module, "charts", {})
+        training: Charts = CHARTS_OF[LearningRateMonitor] if LearningRateMonitor in there else {}
+        training = training | {"Gradient norm": ["train/grad_norm.*"]}
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        by_tokens = getattr(datamodule, "tokens_per_step", None) is not None
+        if by_tokens:
+            training["Tokens"] = ["tokens"]
+        layout = {"Learning": learning, "Training": training}
+        if Throughput in there:
+            formula = getattr(pl_module, "flops_formula", "FLOPs of a step")
+            left_out = {SAMPLES if by_tokens else TOKENS}
+            if not next(_those(trainer, Throughput)).available_flops:
+                left_out.add(MFU)
+            layout["Speed"] = {
+                title.format(formula=formula): names
+                for title, names in CHARTS_OF[Throughput].items()
+                if title not in left_out
+            }
+        return layout | ({"More": self.charts} if self.charts else {})
+
+
+TOKENS, SAMPLES = "Tokens a second", "Samples a second"
+MFU = "MFU: {formula}, a second and device, over its peak"
+CHARTS_OF: dict[type[Callback], Charts] = {
+    Forgetting: {
+        "Forgetting: old corpora, loss since the dataset began": ["forgetting/.*"],
+        "Adaptation: new corpora, loss won since the dataset began": ["adaptation/.*"],
+    },
+    ReplayScheduler: {"Replay share, asked for and read": ["replay/share_.*"]},
+    LearningRateMonitor: {"Learning rate, and where a dataset begins": ["lr-.*", BEGINS]},
+    Throughput: {
+        TOKENS: ["throughput/tokens_per_s"],
+        SAMPLES: ["throughput/samples_per_s"],
+        MFU: ["throughput/mfu"],
+        "TFLOP/s: {formula}": ["throughput/tflops_per_s"],
+        "Shares of time": ["time/.*"],
+    },
+}
+
+
+def _those(trainer: Trainer, kind: Any) -> Any:
+    return (callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
+
+
+def _mark(experiment: Any, rewarming: LRRewarming | None) -> None:
+    """Two values at the step where a dataset begins draw a vertical line, from 0 to the schedule's highest value."""
+    if rewarming is None or rewarming.run.start != rewarming.step:
+        return
+    run, start = rewarming.run, rewarming.step
+    highest = max(run.value(step) for step in range(start, run.end + 1, max(1, run.length // 1000)))
+    for value in (0.0, highest):
+        experiment.add_scalar(BEGINS, value, start)
+    how = "its learning rate goes on" if run.continues else f"optimizer state: {rewarming.optimizer_state}"
+    text = f"**{run.dataset}** begins at step {start}: {run.schedule.describe()} over {run.length} steps; {how}"
+    experiment.add_text("dataset", text, start)

@@ -1,0 +1,113 @@
+"""What a language model makes of the same prompts as it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from .. import UsageError
+
+
+class LogText(Callback):
+    """Lets the module continue fixed prompts at validations, and logs what it writes.
+
+    Needs of the module: ``continue_text(prompts, max_new_tokens, temperature) -> list[str]``, the continuations without
+    the prompts. It is called on every process, with the weights that validation judges, averaged ones for instance.
+    What is drawn at random is the same every time, and leaves the global generator as it was.
+
+    The text goes to TensorBoard's tab "Text" under ``samples/text``, to loggers with ``log_text`` (Weights & Biases) as
+    a table, and as a Markdown file into the folder ``samples`` under the logger's.
+
+    Args:
+        prompts: Texts to continue.
+        max_new_tokens: Most tokens added to each.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        every_n_steps: Completed global batches from one text to the next, checked at validations; by default every
+            validation writes one.
+
+    Raises:
+        UsageError: A number is out of range, there are no prompts, or the module writes nothing.
+
+    Example::
+
+        Trainer(callbacks=[LogText(["def main(", "The value of"], every_n_steps=1000)])
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 50,
+        temperature: float = 0.8,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if not prompts:
+            raise UsageError("LogText: give at least one prompt")
+        if max_new_tokens < 1 or temperature < 0 or (every_n_steps is not None and every_n_steps < 1):
+            raise UsageError(
+                f"LogText: max_new_tokens {max_new_tokens} and every_n_steps {every_n_steps} must be at least 1, "
+                f"temperature {temperature} not below 0"
+            )
+        self.prompts, self.max_new_tokens, self.temperature = list(prompts), max_new_tokens, temperature
+        self.every_n_steps = every_n_steps
+        self._written_at: int | None = None
+        self._folder = Path("samples")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the last text."""
+        return {"written_at": self._written_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the step of the last text over."""
+        self._written_at = state_dict["written_at"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that the module can write, and settles the folder, which processes agree on together."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        if not callable(getattr(pl_module, "continue_text", None)):
+            raise UsageError(
+                f"LogText: {type(pl_module).__name__} has no continue_text(prompts, ...) that returns texts"
+            )
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes, where it is time."""
+        step = _step(trainer)
+        if trainer.sanity_checking or not self._is_due(trainer, step):
+            return
+        devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            texts = pl_module.continue_text(self.prompts, self.max_new_tokens, self.temperature)  # type: ignore[operator]
+        self._written_at = step
+        if trainer.is_global_zero:
+            self._log(trainer, texts, step)
+
+    def _log(self, trainer: Trainer, texts: Sequence[str], step: int) -> None:
+        page = "\n\n".join(_block(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / f"text-step={step:07d}.md").write_text(page + "\n", encoding="utf8")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):
+                rows = [[step, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]
+                logger.log_text(key="samples/text", columns=["step", "prompt", "text"], data=rows, step=step)
+                continue
+            experiment: Any = getattr(logger, "experiment", None)
+            if hasattr(experiment, "add_text"):
+                experiment.add_text("samples/text", page, step)
+
+    def _is_due(self, trainer: Trainer, step: int) -> bool:
+        if self.every_n_steps is None or self._written_at is None or trainer.state.fn != "fit":
+            return True
+        return step // self.every_n_steps > self._written_at // self.every_n_steps
+
+
+def _step(trainer: Trainer) -> int:
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _block(prompt: str, text: str) -> str:
+    """A prompt and its continuation as an indented block, which no character in it can end."""
+    return "\n".join(f"    {line}" for line in f"{prompt}▸{text}".splitlines())

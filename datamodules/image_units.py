@@ -1,0 +1,226 @@
+"""Captioned pictures to shards on a cluster, in two stages of units; together they do what ``prepare_images`` does.
+
+1. ``pictures``: a run of pictures becomes samples in a tar for each side, with their facts.
+2. ``shards``: once it is known how large each sample is, it is known which of them each shard holds.
+
+The samples of a side are those of all pictures in their order, so that shards are those of the local engine, byte for
+byte.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .corpus_index import INDEX_FILE, Shard
+from .engines import Ray
+from .image_facts import FACTS_DTYPE, facts_array
+from .image_faults import Faults, without_caption
+from .image_index import image_index
+from .image_shards import sample_members
+from .image_sources import Listing, Picture
+from .image_work import Fault, Recoding, Sample, sample_of, side_of
+from .image_writer import image_key, image_shard_name, is_full, no_picture
+from .shard_file import ShardFile
+from .shard_reading import OpenShard
+from .targets import UNFINISHED, Target
+from .units import Record, Stage, Unit, complete, digest_of, unit_bar
+
+UNIT_PICTURES = 1024
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """What all units need.
+
+    Args:
+        target: Folder that is being filled.
+        name: Beginning of the shards' names.
+        sides: ``train`` and others.
+        held_out: Share of the pictures for ``val``.
+        recoding: How pictures are stored.
+        samples_per_shard: By default shards have about 256 MiB.
+        skip_without_caption: Whether a picture without a caption is left out, or an error.
+    """
+
+    target: Target
+    name: str
+    sides: tuple[str, ...]
+    held_out: float
+    recoding: Recoding
+    samples_per_shard: int | None
+    skip_without_caption: bool
+
+    def plan(self) -> dict[str, Any]:
+        """What decides the bytes."""
+        asked = {"held_out": self.held_out, "samples_per_shard": self.samples_per_shard}
+        return asked | asdict(self.recoding)
+
+
+class Span(NamedTuple):
+    """Samples [begin, end) of the tar that a run of pictures made for a side, and its entry as of an index."""
+
+    entry: dict[str, Any]
+    begin: int
+    end: int
+
+
+class ShardWork(NamedTuple):
+    """A shard of a side: its number, that of its first sample, and the spans that it packs."""
+
+    side: str
+    number: int
+    first: int
+    spans: list[Span]
+
+
+def gather(job: ImageJob, unit: Unit) -> Record:
+    """Samples of a run of pictures into a tar for each side; their facts and sizes, and which pictures cannot be used.
+
+    The record holds ``seen``, ``faults`` and for each side that has samples ``entry``, ``facts`` and ``ends``, the
+    offsets after each sample.
+    """
+    files, samples, faults = dict[str, ShardFile](), dict[str, list[Sample]](), list[Fault]()
+    with job.target.scratch() as scratch:
+        for picture in unit.work:
+            result = sample_of(picture, job.recoding)
+            if isinstance(result, Fault):
+                if result.kind == "caption" and not job.skip_without_caption:
+                    raise without_caption(result)
+                faults.append(result)
+                continue
+            side = side_of(result, job.held_out)
+            if side not in files:
+                files[side], samples[side] = ShardFile(scratch / f"{unit.name}-{side}.tar"), []
+            files[side].add_members(image_key(files[side].samples), result.members)
+            samples[side].append(result._replace(members={}))
+        sides = {side: _publish(job, files[side], samples[side]) for side in files}
+    return {"seen": len(unit.work), "faults": faults, "sides": sides}
+
+
+def _publish(job: ImageJob, file: ShardFile, samples: Sequence[Sample]) -> Record:
+    entry = file.close()
+    ends = np.fromfile(file.path.with_suffix(".idx"), dtype="<u8")[1:]
+    for path in (file.path, file.path.with_suffix(".idx")):
+        job.target.publish(path, f"{_PARTS}/{path.name}")
+    facts = facts_array([sample.facts for sample in samples])
+    return {"entry": asdict(entry), "facts": _text(facts), "ends": _text(ends)}
+
+
+def pack(job: ImageJob, unit: Unit) -> Record:
+    """A shard and its sidecar, from the samples of runs of pictures; its entry in the index."""
+    work: ShardWork = unit.work
+    with job.target.scratch() as scratch:
+        file = ShardFile(scratch / image_shard_name(job.name, work.number))
+        for number, members in enumerate(_members(job, work.spans), work.first):
+            file.add_members(image_key(number), members)
+        shard = file.close()
+        for path in (file.path, file.path.with_suffix(".idx")):
+            job.target.publish(path, f"{work.side}/{path.name}")
+    return asdict(shard)
+
+
+def _members(job: ImageJob, spans: Iterable[Span]) -> Iterator[dict[str, bytes]]:
+    for span in spans:
+        part = OpenShard(job.target.where(_PARTS), Shard(**span.entry))
+        for number in range(span.begin, span.end):
+            yield sample_members(bytes(part.sample(number)), part.where)
+        part.content.close()
+
+
+def prepare_image_units(
+    listed: Listing, source: str, job: ImageJob, max_corrupt: float, ray: Ray, progress: bool
+) -> tuple[dict[str, tuple[int, int]], Faults]:
+    """Fill a folder that :func:`units.begin` has begun.
+
+    Args:
+        listed: The pictures in their order.
+        source: For the index.
+        job: What all units need.
+        max_corrupt: Share of the pictures that may be corrupt.
+        ray: Who does the units.
+        progress: Show progress bars on stderr.
+
+    Returns:
+        Samples and shards of each side, and the pictures that could not be used.
+
+    Raises:
+        UsageError: A source that has changed, too many pictures that cannot be used, none for a side.
+    """
+    total = None if listed.total is None else -(-listed.total // UNIT_PICTURES)
+    early, counted = (Faults(max_corrupt, job.skip_without_caption) for _ in range(2))
+    with unit_bar("images", total, progress) as bar:
+        stage = Stage(job.target, "pictures", gather, job)
+        records = complete(stage, _runs(listed.pictures), ray, bar, lambda record: _count(early, record))
+    for record in records:
+        _count(counted, record)
+    counted.check(final=True)
+    shards = [unit for side in job.sides for unit in _shards(job, side, records)]
+    with unit_bar("packing", len(shards), progress) as bar:
+        packed = complete(Stage(job.target, "shards", pack, job), shards, ray, bar)
+    counts = {}
+    for side in reversed(job.sides):
+        entries = [Shard(**entry) for unit, entry in zip(shards, packed, strict=True) if unit.work.side == side]
+        facts = [_array(record["sides"][side]["facts"], FACTS_DTYPE) for record in records if side in record["sides"]]
+        index = image_index(job.target.where(side), entries, facts, [source])
+        job.target.write(f"{side}/{INDEX_FILE}", index.content())
+        counts[side] = index.rows, len(entries)
+    job.target.remove(UNFINISHED)
+    return counts, counted
+
+
+def _count(faults: Faults, record: Record) -> None:
+    faults.count(record["seen"], [Fault(*fault) for fault in record["faults"]])
+
+
+def _runs(pictures: Iterable[Picture]) -> Iterator[Unit]:
+    listed = iter(pictures)
+    for number in itertools.count():
+        run = list(itertools.islice(listed, UNIT_PICTURES))
+        if not run:
+            return
+        yield Unit(f"{number:06d}", digest_of([picture.name for picture in run]), run)
+
+
+def _shards(job: ImageJob, side: str, records: Sequence[Record]) -> Iterator[Unit]:
+    parts = [record["sides"][side] for record in records if side in record["sides"]]
+    first = 0
+    for number, found in enumerate(_cut([(part["entry"], part["ends"]) for part in parts], job.samples_per_shard)):
+        yield Unit(f"{side}-{number:06d}", digest_of(found), ShardWork(side, number, first, found))
+        first += sum(span.end - span.begin for span in found)
+    if not first:
+        raise no_picture(job.target.where(side))
+
+
+def _cut(parts: Iterable[tuple[dict[str, Any], str]], samples_per_shard: int | None) -> Iterator[list[Span]]:
+    """Spans of each shard, which is full when ``ImageWriter`` finds it full."""
+    found, samples, size = list[Span](), 0, 0
+    for entry, ends in parts:
+        begin = 0
+        sizes = np.diff(_array(ends, np.dtype("<u8")).astype(np.int64), prepend=0).tolist()
+        for i in range(len(sizes)):
+            samples, size = samples + 1, size + sizes[i]
+            if is_full(samples, size, samples_per_shard):
+                yield [*found, Span(entry, begin, i + 1)]
+                found, samples, size, begin = [], 0, 0, i + 1
+        if begin < len(sizes):
+            found.append(Span(entry, begin, len(sizes)))
+    if found:
+        yield found
+
+
+def _text(array: NDArray[Any]) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def _array(text: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.frombuffer(base64.b64decode(text), dtype=dtype)
+
+
+_PARTS = f"{UNFINISHED}/pictures"

@@ -1,0 +1,264 @@
+"""How good a cascade is on captioned images: reconstructions by PSNR and SSIM, drawn pictures by FID and CLIP score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+from .. import UsageError
+from ..datamodules.batches import EvaluationRows, as_is
+from ..datamodules.image_facts import Filters
+from ..datamodules.image_reader import ImageReader, Showing
+from ..datamodules.image_rows import ImageRows
+from ..datamodules.image_shards import ImageShards
+from . import diffusion
+from .image_metrics import psnr, ssim
+from .pipeline import TextToImage
+from .stage_parts import Batch, generators, pixels
+
+MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn.
+
+    Args:
+        prior_steps: Of Stage C.
+        guidance: Of Stage C.
+        steps: Of Stage B.
+    """
+
+    prior_steps: int = 60
+    guidance: float = 4.0
+    steps: int = 12
+
+
+def evaluate_images(
+    folder: str,
+    corpus: str,
+    image_size: int,
+    *,
+    prior: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    inception: str | None = None,
+    clip: str | None = None,
+    drawing: Drawing | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare an exported cascade's pictures with a corpus of captioned images.
+
+    What is drawn for an image depends on its place in the corpus alone.
+
+    Args:
+        folder: Of ``rewurst export diffusers``.
+        corpus: Folder of images, with ``index.json``.
+        image_size: Side in pixels, to which images are resized and cropped in the middle.
+        prior: The prior's folder, where it lies apart.
+        limit: Images, by default all.
+        batch_size: Images at once.
+        inception: File of torch-fidelity's Inception weights (``pt_inception-2015-12-05-6726825d.pth``), for FID.
+        clip: Folder or hub name of a CLIP model with its processor, for the CLIP score.
+        drawing: How pictures are drawn.
+        device: Such as "cuda".
+        dtype: Of the networks.
+
+    Returns:
+        ``images``; ``A`` and ``B`` with the mean ``psnr`` (dB, mean over images) and ``ssim`` of reconstructions
+        through Stage A, and through the compressor and Stage B; ``C`` with ``fid`` and ``clip_score`` of pictures drawn
+        for the captions. And lines that say what was left out, and why.
+
+    Raises:
+        UsageError: The folder, corpus or a file of weights cannot be read, or the size does not fit.
+    """
+    drawing = drawing or Drawing()
+    pipeline = TextToImage.from_folder(folder, prior, getattr(torch, dtype), device)
+    pipeline.check_size("image_size", image_size)
+    judges = Judges(inception, clip, device)
+    means: dict[tuple[str, str], MeanMetric] = {}
+    names = ["A"] if pipeline.compressor is None else ["A", "B"]
+    if pipeline.compressor is None:
+        judges.missing.append(f"B: {folder} has no compressor, export Stage B with it")
+    count = 0
+    for batch in tqdm(_batches(corpus, image_size, batch_size, limit), desc=corpus, unit=" batches"):
+        images = pixels(batch).to(device)
+        count += len(images)
+        reconstructions = reconstruct(pipeline, images, batch, drawing.steps)
+        for name in names:
+            for measure, function in MEASURES.items():
+                mean = means.setdefault((name, measure), MeanMetric())
+                mean.update(function(reconstructions[name], images).double().cpu())
+        if judges:
+            judges.update(images, draw(pipeline, batch, image_size, drawing), batch["caption"])
+    found: dict[str, Any] = {"images": count, "image_size": image_size}
+    for (name, measure), mean in means.items():
+        found.setdefault(name, {})[measure] = float(mean.compute())
+    if judges:
+        found["C"] = judges.compute()
+    return found, judges.missing
+
+
+@torch.no_grad()
+def reconstruct(pipeline: TextToImage, images: Tensor, batch: Batch, steps: int) -> dict[str, Tensor]:
+    """Images (n, 3, h, w) in [0, 1] through Stage A and, where there is a compressor, drawn by B from z."""
+    vqgan = pipeline.vqgan
+    dtype = next(vqgan.parameters()).dtype
+    through = {"A": vqgan.to_images(vqgan.to_latents(images.to(dtype))).float()}
+    if pipeline.compressor is not None:
+        z = pipeline.compressor(images).float()
+        text = pipeline.text_encoder.encode(batch["caption"])
+        latents = pipeline.decode_embeddings(z, text, diffusion.timesteps(steps), generator=generators(batch))
+        through["B"] = pipeline.pixels(latents).float()
+    return through
+
+
+def draw(pipeline: TextToImage, batch: Batch, side: int, drawing: Drawing) -> Tensor:
+    """Pictures (n, 3, side, side) in [0, 1] for a batch's captions."""
+    randomness: list[Generator] | None = generators(batch)
+    drawn: Any = pipeline(
+        batch["caption"],
+        side,
+        side,
+        prior_num_inference_steps=drawing.prior_steps,
+        prior_guidance_scale=drawing.guidance,
+        num_inference_steps=drawing.steps,
+        generator=randomness,
+        output_type="pt",
+    )
+    pictures: Tensor = drawn.images
+    return pictures.float()
+
+
+class Judges:
+    """Measures of drawn pictures that there are weights for.
+
+    Args:
+        inception: See ``evaluate_images``.
+        clip: The same.
+        device: To run on.
+
+    Attributes:
+        missing: What is missing for the others.
+
+    Raises:
+        UsageError: Weights cannot be read.
+    """
+
+    def __init__(self, inception: str | None, clip: str | None, device: str) -> None:
+        self.missing: list[str] = []
+        self._fid = self._find_inception(inception, device)
+        self._clip = None if clip is None else ClipScore(clip, device)
+        if clip is None:
+            self.missing.append("CLIP score: give --clip, a folder or hub name of a CLIP model")
+
+    def __bool__(self) -> bool:
+        return self._fid is not None or self._clip is not None
+
+    def update(self, images: Tensor, drawn: Tensor, captions: Sequence[str]) -> None:
+        """Takes in images and pictures (n, 3, h, w) in [0, 1]."""
+        real, fake = ((one * 255).round().to(torch.uint8) for one in (images, drawn))
+        if self._fid is not None:
+            self._fid.update(real, real=True)
+            self._fid.update(fake, real=False)
+        if self._clip is not None:
+            self._clip.update(fake, captions)
+
+    def compute(self) -> dict[str, float]:
+        """Values by name."""
+        found = {} if self._fid is None else {"fid": float(self._fid.compute())}
+        return found if self._clip is None else {**found, "clip_score": self._clip.compute()}
+
+    def _find_inception(self, path: str | None, device: str) -> FrechetInceptionDistance | None:
+        name = "pt_inception-2015-12-05-6726825d.pth"
+        if path is None:
+            self.missing.append(f"FID: give --inception, the file {name} of torch-fidelity")
+            return None
+        if not Path(path).is_file():
+            raise UsageError(f"inception {path} is no file: give {name} of torch-fidelity")
+        try:
+            return FrechetInceptionDistance(2048, feature_extractor_weights_path=path).to(device)
+        except ModuleNotFoundError:
+            self.missing.append("FID: torch-fidelity is not installed: pip install 'rewurst[eval]'")
+            return None
+
+
+class ClipScore:
+    """100 times the cosine of picture and caption in CLIP's space, at least 0, averaged (Hessel et al. 2021).
+
+    Torchmetrics' own reads features by methods that return something else since transformers 5.
+
+    Args:
+        clip: Folder or hub name of a CLIP model with its processor.
+        device: To run on.
+
+    Raises:
+        UsageError: It cannot be loaded.
+    """
+
+    def __init__(self, clip: str, device: str) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:
+            model: Any = CLIPModel.from_pretrained(clip)
+            self.processor: Any = CLIPProcessor.from_pretrained(clip)
+            self.model = model.eval().to(device)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"clip {clip} cannot be loaded as a CLIP model with its processor: {reason}") from None
+        self._mean = MeanMetric()
+
+    @torch.no_grad()
+    def update(self, pictures: Tensor, captions: Sequence[str]) -> None:
+        """Takes in pictures (n, 3, h, w), bytes."""
+        inputs = self.processor(
+            text=list(captions), images=list(pictures.cpu()), return_tensors="pt", padding=True, truncation=True
+        ).to(self.model.device)
+        out = self.model(**inputs)
+        cosine = torch.nn.functional.cosine_similarity(out.image_embeds.double(), out.text_embeds.double())
+        self._mean.update((100 * cosine).clamp_min(0).cpu())
+
+    def compute(self) -> float:
+        """The mean so far."""
+        return float(self._mean.compute())
+
+
+def _batches(corpus: str, side: int, batch_size: int, limit: int | None) -> Iterator[Batch]:
+    """Batches of images that can be read, without rows that only fill up."""
+    rows = ImageRows(ImageShards(corpus), Filters(), [(side, side)])
+    reader = ImageReader([rows], Showing([(side, side)], random_crop=False))
+    left = len(rows.shards) if limit is None else limit
+    loader = DataLoader(EvaluationRows(rows, reader, batch_size), batch_size=None, collate_fn=as_is)  # type: ignore[arg-type]
+    for batch in loader:
+        chosen = [i for i in range(len(batch["image"])) if batch["valid"][i]][:left]
+        left -= len(chosen)
+        if chosen:
+            yield {
+                "image": batch["image"][chosen],
+                "caption": [batch["caption"][i] for i in chosen],
+                "seed": batch["seed"][chosen],
+            }
+        if left <= 0:
+            return
+
+
+def table(found: dict[str, Any]) -> str:
+    """Lines of a table of what ``evaluate_images`` found."""
+    lines = ["| | PSNR (dB) | SSIM | FID | CLIP score |", "|---|---|---|---|---|"]
+    for name in ("A", "B", "C"):
+        if name in found:
+            values = [found[name].get(key, math.nan) for key in ("psnr", "ssim", "fid", "clip_score")]
+            shown = ["" if math.isnan(value) else f"{value:.4g}" for value in values]
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""Floating-point operations of a training step, by counting what the networks' products take.
+
+A multiplication and an addition are two. A backward pass takes twice the forward pass's, once for the inputs and once
+for the weights; what is computed again to save memory is not counted, as in every published model FLOP utilisation.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import vgg16
+
+from .networks import VQGAN, PatchDiscriminator, TextEncoder
+from .networks.base import Network
+from .perceptual import LPIPS
+
+Shape = tuple[int, ...]
+TRAINED = 3  # forward, and backward to inputs and weights
+FROZEN = 1
+PASSED = 2  # gradients go through it to its inputs, and none to its weights
+
+
+def flops_a_token(parameters: int, layers: int, width: int, length: int) -> float:
+    """FLOPs that training a transformer takes a token: 6 N + 12 L d T (Chowdhery et al., arXiv 2204.02311, appendix B).
+
+    Args:
+        parameters: All of them, N.
+        layers: L.
+        width: Of the hidden states, d.
+        length: Of a row in tokens, T; attention counts as if every token looked at all others.
+    """
+    return 6.0 * parameters + 12.0 * layers * width * length
+
+
+def forward_flops(network: Network, shapes: Sequence[Shape], method: str = "__call__") -> float:
+    """FLOPs of a forward pass of ``network.method`` on inputs of the given shapes.
+
+    They are counted once for each network and shapes, on a copy that holds no numbers.
+    """
+    config = json.dumps(network.config, sort_keys=True)
+    return _counted(type(network), config, tuple(tuple(shape) for shape in shapes), method)  # type: ignore[arg-type]
+
+
+def text_flops(encoder: TextEncoder, texts: int) -> float:
+    """FLOPs of a forward pass of a text encoder on a number of texts."""
+    config = encoder.model.config.to_json_string(use_diff=False)
+    return _counted_text(type(encoder.model), config, texts, encoder.length)  # type: ignore[arg-type]
+
+
+@cache
+def lpips_flops(images: Shape) -> float:
+    """FLOPs of LPIPS's network on images (n, 3, height, width), one of the two that it compares."""
+    with torch.random.fork_rng([]), torch.device("meta"):
+        return _count(LPIPS(vgg16()), "features", [torch.empty(images)])
+
+
+def stage_a_flops(
+    vqgan: VQGAN, images: Shape, adversary: PatchDiscriminator | None = None, perceptual: bool = False
+) -> float:
+    """FLOPs of a training step of Stage A on images (n, 3, height, width).
+
+    The adversary sees what was decoded twice, once for each network's loss, and the originals. LPIPS sees both, with
+    gradients for one.
+    """
+    latents = (images[0], vqgan.config["latent_channels"], *(side // vqgan.compression for side in images[2:]))
+    total = TRAINED * (forward_flops(vqgan, [images], "encode") + forward_flops(vqgan, [latents], "decode"))
+    if adversary is not None:
+        total += (PASSED + 2 * TRAINED) * forward_flops(adversary, [images])
+    if perceptual:
+        total += (PASSED + FROZEN) * lpips_flops(images)
+    return total
+
+
+@cache
+def _counted(network: type[Network], config: str, shapes: tuple[Shape, ...], method: str) -> float:
+    with torch.random.fork_rng([]), torch.device("meta"):
+        return _count(network.from_config(json.loads(config)), method, [torch.empty(shape) for shape in shapes])
+
+
+@cache
+def _counted_text(model: Any, config: str, texts: int, length: int) -> float:
+    with torch.random.fork_rng([]), torch.device("meta"):
+        fresh = model(model.config_class(**json.loads(config)))
+        return _count(fresh, "__call__", [torch.zeros(texts, length, dtype=torch.long)])
+
+
+def _count(network: nn.Module, method: str, inputs: list[torch.Tensor]) -> float:
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        getattr(network, method)(*inputs)  # with gradients, as in training: networks do some things otherwise without
+    return float(counter.get_total_flops())

@@ -1,0 +1,201 @@
+"""Shards of latents, one after another: what each process of a preparation does.
+
+1. ``datamodules`` decode and crop the images of a corpus, in worker processes, as they do for training.
+2. The networks run on batches of one shape that never cross a shard, so that who makes which shard changes no byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from .. import UsageError
+from ..datamodules.geometry import Size, buckets, nearest_bucket
+from ..datamodules.image_facts import Filters
+from ..datamodules.image_header import DecodeError
+from ..datamodules.image_reader import ImageReader, Showing
+from ..datamodules.image_rows import ImageRows
+from ..datamodules.image_shards import ImageShards
+from ..datamodules.latent_index import array_bytes
+from ..datamodules.latent_writer import LatentFolder
+from ..datamodules.picks import Picks, as_is
+from ..datamodules.targets import Target, everywhere
+from .latent_makers import Makers
+
+SHARD_BYTES = 2**28
+MOST_ROWS = 10_000
+SETTLED = 200
+"""Samples after which a share of corrupt ones means something."""
+
+Group = tuple[int, list[int], int]
+"""Shard, rows and lane of a batch."""
+Members = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class LatentOptions:
+    """What is asked for: see :func:`latents.prepare_latents`."""
+
+    source: str
+    out: str
+    stage_b: str
+    image_size: int
+    what: tuple[str, ...]
+    text_encoder: str | None
+    stage_a: str | None
+    max_aspect: float
+    bucket_multiple: int
+    resize: int | None
+    batch_size: int
+    workers: int
+    device: str
+    dtype: str
+    samples_per_shard: int | None
+
+    def everywhere(self) -> LatentOptions:
+        """The same for processes whose working directory is another; a name that is no file here is one of the hub."""
+        encoder = self.text_encoder
+        return replace(
+            self,
+            source=everywhere(self.source),
+            out=everywhere(self.out),
+            stage_b=everywhere(self.stage_b),
+            stage_a=self.stage_a and everywhere(self.stage_a),
+            text_encoder=everywhere(encoder) if encoder and Path(encoder).exists() else encoder,
+        )
+
+
+class LatentWork:
+    """Images, networks and the folder that is being filled.
+
+    Args:
+        options: What is asked for.
+
+    Raises:
+        UsageError: Numbers out of range, images or networks that cannot be read.
+    """
+
+    def __init__(self, options: LatentOptions) -> None:
+        self.options = options
+        self.images = ImageShards(options.source)
+        size = options.image_size
+        square = options.max_aspect == 1
+        self.sizes = [(size, size)] if square else buckets(size, options.bucket_multiple, options.max_aspect)
+        self.makers = Makers(
+            options.stage_b, options.what, options.text_encoder, options.stage_a, options.dtype, options.device
+        )
+        most = max(map(self.makers.bytes_a_sample, self.sizes))
+        rows = options.samples_per_shard or min(MOST_ROWS, max(1, SHARD_BYTES // most))
+        shown = {"sizes": tuple(self.sizes), "resize": options.resize or 0}
+        self.described = self.makers.described() | shown | {"images_sha256": self.images.index.fingerprint()}
+        asked = {"batch_size": options.batch_size}
+        self.folder = LatentFolder(Target(options.out), self.images, rows, self.described, asked)
+
+    def made(self, todo: Sequence[int], faults: Faults) -> Iterator[tuple[int, list[Members]]]:
+        """Shards with the members of their samples, one after another.
+
+        Args:
+            todo: Numbers of shards.
+            faults: Counts images that cannot be read, and may raise.
+        """
+        showing = Showing(self.sizes, self.options.resize, random_crop=False)
+        reader = ImageReader([ImageRows(self.images, Filters(), self.sizes)], showing)
+        groups = [group for shard in todo for group in _groups(shard, self.folder, self.sizes, self.options.batch_size)]
+        left = {shard: sum(group[0] == shard for group in groups) for shard in todo}
+        loader = DataLoader(
+            Groups(groups, reader, self.images),
+            batch_size=None,
+            num_workers=self.options.workers,
+            collate_fn=as_is,  # type: ignore[arg-type]  # typed for lists; without batching it gets one sample
+        )
+        batches = iter(loader)
+        for shard in todo:
+            made: dict[int, Members] = {}
+            for _ in range(left[shard]):
+                batch = next(batches)
+                faults.count(len(batch["rows"]) + len(batch["faults"]), list(batch["faults"].values()))
+                made |= {row: _left_out(reason) for row, reason in batch["faults"].items()}
+                if batch["rows"]:
+                    made |= dict(zip(batch["rows"], _members(batch, self.makers), strict=True))
+            nothing = _left_out("it has no image or no caption")
+            yield shard, [made.get(row, nothing) for row in self.folder.rows(shard)]
+
+
+class Faults:
+    """Images that could not be read, counted."""
+
+    def __init__(self, most: float) -> None:
+        self._most, self.seen, self.found = most, 0, list[str]()
+
+    def count(self, seen: int, found: Sequence[str]) -> None:
+        """Take note of a batch.
+
+        Raises:
+            UsageError: Too many are corrupt.
+        """
+        self.seen += seen
+        self.found += found
+        if self.seen >= SETTLED and len(self.found) > self._most * self.seen:
+            raise UsageError(
+                f"{len(self.found)} of {self.seen} images are corrupt, more than max_corrupt {self._most} allows; "
+                f"the first is {self.found[0]}"
+            )
+
+    def remark(self) -> str:
+        """The end of a line, empty where all went well."""
+        return f"; {len(self.found)} corrupt images have none, the first is {self.found[0]}" if self.found else ""
+
+
+class Groups(Dataset[dict[str, Any]]):
+    """Decoded images, batch by batch; it goes to worker processes."""
+
+    def __init__(self, groups: Sequence[Group], reader: ImageReader, images: ImageShards) -> None:
+        self._groups, self._reader, self._images = groups, reader, images
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        shard, rows, lane = self._groups[number]
+        [source] = self._reader.sources
+        none = np.zeros(0, dtype=np.int64)
+        picks = Picks(none, none, none, lane, training=False)
+        read, shown, faults = [], [], {}
+        for row in rows:
+            try:
+                shown.append(self._reader.show(source, row, 0, picks))
+                read.append(row)
+            except DecodeError as error:
+                faults[row] = f"{self._images.locate(row)}: {error}"
+        batch = self._reader.arrays(shown) if shown else {}
+        return {**batch, "shard": shard, "rows": read, "shown": [one.about() for one in shown], "faults": faults}
+
+
+def _groups(shard: int, folder: LatentFolder, sizes: Sequence[Size], batch_size: int) -> Iterator[Group]:
+    """Batches of rows of one shape, in their order; rows without image or caption are in none."""
+    rows = np.asarray(folder.rows(shard))
+    facts = folder.images.facts[rows]
+    lanes = np.where(facts["caption_length"] >= 0, nearest_bucket(facts["height"], facts["width"], list(sizes)), -1)
+    for lane in range(len(sizes)):
+        mine = rows[lanes == lane].tolist()
+        for begin in range(0, len(mine), batch_size):
+            yield shard, mine[begin : begin + batch_size], lane
+
+
+def _members(batch: dict[str, Any], makers: Makers) -> list[Members]:
+    captions = [caption for caption, _, _ in batch["shown"]]
+    samples = []
+    for arrays, (caption, crop, size) in zip(makers(batch["image"], captions), batch["shown"], strict=True):
+        members = {"txt": caption.encode(), "json": json.dumps({"crop": crop, "original_size": size}).encode()}
+        samples.append(members | {f"{name}.npy": array_bytes(array) for name, array in arrays.items()})
+    return samples
+
+
+def _left_out(reason: str) -> Members:
+    return {"json": json.dumps({"left_out": reason}).encode()}

@@ -1,0 +1,90 @@
+"""The experiments on continual pre-training, from data to report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import UsageError
+from .corpora import BUILTIN, Data, of_recipe, prepare
+from .jobs import Job, make_jobs
+from .report import write_report
+from .runner import Results, Runner, Stopped, results_of
+from .runs import grid
+from .scales import Scale
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for.
+
+    Args:
+        out: Folder for data, runs and report.
+        scale: Size of models and data.
+        seeds: How many, from 0 on.
+        at_once: Runs at a time.
+        old: Sources of the old corpus, none for the scale's own.
+        new: Sources of the new corpus.
+        tokenizer: Folder or hub name; none trains one.
+        report_only: Run nothing.
+    """
+
+    out: Path
+    scale: Scale
+    seeds: int = 3
+    at_once: int = 1
+    old: list[str] | None = None
+    new: list[str] | None = None
+    tokenizer: str | None = None
+    report_only: bool = False
+
+
+def reproduce(options: Options) -> Results:
+    """Runs what has not been run yet and writes ``report.md``, ``report.json`` and figures; also when it is stopped.
+
+    Raises:
+        UsageError: Runs failed; the report is written without them.
+    """
+    data = _data(options)
+    scale = options.scale
+    runs = grid(scale.steps, scale.split_steps, scale.peak, splits=bool(data.splits))
+    jobs = make_jobs(runs, list(range(options.seeds)), scale, data, options.out)
+    if options.report_only:
+        results = results_of(jobs)
+        _report(options, jobs, data, results)
+        return results
+    runner = Runner(jobs, options.at_once)
+    runner.finished = lambda results: _report_seed(options, jobs, data, results)
+    try:
+        runner.run()
+    except Stopped:
+        _report(options, jobs, data, runner.results)
+        done = f"{len(runner.results)} of {len(jobs)} runs are done"
+        raise UsageError(f"stopped: {done}; the same command goes on") from None
+    _report(options, jobs, data, runner.results)
+    if runner.failures:
+        first, why = next(iter(runner.failures.items()))
+        raise UsageError(f"{len(runner.failures)} of {len(jobs)} runs failed. {first}: {why}")
+    return runner.results
+
+
+def _data(options: Options) -> Data:
+    if options.old and options.new:
+        sources = options.old, options.new
+    elif options.scale.data is not None:
+        return of_recipe(options.scale)
+    else:
+        sources = BUILTIN
+    return prepare(*sources, options.out / "data", options.scale, options.tokenizer)
+
+
+def _report_seed(options: Options, jobs: list[Job], data: Data, results: Results) -> None:
+    """Writes the report whenever a seed is complete: a figure costs more than looking at it is worth after each run."""
+    runs = {job.run.name for job in jobs}
+    if len(results) < len(jobs) and len(results) % len(runs) == 0:
+        _report(options, jobs, data, results)
+
+
+def _report(options: Options, jobs: list[Job], data: Data, results: Results) -> None:
+    write_report(options.out, options.scale, jobs, data, results)
+    print(f"{options.out / 'report.md'}: {len(results)} of {len(jobs)} runs")

@@ -1,0 +1,198 @@
+"""Runs with a seed as complete configs for ``rewurst fit``, each known by the hash of what decides its outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .corpora import Corpora, Data, fingerprint
+from .runs import Run, named, total_steps
+from .scales import Config, Scale, base_config
+
+_KEY_DIGITS = 10
+_DECIDING = ("LRRewarming", "ReplayScheduler")  # the callbacks of the scales' configs log and save
+_WATCHING = (
+    "logger",
+    "profiler",
+    "log_every_n_steps",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "num_sanity_val_steps",
+    "devices",
+    "num_nodes",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with a seed.
+
+    Args:
+        run: What is run.
+        seed: Seed of the initial weights and of the order of the data.
+        key: Hash of everything that decides the outcome, the runs it continues included.
+        folder: Where it logs and saves.
+        steps: Absolute steps at its end.
+        every: Steps between validations.
+        config: What ``rewurst fit`` is given.
+        parent: The job that it continues.
+    """
+
+    run: Run
+    seed: int
+    key: str
+    folder: Path
+    steps: int
+    every: int
+    config: Config
+    parent: Job | None = None
+
+    @property
+    def start(self) -> int:
+        """Absolute steps at its beginning."""
+        return self.steps - self.run.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens in a global batch."""
+        sizes = self.config["data"]["init_args"]
+        return int(sizes["global_batch_size"] * sizes["sequence_length"])
+
+    def write_config(self) -> Path:
+        """Writes the config, whole or not at all, and returns its path."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.yaml"
+        content = f"# rewurst fit --config {path}\n{yaml.safe_dump(self.config, sort_keys=False)}"
+        write_whole(path, content)
+        return path
+
+
+def make_jobs(runs: list[Run], seeds: list[int], scale: Scale, data: Data, out: Path) -> list[Job]:
+    """A job for every run of every seed: all runs of the first seed, then of the next."""
+    base, by_name = base_config(scale), {run.name: run for run in runs}
+    jobs: dict[tuple[str, int], Job] = {}
+    for seed in seeds:
+        for run in runs:
+            parent = jobs[run.parent, seed] if run.parent else None
+            jobs[run.name, seed] = _job(run, seed, base, scale, data, out, total_steps(run, by_name), parent)
+    return list(jobs.values())
+
+
+def _job(run: Run, seed: int, base: Config, scale: Scale, data: Data, out: Path, steps: int, parent: Job | None) -> Job:
+    trainer = base["trainer"] | {"max_steps": steps, "enable_progress_bar": False}
+    data_config = _data_config(run, base["data"], data, seed)
+    every = interval(run.steps, scale.every)
+    trainer["callbacks"] = _callbacks(run, base["trainer"]["callbacks"], data, every)
+    config = base | {"seed_everything": seed, "data": data_config, "trainer": trainer}
+    key = config_key(config, every, parent.key if parent else "")
+    folder = out / "runs" / f"{run.name}-seed_{seed}-{key[:_KEY_DIGITS]}"
+    trainer["val_check_interval"] = every * _micro_batches(data_config["init_args"], trainer)
+    trainer["logger"] = named("TensorBoardLogger", save_dir=str(folder.parent), name=folder.name)
+    config["ckpt_path"] = f"auto:{parent.folder}" if parent else "auto"
+    return Job(run, seed, key, folder, steps, every, config, parent)
+
+
+def interval(steps: int, every: int) -> int:
+    """Steps between validations: the divisor of a run's steps nearest to ``every``, so that its end is validated."""
+    divisors = [number for number in range(1, steps + 1) if steps % number == 0]
+    return min(divisors, key=lambda number: abs(math.log(number / every)))
+
+
+def config_key(config: Config, every: int, parent: str) -> str:
+    """Hash of what decides a run's outcome.
+
+    Every corpus stands for what it holds instead of where it lies. Left out are what only watches and saves, and the
+    devices, on which the global batches do not depend: a logger more is no reason to run everything again.
+
+    Args:
+        config: Of the run.
+        every: Steps between validations.
+        parent: Key of the run that it continues, empty where it continues none.
+    """
+    arguments = dict(config["data"]["init_args"])
+    arguments["corpora"] = [
+        [name, {**corpus, "path": fingerprint(corpus["path"])}] for name, corpus in arguments["corpora"].items()
+    ]
+    arguments["val"] = {name: fingerprint(path) for name, path in arguments["val"].items()}
+    trainer = {
+        name: value
+        for name, value in config["trainer"].items()
+        if name not in _WATCHING and not name.startswith("enable_")
+    }
+    trainer["callbacks"] = [each for each in config["trainer"]["callbacks"] if each["class_path"] in _DECIDING]
+    content = [config["seed_everything"], config["model"], arguments, trainer, every, parent]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _micro_batches(sizes: Config, trainer: Config) -> int:
+    """Micro-batches of a global batch on one device, which is what Lightning's interval counts."""
+    devices = trainer.get("devices", "auto")
+    if not isinstance(devices, int):
+        import torch
+
+        devices = max(1, torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
+    rows = int(sizes["micro_batch_size"] * devices * trainer.get("num_nodes", 1))
+    return max(1, int(sizes["global_batch_size"]) // rows)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part.write_text(text, encoding="utf8")
+    os.replace(part, path)
+
+
+def _callbacks(run: Run, base: list[Config], data: Data, every: int) -> list[Config]:
+    """The scale's own, with this run's learning rate and replay."""
+    rewarming = named("LRRewarming", length=run.steps, schedule=run.schedule)
+    if run.extension:
+        rewarming["init_args"]["constant_extension"] = run.extension
+    callbacks = [rewarming]
+    for callback in base:
+        if callback["class_path"] == "LRRewarming":
+            continue
+        arguments = dict(callback.get("init_args", {}))
+        if "every_n_train_steps" in arguments:
+            arguments["every_n_train_steps"] = every
+        callbacks.append({**callback, **({"init_args": arguments} if arguments else {})})
+    if run.share:
+        callbacks.append(named("ReplayScheduler", share=run.share))
+    if run.parent and run.content in ("new", "again"):
+        callbacks.append(named("Forgetting", old=[data.old_name], new=[data.new_name]))
+    return callbacks
+
+
+def _data_config(run: Run, base: Config, data: Data, seed: int) -> Config:
+    name, corpora = _content(run, data)
+    val = data.val if not run.content.startswith("split") else {data.new_name: data.val[data.new_name]}
+    arguments = base["init_args"] | {"dataset": name, "corpora": corpora, "val": dict(val), "seed": seed}
+    return base | {"init_args": arguments}
+
+
+def _content(run: Run, data: Data) -> tuple[str, Corpora]:
+    """Name of the dataset and its corpora."""
+    match run.content:
+        case "old":
+            return data.old_name, data.old
+        case "again":
+            return f"{data.old_name}_again", data.old
+        case "both":
+            return "both", _even(data.old) | _even(data.new)
+        case "new":
+            replayed: dict[str, Any] = {name: corpus | {"replay": True} for name, corpus in data.old.items()}
+            return data.new_name, data.new | (replayed if run.share else {})
+        case split:
+            return split, data.splits[int(split[-1]) - 1]
+
+
+def _even(corpora: Corpora) -> Corpora:
+    """The same corpora with weights that add up to 1, so that either side gives as many tokens."""
+    total = sum(corpus.get("weight", 1.0) for corpus in corpora.values())
+    return {name: corpus | {"weight": corpus.get("weight", 1.0) / total} for name, corpus in corpora.items()}

@@ -1,0 +1,183 @@
+"""``report.md`` and ``report.json``: the papers' table beside ours, every claim and whether it held, figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .claims import Tested, examine
+from .corpora import Data
+from .figures import Evidence, Results, draw_all
+from .jobs import Job, write_whole
+from .paper import STRONG, WEAK, Losses
+from .runs import OLD, Run
+from .scales import Scale
+
+Row = dict[str, Any]
+
+METHOD = """\
+A claim is one number a seed, taken between runs of the same seed (they share initial weights, pre-training and the
+order of the data), and a bound that was fixed beforehand. *Ours* is its mean over the seeds, *spread* its standard
+deviation. A claim is **held** where the 90 % interval of the mean (Student's t) lies within the bound, **not held**
+where it lies outside, and **undecided** where it reaches across, or with a single seed."""
+
+
+def write_report(out: Path, scale: Scale, jobs: Sequence[Job], data: Data, results: Results) -> dict[str, Any]:
+    """Writes both files and the figures; returns what ``report.json`` holds."""
+    out.mkdir(parents=True, exist_ok=True)
+    names, seeds = (data.old_name, data.new_name), sorted({job.seed for job in jobs})
+    runs = list({job.run.name: job.run for job in jobs}.values())
+    table = [row for run in runs if (row := _row(run, results, names))]
+    tested = examine(results, seeds, *names, splits=bool(data.splits))
+    figures = draw_all(Evidence(jobs, results, names), out) if results else {}
+    content = {
+        "scale": scale.name,
+        "old": names[0],
+        "new": names[1],
+        "seeds": len(seeds),
+        "runs": len(jobs),
+        "runs_done": len(results),
+        "hours": round(sum(result.seconds for result in results.values()) / 3600, 2),
+        "table": table,
+        "claims": [_claim(each) for each in tested],
+    }
+    write_whole(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(out / "report.md", _markdown(content, scale, jobs, figures))
+    return content
+
+
+def _row(run: Run, results: Results, names: tuple[str, str]) -> Row | None:
+    """What became of a run over its seeds; nothing where none has ended."""
+    found = [result for (name, _), result in results.items() if name == run.name]
+    if not found:
+        return None
+    losses = [[result.final(name) if name in result.losses else None for name in names] for result in found]
+    old, new = ([value for value in side if value is not None] for side in zip(*losses, strict=True))
+    average = [(a + b) / 2 for a, b in zip(old, new, strict=True)] if old and new else []
+    row: Row = {"run": run.name, "title": run.title, "seeds": len(found), "tokens": found[0].tokens}
+    for name, values in (("old", old), ("new", new), ("average", average)):
+        row[name] = statistics.fmean(values) if values else None
+        row[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+    row["share_asked"] = run.share
+    row["share_read"] = statistics.fmean(result.share_read for result in found)
+    row["paper"] = {shift: list(known[run.name]) for shift, known in _PAPER.items() if run.name in known}
+    return row
+
+
+_PAPER: dict[str, dict[str, Losses]] = {"slimpajama": WEAK, "german": STRONG}
+
+
+def _claim(tested: Tested) -> dict[str, Any]:
+    claim, judged = tested.claim, tested.judged
+    return {
+        "claim": claim.claim,
+        "paper": claim.paper,
+        "ours": judged.mean,
+        "spread": judged.spread,
+        "verdict": judged.verdict,
+        "quantity": claim.quantity,
+        "bound": claim.bound,
+        "margin": judged.margin,
+        "seeds": judged.seeds,
+    }
+
+
+def _markdown(content: dict[str, Any], scale: Scale, jobs: Sequence[Job], figures: dict[str, str]) -> str:
+    lines = [*_head(content, scale, jobs), "", "## Claims", "", *_claims_table(content["claims"]), "", METHOD, ""]
+    lines += ["## Losses", "", *_losses_table(content), ""]
+    splits = [row for row in content["table"] if row["old"] is None]
+    if splits:
+        lines += ["## Three splits of the new data", "", *_splits_table(splits), ""]
+    lines += ["## Curves", ""]
+    for name, shows in figures.items():
+        lines += [f"### {shows}", "", f"![{shows}: validation losses over tokens]({name})", ""]
+    return "\n".join(lines)
+
+
+def _head(content: dict[str, Any], scale: Scale, jobs: Sequence[Job]) -> list[str]:
+    model = jobs[0].config["model"]["init_args"]["model"]
+    sizes = jobs[0].config["data"]["init_args"]
+    tokens = sizes["global_batch_size"] * sizes["sequence_length"]
+    done = f"{content['runs_done']} of {content['runs']} runs, {content['seeds']} seeds asked for"
+    return [
+        "# Continual pre-training: the papers' claims, tested",
+        "",
+        "Gupta et al. 2023 ([arXiv 2308.04014](https://arxiv.org/abs/2308.04014)) and Ibrahim et al. 2024",
+        "([arXiv 2403.08763](https://arxiv.org/abs/2403.08763)) at another scale. Made by",
+        f"`rewurst reproduce continual --scale {scale.name}`: {done}.",
+        "",
+        f"- Data: {content['old']} (old), then {content['new']} (new).",
+        f"- Model: {model['model_type']}, {model['num_hidden_layers']} layers of width {model['hidden_size']}, "
+        f"vocabulary {model['vocab_size']}, rows of {sizes['sequence_length']} tokens.",
+        f"- A stage: {scale.steps:,} steps of {tokens:,} tokens, {_count(scale.steps * tokens)}; a split: "
+        f"{scale.split_steps:,} steps.",
+        f"- Learning rate: peak {scale.peak:g}, minimum a tenth of it, warm-up 1 %, cosine; the optimizer's state is "
+        "reset where it re-warms.",
+        f"- Time: {content['hours']} hours of runs, on {os.cpu_count()} cores, Python {platform.python_version()}.",
+    ]
+
+
+def _claims_table(claims: list[Row]) -> list[str]:
+    lines = [
+        "| claim | measured as | papers | held if | ours | spread | seeds | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for claim in claims:
+        lines.append(
+            f"| {claim['claim']} | {claim['quantity']} | {claim['paper']} | {claim['bound']} | "
+            f"{_number(claim['ours'])} | {_number(claim['spread'])} | {claim['seeds']} | **{claim['verdict']}** |"
+        )
+    return lines
+
+
+def _losses_table(content: dict[str, Any]) -> list[str]:
+    old, new = content["old"], content["new"]
+    lines = [
+        "Nats a token on held-out documents, at the end; the mean over the seeds and their standard deviation. The",
+        "papers' columns are of their 405M model on the Pile (old), then SlimPajama or German (new): old / new /",
+        "average.",
+        "",
+        f"| run | {old} (old) | {new} (new) | average | old against old only | replay read | tokens | seeds "
+        "| SlimPajama | German |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = {row["run"]: row for row in content["table"]}
+    for row in rows.values():
+        if row["old"] is None:
+            continue
+        change = f"{row['old'] - rows[OLD]['old']:+.3f}" if OLD in rows and row["run"] != OLD else ""
+        read = f"{row['share_read']:.2%}" if row["share_asked"] else ""
+        papers = [_paper(row["paper"].get(shift)) for shift in _PAPER]
+        sides = [_with_spread(row, side) for side in ("old", "new", "average")]
+        cells = [row["title"], *sides, change, read, _count(row["tokens"]), str(row["seeds"]), *papers]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _splits_table(rows: list[Row]) -> list[str]:
+    lines = ["| run | loss on new at its end | tokens | seeds |", "|---|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['title']} | {_with_spread(row, 'new')} | {_count(row['tokens'])} | {row['seeds']} |")
+    return lines
+
+
+def _with_spread(row: Row, side: str) -> str:
+    spread = row[f"{side}_spread"]
+    return f"{row[side]:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+
+
+def _paper(losses: list[float] | None) -> str:
+    return " / ".join(f"{loss:.2f}" for loss in losses) if losses else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _count(tokens: float) -> str:
+    return f"{tokens / 1e9:.2f}B" if tokens >= 1e9 else f"{tokens / 1e6:.2f}M"

@@ -1,0 +1,93 @@
+"""How large: model, batch and trainer from the configs that users train with, and the numbers of a stage."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "continual"
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size that the experiments run at.
+
+    Args:
+        name: As the command line names it.
+        configs: Files under ``configs/continual``, one over the other.
+        steps: Steps of a stage.
+        split_steps: Steps on each of three splits.
+        peak: Peak learning rate.
+        every: Steps between validations, and between checkpoints, about.
+        data: Recipe of the default data, relative to ``configs/continual``; none for the built-in corpora.
+        splits: Recipes of the three splits of its new data.
+        held_out: Share of the documents kept for validation where sources are prepared, old and new.
+        jobs: Runs at a time, none for one a core.
+    """
+
+    name: str
+    configs: tuple[str, ...]
+    steps: int
+    split_steps: int
+    peak: float
+    every: int
+    data: str | None = None
+    splits: tuple[str, ...] = ()
+    held_out: tuple[float, float] = (0.01, 0.01)
+    jobs: int | None = 1
+
+
+_PAPER_DATA = "ibrahim/data/slimpajama.yaml"
+_PAPER_SPLITS = tuple(f"ibrahim/data/split_{number}.yaml" for number in (1, 2, 3))
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale("tiny", ("demo.yaml",), 500, 250, 2e-3, 50, held_out=(0.05, 0.03), jobs=None),
+        Scale(
+            "small",
+            ("base.yaml", "models/pythia_70m.yaml", "pythia_70m/one_gpu.yaml"),
+            5300,
+            1766,
+            1e-3,
+            500,
+            _PAPER_DATA,
+            _PAPER_SPLITS,
+        ),
+        Scale(
+            "405m", ("base.yaml", "models/pythia_410m.yaml"), 132_366, 44_229, 3e-4, 1000, _PAPER_DATA, _PAPER_SPLITS
+        ),
+    )
+}
+
+
+def base_config(scale: Scale) -> Config:
+    """The scale's configs one over the other, with the settings of its default data beneath them."""
+    config: Config = {} if scale.data is None else {"data": load(CONFIGS / scale.data)}
+    for name in scale.configs:
+        config = merge(config, load(CONFIGS / name))
+    return config
+
+
+def load(path: Path) -> Config:
+    """Reads a YAML file."""
+    content: Config = yaml.safe_load(path.read_text(encoding="utf8"))
+    return content
+
+
+def merge(under: Config, over: Config) -> Config:
+    """Lays one config over another, neither changed; ``key+`` appends to a list, as on the command line."""
+    result = copy.deepcopy(under)
+    for key, value in copy.deepcopy(over).items():
+        if key.endswith("+"):
+            result[key[:-1]] = [*result.get(key[:-1], []), *value]
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = value
+    return result

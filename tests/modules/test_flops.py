@@ -1,0 +1,119 @@
+"""Counts of FLOPs against what real training steps do, and against published figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rewurst.datamodules.tokenizer import train_tokenizer
+from rewurst.modules import CausalLM, StageA, StageB, StageC, flops, stage_b, stage_c
+from rewurst.modules.networks import VQGAN, SemanticCompressor
+
+
+def counted(step: Any, backward: bool = False) -> float:
+    """What a call computes; attention by products that the counter knows."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        out = step()
+        if backward:
+            out.backward()
+    return float(counter.get_total_flops())
+
+
+@pytest.fixture
+def forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts the forward pass of everything: that of a real step is the oracle."""
+    for module in (flops, stage_b, stage_c):
+        for name in ("TRAINED", "PASSED", "FROZEN"):
+            monkeypatch.setattr(module, name, 1, raising=False)
+
+
+def images(n: int = 2, side: int = 32) -> dict[str, Any]:
+    pictures = torch.randint(256, (n, 3, side, side), dtype=torch.uint8)
+    return {"image": pictures, "caption": ["a disc"] * n, "seed": torch.arange(n)}
+
+
+def test_a_language_models_step_is_6n_and_12ldt(tiny_config: dict[str, Any]) -> None:
+    module = CausalLM(tiny_config | {"hidden_size": 64, "intermediate_size": 256, "tie_word_embeddings": False})
+    ids = torch.randint(64, (3, 17))
+    matrices = sum(parameter.numel() for parameter in module.model.parameters() if parameter.ndim == 2)
+    looked_up = module.model.get_input_embeddings().weight.numel()  # type: ignore[operator]
+    real = counted(lambda: module.loss(ids), backward=True)
+    assert real == pytest.approx(3 * 16 * (6 * (matrices - looked_up) + 12 * 2 * 64 * 16), rel=0.02)
+    everything = sum(parameter.numel() for parameter in module.model.parameters())
+    assert module.flops({"input_ids": ids}) == 3 * 16 * flops.flops_a_token(everything, 2, 64, 16)
+
+
+def test_the_405m_models_published_figure() -> None:
+    assert flops.flops_a_token(405_334_016, 24, 1024, 2048) == pytest.approx(3.04e9, rel=0.002)
+
+
+def test_a_mixture_of_experts_has_no_count() -> None:
+    experts = {"model_type": "mixtral", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+    experts |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    assert CausalLM(experts).flops({"input_ids": torch.zeros(1, 9, dtype=torch.long)}) is None
+
+
+@pytest.mark.usefixtures("forward_only")
+@pytest.mark.parametrize("adversarial_start", [0, 5])
+def test_stage_as_step(adversarial_start: int) -> None:
+    module = StageA(
+        {"preset": "tiny", "embed_dim": 16}, "tiny", perceptual_weight=0, adversarial_start=adversarial_start
+    )
+    batch = images()
+    module._window.append({})
+    assert module.flops(batch) == counted(lambda: module._losses(batch))
+
+
+@pytest.mark.usefixtures("forward_only")
+@pytest.mark.parametrize("with_text", [False, True])
+def test_stage_bs_step(tmp_path: Path, text_encoder_folder: Path, with_text: bool) -> None:
+    VQGAN.from_preset("tiny", embed_dim=16).save(tmp_path)
+    text = str(text_encoder_folder) if with_text else None
+    module = StageB(str(tmp_path), "tiny", "tiny", text, text_length=5)
+    batch = images(2, 64)
+    assert module.flops(batch) == counted(lambda: module.training_step(batch, 0))
+
+
+@pytest.mark.usefixtures("forward_only")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_stage_cs_step(tmp_path: Path, text_encoder_folder: Path, frozen: bool) -> None:
+    SemanticCompressor.from_preset("tiny").save(tmp_path / "compressor")
+    (tmp_path / "text.txt").write_text("disc square")
+    train_tokenizer([str(tmp_path / "text.txt")], 260, tmp_path / "tokenizer", progress=False)
+    own = {"tokenizer": str(tmp_path / "tokenizer"), "hidden_size": 32, "intermediate_size": 64}
+    own |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 6}
+    text: Any = str(text_encoder_folder) if frozen else own
+    module = StageC(str(tmp_path / "compressor"), {"preset": "tiny", "c_cond": 32}, text)
+    batch = images(2, 64)
+    assert module.flops(batch) == counted(lambda: module.training_step(batch, 0))
+    latents = {"z": module.compressor.module(batch["image"] / 255), "caption": batch["caption"], "seed": batch["seed"]}
+    assert module.flops(latents) == counted(lambda: module.training_step(latents, 0))
+    if frozen:
+        states = latents | {"text": module.encode(batch["caption"])}
+        assert module.flops(states) == counted(lambda: module.training_step(states, 0))
+
+
+def test_a_backward_pass_takes_twice_the_forward_one() -> None:
+    module = StageA({"preset": "tiny", "embed_dim": 16}, None, perceptual_weight=0)
+    sides = (((2, 3, 32, 32), "encode"), ((2, 4, 8, 8), "decode"))
+    assert module.flops(images()) == 3 * sum(flops.forward_flops(module.vqgan, [shape], side) for shape, side in sides)
+
+
+def test_lpips_is_vgg16() -> None:
+    """15.3 billion products at 224 pixels in its convolutions (Simonyan and Zisserman, 2014)."""
+    assert flops.lpips_flops((1, 3, 224, 224)) == pytest.approx(2 * 15.35e9, rel=0.005)
+
+
+def test_counting_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    flops.forward_flops(VQGAN.from_preset("tiny", embed_dim=24), [(1, 3, 32, 32)], "encode")
+    fresh = torch.get_rng_state()
+    flops._counted.cache_clear()
+    torch.set_rng_state(state)
+    VQGAN.from_preset("tiny", embed_dim=24)
+    assert torch.equal(torch.get_rng_state(), fresh)
