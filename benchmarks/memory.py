@@ -154,10 +154,10 @@ def memory_line(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(out: Path) -> None:
-    """Measures all cases and writes them."""
-    results = []
-    for name in CASES:
+def measure(out: Path, names: Sequence[str]) -> None:
+    """Measures cases and writes them; those that are there and not asked for stay."""
+    results = json.loads(out.read_text()) if out.exists() else []
+    for name in names:
         for optimizer in OPTIMIZERS:
             ours = planned(name, optimizer)
             for glibc in (False, True):
@@ -168,8 +168,9 @@ def measure(out: Path) -> None:
                 )
                 row = {"what": what, "peer": "measured", "ours": ours, "theirs": theirs, "ratio": ours / theirs}
                 row |= {"unit": "bytes", "torch": torch.__version__, "device": platform.machine()}
+                results = [other for other in results if other["what"] != what]
                 results.append(row | {"date": time.strftime("%F")})
-    out.write_text(json.dumps(results, indent=2) + "\n")
+                out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def table(names: Sequence[str]) -> None:
@@ -178,11 +179,13 @@ def table(names: Sequence[str]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
         args, image_size = LARGE[name]
+        simulated = None  # which neither optimizers nor devices change
         for optimizer in OPTIMIZERS:
             for devices in (1, 8, 64):
                 strategy = "auto" if devices == 1 else "rewurst.callbacks.FSDP"
                 options = [f"--trainer.strategy={strategy}", f"{MODEL}optimizer={optimizer}"]
                 config = Configured(parse(["fit", *args, *options]), image_size, 80 * 2**30)
+                simulated = config.simulated = simulated or config.simulated
                 print(line(f"{name}, {config.micro_batch_size} at a time", optimizer, config, devices), flush=True)
 
 
@@ -201,9 +204,9 @@ def main() -> None:
     """Does what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("measure").add_argument(
-        "--out", type=Path, default=Path(__file__).with_name("results") / "memory.json"
-    )
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("names", nargs="*", default=list(CASES))
+    measuring.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "memory.json")
     commands.add_parser("table").add_argument("models", nargs="*", default=list(LARGE))
     training = commands.add_parser("train")
     training.add_argument("name")
@@ -211,7 +214,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "measure":
-        measure(arguments.out)
+        measure(arguments.out, arguments.names)
     elif arguments.command == "table":
         table(arguments.models)
     else:
