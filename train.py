@@ -20,6 +20,8 @@ usage: rewurst COMMAND [--help] ...
   fit | validate | test | predict   LightningCLI over all modules and data modules: --config FILE [--config MORE]
                                     [--ckpt_path FILE | auto | auto:FOLDER]
   schedule --config ... --out FILE  draw the learning rate and the replay share before anything is trained
+  plan --config ... [--devices N] [--memory 80GiB]   what a device has to hold, whether it fits, the largest
+                                    micro-batch
   prepare tokenizer SOURCE...       train a byte-level BPE tokenizer
   prepare text SOURCE...            tokenize text into shards
   prepare latents FOLDER ...        what a compressor makes of images into shards
@@ -63,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _command(name: str) -> Command:
     commands = {**dict.fromkeys(("fit", "validate", "test", "predict"), _lightning)}
     commands |= dict.fromkeys(("prepare", "export", "generate"), _tool)
-    commands |= {"schedule": _schedule, "evaluate": _evaluate, "reproduce": _reproduce}
+    commands |= {"schedule": _schedule, "plan": _plan, "evaluate": _evaluate, "reproduce": _reproduce}
     if name not in commands:
         hint = closest(name, commands) or f"; there are {', '.join(commands)}"
         raise UsageError(f"no command {name!r}{hint}")
@@ -78,6 +80,12 @@ def _lightning(args: list[str]) -> None:
 
 def _schedule(args: list[str]) -> None:
     from rewurst.schedule_plot import run
+
+    run(args)
+
+
+def _plan(args: list[str]) -> None:
+    from rewurst.memory_command import run
 
     run(args)
 

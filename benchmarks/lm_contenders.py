@@ -28,7 +28,7 @@ from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.datamodules.order import CorpusOrder
 from rewurst.datamodules.shards import TokenShards
 from rewurst.modules import CausalLM
-from rewurst.modules.causal_lm import adamw
+from rewurst.modules.causal_lm import PAPERS
 
 
 @dataclass
@@ -120,7 +120,7 @@ def lightning(run: Run) -> None:
 
 def loop(run: Run, model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> None:
     """The shortest loop there is."""
-    optimizer = adamw(model.parameters())
+    optimizer = PAPERS.of("adamw")(model.parameters())
     cast: Any = torch.autocast("cuda", torch.bfloat16) if run.device == "cuda" else nullcontext()
     for ids in run.batches():
         with cast:
@@ -206,7 +206,7 @@ def litgpt(run: Run) -> None:
     del weights, state
     model.max_seq_length = run.length
     model = fabric.setup(model)
-    optimizer = fabric.setup_optimizers(adamw(model.parameters()))
+    optimizer = fabric.setup_optimizers(PAPERS.of("adamw")(model.parameters()))
     rows = list(run.batches())
     tokens = total * run.rows * run.length
     train = TrainArgs(None, 1, run.rows, run.rows, 1, max_tokens=tokens, max_norm=1.0, min_lr=3e-5)

@@ -22,19 +22,20 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
     for optimizer in optimizers:
         kind = type(optimizer)
         if kind.__module__.startswith("bitsandbytes") or kind.__name__ in ("LBFGS", "SparseAdam"):
-            raise UsageError(f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW")
+            raise UsageError(
+                f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW, or AdamW8bit "
+                "or Lion8bit of rewurst.modules"
+            )
 
 
 def named_state(optimizer: Optimizer, module: nn.Module) -> State:
-    """``state`` by parameter name, and ``param_groups`` with names in ``params``."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-    groups = [
-        {key: value for key, value in group.items() if key != "params"}
-        | {"params": [names[parameter] for parameter in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    states = {names[parameter]: dict(state) for parameter, state in optimizer.state.items() if state}
-    return {"state": states, "param_groups": groups}
+    """``state`` by parameter name, and ``param_groups`` with names in ``params``.
+
+    Of what the optimizer says its state is: one that keeps it in some form of its own does not need to be known here.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    return by_names(optimizer.state_dict(), groups)
 
 
 def restore_named_state(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module) -> None:

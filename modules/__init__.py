@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
+    from .eight_bit import AdamW8bit, Lion, Lion8bit
     from .pipeline import TextToImage
     from .stage_a import StageA
     from .stage_b import StageB
     from .stage_c import StageC
 
 _MODULES = {
+    "AdamW8bit": "eight_bit",
     "CausalLM": "causal_lm",
+    "Lion": "eight_bit",
+    "Lion8bit": "eight_bit",
     "StageA": "stage_a",
     "StageB": "stage_b",
     "StageC": "stage_c",
     "TextToImage": "pipeline",
 }
 
-__all__ = ["CausalLM", "StageA", "StageB", "StageC", "TextToImage"]
+__all__ = ["AdamW8bit", "CausalLM", "Lion", "Lion8bit", "StageA", "StageB", "StageC", "TextToImage"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,11 +7,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
 from .attention import IGNORED, document_arguments, document_targets, require_positions
@@ -20,18 +18,15 @@ from .head import blocks, checkpoint_activations, head_computes, is_plain_head, 
 from .hugging_face import continuations
 from .initial_weights import build, load_initial_weights
 from .losses import cross_entropy, linear_cross_entropy
-from .watched import WatchedModule, parameter_groups
+from .optimizers import OptimizerChoice, OptimizerSettings, make_optimizer
+from .watched import WatchedModule
 
 Batch = dict[str, Tensor]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
-def adamw(params: ParamsT) -> Optimizer:
-    """AdamW with the settings of both papers (Ibrahim et al. 2024, section 5.3), fused.
-
-    A function and not a lambda: the command line names it in the configs that it saves.
-    """
-    return torch.optim.AdamW(params, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+PAPERS = OptimizerSettings(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+"""Of the optimizer, in both papers (Ibrahim et al. 2024, section 5.3)."""
 
 
 class CausalLM(WatchedModule):
@@ -53,8 +48,9 @@ class CausalLM(WatchedModule):
             (architecture; initial weights as transformers draws them).
         init_from: Weights to begin with instead: a Hugging Face folder or hub name, a Lightning checkpoint, or a
             safetensors file. Neither optimizer nor step nor random state comes along.
-        optimizer: Optimizer over parameter groups; the default is :func:`adamw` with the papers' settings. Weight
-            decay acts on matrices only.
+        optimizer: ``adamw``, ``adamw_8bit`` (states of 2 bytes a parameter instead of 8), ``lion`` or ``lion_8bit``,
+            with the papers' settings, or any optimizer over parameter groups. Weight decay acts on matrices only;
+            embeddings and small tensors keep 32-bit states.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
         z_loss: Factor of ``log(Z)**2`` added to every training loss, such as 1e-4; validation leaves it out.
         document_masks: Keep the documents of a row apart: attention and positions begin anew after the end token of
@@ -75,7 +71,7 @@ class CausalLM(WatchedModule):
         self,
         model: str | dict[str, Any],
         init_from: str | None = None,
-        optimizer: OptimizerCallable = adamw,
+        optimizer: OptimizerChoice = "adamw",
         max_grad_norm: float | None = 1.0,
         z_loss: float = 0.0,
         document_masks: bool = False,
@@ -210,7 +206,7 @@ class CausalLM(WatchedModule):
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over two groups: matrices, which decay, and everything else, which does not."""
-        return self.optimizer(parameter_groups(self))
+        return make_optimizer(self.optimizer, PAPERS, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the count of tokens and the model's config, with which an export needs nothing else."""

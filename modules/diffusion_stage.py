@@ -6,15 +6,15 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from .. import UsageError
 from .image_metrics import CorpusMeans, log_means
 from .networks import describe
-from .stage_parts import Batch, Frozen, uniforms
-from .watched import WatchedModule, parameter_groups
+from .optimizers import OptimizerChoice, make_optimizer
+from .stage_parts import STAGES, Batch, Frozen, uniforms
+from .watched import WatchedModule
 
 BUCKETS = 5
 """Intervals of t that the validation loss is told apart by."""
@@ -38,7 +38,7 @@ class DiffusionStage(WatchedModule):
     flops_formula = "3 x forward passes (1 x of frozen parts)"
 
     def __init__(
-        self, optimizer: OptimizerCallable, max_grad_norm: float | None = 1.0, max_loss_weight: float = 1.0
+        self, optimizer: OptimizerChoice, max_grad_norm: float | None = 1.0, max_loss_weight: float = 1.0
     ) -> None:
         super().__init__(max_grad_norm)
         if max_loss_weight < 1:
@@ -85,7 +85,7 @@ class DiffusionStage(WatchedModule):
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer over all that is trained; weight decay, if there is any, acts on matrices only."""
-        return self.optimizer(parameter_groups(self))
+        return make_optimizer(self.optimizer, STAGES, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps which attribute is which network, and what the frozen ones are and where they came from."""

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,8 +21,9 @@ from .finite import FiniteWatch
 from .flops import stage_a_flops
 from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .networks import VQGAN, PatchDiscriminator, describe
+from .optimizers import OptimizerChoice, make_optimizer
 from .perceptual import frozen_lpips
-from .stage_parts import Batch, Settings, adamw, build, generators, initialise, pixels, uniforms, widened
+from .stage_parts import STAGES, Batch, Settings, build, generators, initialise, pixels, uniforms, widened
 from .watched import check_max_grad_norm, logs_now, look, place_of, scales_losses
 
 Losses = dict[str, Tensor]
@@ -49,8 +49,8 @@ class StageA(LightningModule):
             the latents' measured standard deviation as such, so that Stage B sees latents of deviation 1.
         discriminator: Preset or arguments of :class:`PatchDiscriminator`; none for no adversary.
         init_from: Weights of the VQGAN to begin with: a checkpoint of any layout, or a folder.
-        optimizer: Of the VQGAN.
-        discriminator_optimizer: Of the discriminator.
+        optimizer: Of the VQGAN: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, or any over parameter groups.
+        discriminator_optimizer: Of the discriminator, likewise.
         fast_lr_scale: Learning rate of the codebook and the blocks' scalars, as a multiple of the others'.
         perceptual_weight: Of LPIPS on VGG16.
         vgg16: torchvision's ``vgg16-397923af.pth``; by default where torchvision keeps its downloads. Where there is
@@ -83,8 +83,8 @@ class StageA(LightningModule):
         vqgan: Settings = "paper",
         discriminator: Settings | None = "paper",
         init_from: str | None = None,
-        optimizer: OptimizerCallable = adamw,
-        discriminator_optimizer: OptimizerCallable = adamw,
+        optimizer: OptimizerChoice = "adamw",
+        discriminator_optimizer: OptimizerChoice = "adamw",
         fast_lr_scale: float = 1.0,
         perceptual_weight: float = 0.1,
         vgg16: str | None = None,
@@ -324,16 +324,17 @@ class StageA(LightningModule):
         """One optimizer for each network. Weight decay, if there is any, acts on matrices, not on the codebook."""
         fast = [p for name, p in self.vqgan.named_parameters() if name.endswith("gammas") or "embedding" in name]
         others = [p for p in self.vqgan.parameters() if all(p is not one for one in fast)]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in others if p.ndim >= 2]},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
             {"params": fast, "weight_decay": 0.0},
         ]
-        optimizer = self.optimizer(groups)
+        optimizer = make_optimizer(self.optimizer, STAGES, self.vqgan, groups)
         optimizer.param_groups[-1]["lr"] *= self.fast_lr_scale
         if self.discriminator is None:
             return [optimizer]
-        return [optimizer, self.discriminator_optimizer(self.discriminator.parameters())]
+        parameters: list[dict[str, Any]] = [{"params": list(self.discriminator.parameters())}]
+        return [optimizer, make_optimizer(self.discriminator_optimizer, STAGES, self.discriminator, parameters)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the step, and which attribute is which network, with the measured scale of the latents."""

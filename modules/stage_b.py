@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Generator, Tensor, nn
 
 from .. import UsageError
@@ -16,7 +15,8 @@ from .diffusion_stage import DiffusionStage
 from .flops import FROZEN, TRAINED, forward_flops, text_flops
 from .image_metrics import psnr, ssim, valid_samples
 from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder
-from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, holds, initialise, pixels, uniforms
+from .optimizers import OptimizerChoice
+from .stage_parts import Batch, Frozen, Settings, build, generators, holds, initialise, pixels, uniforms
 from .weights import read_file
 
 
@@ -44,7 +44,7 @@ class StageB(DiffusionStage):
         text_length: States that it sees in the place of text then; a text encoder for it has as many.
         init_from: Weights to begin with: a checkpoint of any layout; the compressor's too, where it holds them.
         backbone_weights: torchvision's ``efficientnet_v2_s-dd5fe13b.pth`` for a fresh compressor.
-        optimizer: Of both networks.
+        optimizer: Of both networks: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, or any over parameter groups.
         zero_share: Share of the samples whose embedding is zeroed.
         noise_share: Share of the others whose embedding is noised.
         noise_until: Largest time to which it is noised.
@@ -74,7 +74,7 @@ class StageB(DiffusionStage):
         text_length: int = 77,
         init_from: str | None = None,
         backbone_weights: str | None = None,
-        optimizer: OptimizerCallable = adamw,
+        optimizer: OptimizerChoice = "adamw",
         zero_share: float = 0.05,
         noise_share: float = 0.3,
         noise_until: float = 0.5,

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
 
@@ -18,7 +17,8 @@ from .flops import FROZEN, TRAINED, forward_flops, text_flops
 from .image_metrics import valid_samples
 from .lower_stages import LowerStages, own_scale
 from .networks import ConditionCache, Prior, SemanticCompressor, TextEncoder
-from .stage_parts import Batch, Frozen, Settings, adamw, build, generators, initialise, pixels, uniforms
+from .optimizers import OptimizerChoice
+from .stage_parts import Batch, Frozen, Settings, build, generators, initialise, pixels, uniforms
 from .text_encoding import checkpoint_text_encoder, fresh_text_encoder, text_encoder_state
 
 
@@ -46,7 +46,8 @@ class StageC(DiffusionStage):
             is trained along: those of ``transformers.CLIPTextConfig``, and ``tokenizer``, a folder.
         init_from: Weights of the prior to begin with: a checkpoint of any layout, or a folder. Where it is one of ours
             with a text encoder that was trained along, that one's too.
-        optimizer: Of the prior, and of a text encoder that is trained along.
+        optimizer: Of the prior, and of a text encoder that is trained along: ``adamw``, ``adamw_8bit``, ``lion``,
+            ``lion_8bit``, or any over parameter groups.
         latent_mean: With ``latent_std`` the scale of z (diffusers' names); the defaults are the released compressor's.
             None for numbers that bring this compressor's z to mean 0 and deviation 1, which a small one needs.
         latent_std: See ``latent_mean``.
@@ -71,7 +72,7 @@ class StageC(DiffusionStage):
         prior: Settings = "paper",
         text_encoder: str | dict[str, Any] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         init_from: str | None = None,
-        optimizer: OptimizerCallable = adamw,
+        optimizer: OptimizerChoice = "adamw",
         latent_mean: float | None = Prior.latent_mean,
         latent_std: float | None = Prior.latent_std,
         stage_a: str | None = None,

@@ -8,24 +8,20 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
-from . import weights
+from . import optimizers, weights
 from .networks import Network
 
 Batch: TypeAlias = dict[str, Any]
 Settings: TypeAlias = str | dict[str, Any]
 """A preset's name, or a network's arguments; with "preset" among them, that preset with the others changed."""
 
+STAGES = optimizers.OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)
+"""Of the optimizers of all stages (arXiv 2306.00637)."""
+
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-
-
-def adamw(params: ParamsT) -> Optimizer:
-    """AdamW at 1e-4 (arXiv 2306.00637), fused, without weight decay."""
-    return torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
 
 def build(network: type[AnyNetwork], settings: Settings) -> AnyNetwork:

@@ -146,14 +146,6 @@ def place_of(batch: Any) -> dict[str, Any] | None:
     return {key: part for key, part in batch.items() if not isinstance(part, Tensor)}
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """What is trained of a module, in two groups: matrices, which decay, and everything else, which does not."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters if parameter.ndim < 2]
-    return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-
-
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
     """Refuses a norm that is not above 0."""
     if max_grad_norm is not None and max_grad_norm <= 0:

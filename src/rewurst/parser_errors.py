@@ -44,6 +44,8 @@ def _unknown_class(match: re.Match[str], parser: Any) -> str:
     keys = re.findall(r'Parser key "([^"]+)"', match.string)
     where = f"{keys[0]}: " if keys else ""
     known = {cls.__name__ for cls in _classes()} | set(public_names())
+    for choices in re.findall(r"typing\.Literal\[([^\]]+)\]", match.string):  # where a name will do for a class
+        known |= set(re.findall(r"'([^']+)'", choices))
     return f"{where}there is no class {name!r}{_nearest(name.rsplit('.', 1)[-1], known)}"
 
 
@@ -52,6 +54,11 @@ def _unknown_options(match: re.Match[str], parser: Any) -> str:
     names = [word.lstrip("-").split("=")[0] for word in match[1].split() if word.startswith("--")] or [match[1]]
     known = (set(_options(parser)) | set(_parameters())) - set(names)  # one of these belongs to some other class
     return "; ".join(f"there is no option {name!r}{_nearest_option(name, known)}" for name in names)
+
+
+def _already_one_line(match: re.Match[str], parser: Any) -> str:
+    """What was said of one alternative among several."""
+    return match[1]
 
 
 def _wrong_type(match: re.Match[str], parser: Any) -> str:
@@ -67,6 +74,7 @@ _PATTERNS: list[tuple[str, Callable[[re.Match[str], Any], str]]] = [
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"Option '([^']+)' is not accepted", _unknown_options),
     (r"does not accept option '([^']+)'", _unknown_options),
+    (r"- (there is no option '[^']+'(?:; did you mean '[^']+'\?)?)", _already_one_line),
     (r"File does not exist: '([^']+)'", _no_such_file),
     (r"unrecognized arguments: (.*)", _unknown_options),
     (r"Parser key \"([^\"]+)\":\s+Expected an? <class '(\w+)'>. Got value: (.*)", _wrong_type),

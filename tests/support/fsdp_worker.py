@@ -233,6 +233,7 @@ def losses(
     folder: str = "",
     accumulation: int = 2,
     settings: dict[str, Any] | None = None,
+    optimizer: str = "adamw",
     save: str = "",
     resume: str | None = None,
     **options: Any,
@@ -241,7 +242,8 @@ def losses(
     world_size = int(os.environ["WORLD_SIZE"])
     torch._dynamo.utils.counters.clear()
     recorder = Losses()
-    model = make_module(module, folder, **({"settings": settings or {}} if module == "neox" else {}))
+    of_neox = {"settings": settings or {}, "optimizer": optimizer}
+    model = make_module(module, folder, **(of_neox if module == "neox" else {}))
     if module == "neox":
         data = text_data(folder, world_size, accumulation)
     else:
@@ -279,12 +281,13 @@ def run(
     rewarming: dict[str, Any] | None = None,
     checkpoints: list[dict[str, Any]] | None = None,
     average: bool = True,
+    optimizer: str = "adamw",
     gather: str | None = None,
     **options: Any,
 ) -> Any:
     """A run with everything of ours: re-warming, replay, exact resume, forgetting, averaged weights, checkpoints."""
     recorder = Losses()
-    model = make_module("neox", settings=settings or {})
+    model = make_module("neox", settings=settings or {}, optimizer=optimizer)
     data = text_data(folder, int(os.environ["WORLD_SIZE"]), dataset=dataset, replay=True)
     wanted = checkpoints or [{"every_n_train_steps": 4, "save_top_k": -1}]
     savers = [ModelCheckpoint(**{"dirpath": f"{folder}/{name}", "filename": "{step}"} | one) for one in wanted]
@@ -311,12 +314,13 @@ def run(
         whole = {key: getattr(t, "full_tensor", t.clone)() for key, t in model.state_dict().items()}
         if trainer.is_global_zero:
             torch.save(whole, gather)
-    optimizer = trainer.optimizers[0]
+    states = trainer.optimizers[0].state.values()
     return {
         "losses": recorder.losses,
         "start": forgetting.start,
         "validation": float(trainer.callback_metrics.get("val/loss/code", 0)),
-        "counts": sorted({float(state["step"]) for state in optimizer.state.values()}),
+        "counts": sorted({float(state["step"]) for state in states}),
+        "in_8_bits": sum(state["exp_avg"].dtype == torch.uint8 for state in states),
     }
 
 

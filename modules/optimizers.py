@@ -1,0 +1,96 @@
+"""Which optimizer a module trains with: by name, with the module's own settings, or any that a config describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.optim import Optimizer
+
+from .. import UsageError
+from ..hints import closest
+from .eight_bit import AdamW8bit, Lion, Lion8bit, require_states
+
+OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit"]
+OptimizerChoice: TypeAlias = OptimizerName | OptimizerCallable
+"""A name, or an optimizer over parameter groups: ``{class_path: ..., init_args: ...}`` in YAML."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What a module's named optimizers are made with.
+
+    Lion's are taken from AdamW's: a tenth of the learning rate and ten times the weight decay, the far end of what Chen
+    et al. 2023, section 5, advise, with their betas of (0.9, 0.99).
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+
+    def of(self, name: OptimizerName) -> OptimizerCallable:
+        """The named optimizer, over parameter groups.
+
+        Raises:
+            UsageError: There is none of that name.
+        """
+        if name not in get_args(OptimizerName):
+            raise UsageError(
+                f"optimizer {name!r} is none of {', '.join(get_args(OptimizerName))}"
+                f"{closest(name, get_args(OptimizerName))}"
+            )
+        if name.startswith("lion"):
+            kind = Lion8bit if name == "lion_8bit" else Lion
+            return partial(kind, lr=self.lr / 10, betas=(0.9, 0.99), weight_decay=self.weight_decay * 10)
+        adamw = AdamW8bit if name == "adamw_8bit" else _fused_adamw
+        return partial(adamw, lr=self.lr, betas=self.betas, eps=1e-8, weight_decay=self.weight_decay)
+
+
+def make_optimizer(
+    choice: OptimizerChoice,
+    settings: OptimizerSettings,
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]] | None = None,
+) -> Optimizer:
+    """Makes a module's optimizer; where its states take 8 bits, those of embeddings do not.
+
+    An embedding's rows have gradients of very different sizes, rare tokens' hardly any, so that blocks lose them
+    (Dettmers et al. 2021, section 2.3).
+
+    Args:
+        choice: What the user has chosen.
+        settings: Of named optimizers.
+        module: What is trained.
+        groups: Parameter groups; by default :func:`parameter_groups`.
+    """
+    make = settings.of(choice) if isinstance(choice, str) else choice
+    optimizer = make(parameter_groups(module) if groups is None else groups)
+    keep = getattr(optimizer, "keep_32_bits", None)
+    if keep is not None:
+        keep(part.weight for part in module.modules() if isinstance(part, nn.Embedding))
+    return optimizer
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """What is trained of a module, in two groups: matrices, which decay, and everything else, which does not."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+
+def _fused_adamw(params: Any, **settings: Any) -> Optimizer:
+    """Torch's AdamW, which takes no other optimizer's states: it would only notice in the middle of a step."""
+    optimizer = torch.optim.AdamW(params, fused=True, **settings)
+    optimizer.register_load_state_dict_pre_hook(_check_states)
+    return optimizer
+
+
+def _check_states(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    for state in saved["state"].values():
+        require_states("AdamW", ("exp_avg", "exp_avg_sq"), state)

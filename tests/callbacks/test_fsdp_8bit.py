@@ -1,0 +1,96 @@
+"""Optimizers with 8-bit states in real processes: sharded, replicated, alone, and on from each other's checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from process_pool import Pool
+
+from rewurst.datamodules.shards import TokenWriter
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+IN_8_BITS = 2 * 4 + 1  # four matrices a block and the head; the embedding has as many elements as the head
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tokens of which each follows from the one before: losses fall."""
+    folder = tmp_path_factory.mktemp("fsdp_8bit")
+    for seed, name in enumerate(("code", "prose")):
+        draw = np.random.default_rng(seed)
+        tokens = (draw.integers(64) + np.cumsum(draw.integers(1, 3, size=200 * 8 + 1))) % 64
+        with TokenWriter(
+            folder / "corpora" / name,
+            name=name,
+            sequence_length=8,
+            vocab_size=64,
+            tokenizer_sha256="same",
+            rows_per_sample=4,
+            rows_per_shard=16,
+        ) as writer:
+            writer.append(tokens)
+            writer.close()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(pool: Pool, folder: str) -> dict[str, Any]:
+    """A run of two processes with 8-bit AdamW."""
+    own = {"folder": folder, "settings": WIDE, "optimizer": "adamw_8bit", "average": False}
+    return {"own": own, **pool.run("run", 2, name="in_8_bits", steps=12, **own)}
+
+
+@pytest.mark.parametrize(("optimizer", "margin"), [("adamw_8bit", 0.01), ("lion", 1e-5), ("lion_8bit", 0.01)])
+def test_8_bit_losses_are_near_those_of_one_process(pool: Pool, folder: str, optimizer: str, margin: float) -> None:
+    same: dict[str, Any] = {"folder": folder, "settings": WIDE, "optimizer": optimizer}
+    alone = pool.run("losses", 1, strategy="auto", **same)["losses"]
+    for world_size, strategy in [(4, "fsdp"), (4, "hybrid"), (2, "ddp")]:
+        losses = pool.run("losses", world_size, strategy=strategy, **same)["losses"]
+        limit = 1e-5 if strategy == "ddp" else margin
+        np.testing.assert_allclose(losses, alone, rtol=limit, err_msg=f"{strategy} {world_size}")
+
+
+def test_8_bit_states_outlive_the_number_of_processes(pool: Pool, in_8_bits: dict[str, Any]) -> None:
+    own, losses = in_8_bits["own"], in_8_bits["losses"]
+    assert in_8_bits["in_8_bits"] == IN_8_BITS
+    assert losses[-1] < 0.9 * losses[0]
+    first = f"{own['folder']}/in_8_bits/step=4.ckpt"
+    again = pool.run("run", 2, name="again_8", steps=12, resume=first, **own)
+    assert again["losses"] == losses[4:]  # to the bit: blocks are where they were
+    one = pool.run("run", 1, name="one_8", steps=8, resume=first, **own)
+    np.testing.assert_allclose(one["losses"], losses[4:8], rtol=0.01)
+    two = pool.run("run", 2, name="two_8", steps=12, resume=f"{own['folder']}/one_8/step=8.ckpt", **own)
+    np.testing.assert_allclose(two["losses"], losses[8:], rtol=0.01)
+    assert (two["counts"], two["in_8_bits"]) == ([12.0], IN_8_BITS)
+
+
+def test_8_bit_states_go_on_in_32_bits_and_without_sharding(pool: Pool, in_8_bits: dict[str, Any]) -> None:
+    own, losses = in_8_bits["own"], in_8_bits["losses"]
+    in_32 = own | {"optimizer": "adamw"}
+    first = f"{own['folder']}/in_8_bits/step=4.ckpt"
+    wider = pool.run("run", 4, name="wider", steps=8, resume=first, **in_32)
+    np.testing.assert_allclose(wider["losses"], losses[4:8], rtol=0.01)
+    assert wider["in_8_bits"] == 0
+    back = pool.run("run", 2, name="back", steps=12, resume=f"{own['folder']}/wider/step=8.ckpt", **own)
+    np.testing.assert_allclose(back["losses"], losses[8:], rtol=0.01)
+    file = pool.run("run", 2, name="ddp_8", steps=8, strategy="ddp", **own)
+    np.testing.assert_allclose(file["losses"], losses[:8], rtol=0.01)
+    for strategy, optimizer in [
+        ("fsdp", "adamw_8bit"),
+        ("ddp", "adamw_8bit"),
+        ("auto", "adamw"),
+        ("auto", "adamw_8bit"),
+    ]:
+        options = own | {"optimizer": optimizer, "strategy": strategy}
+        world_size = 1 if strategy == "auto" else 2
+        on = pool.run("run", world_size, name="on_8", steps=12, resume=f"{own['folder']}/ddp_8/step=8.ckpt", **options)
+        np.testing.assert_allclose(on["losses"], losses[8:], rtol=0.01)
+        assert on["counts"] == [12.0]
+
+
+def test_another_optimizers_states_are_refused(pool: Pool, in_8_bits: dict[str, Any]) -> None:
+    own = in_8_bits["own"] | {"resume": f"{in_8_bits['own']['folder']}/in_8_bits/step=4.ckpt", "optimizer": "lion_8bit"}
+    answer = pool.run("run", 2, name="no", steps=12, **own)
+    assert "keeps exp_avg and exp_avg_sq of a parameter and Lion8bit exp_avg: keep the optimizer" in answer["usage"]

@@ -1,0 +1,69 @@
+"""`rewurst plan` on the configs that `fit` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rewurst.train import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEMO = ["plan", "--config", str(CONFIGS / "continual" / "demo.yaml")]
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
+    """What is printed, by the first words of each line."""
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line]
+    return {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+
+
+def test_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*DEMO, "--memory", "1GiB"]) == 0
+    found = lines(capsys)
+    assert "CausalLM, 1.3M parameters, adamw, fp32; 16 rows of 128 tokens a device, 16 in all" in found
+    plain, recomputed = (float(value) for value in found["at the peak"])
+    assert 0.02 < recomputed < plain < 0.5
+    assert found["fits 1 GiB with 10% left"] == ["yes", "yes"]
+    assert int(found["largest micro-batch that does"][0]) > 16
+
+
+def test_devices_and_8_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.init_args.optimizer=adamw_8bit", "--trainer.strategy=rewurst.callbacks.FSDP"]
+    assert main([*DEMO, "--devices", "1", "2", "--memory", "10MB", *options]) == 0
+    text = capsys.readouterr().out
+    assert "1.3M parameters, adamw_8bit, fp32" in text
+    assert "2 devices, FSDP over 2, GB" in text
+    assert text.count("fits 0.00931 GiB with 10% left") == 2
+    assert "largest micro-batch that does" in text
+
+
+@pytest.mark.parametrize("stage", ["stage_a", "stage_b", "stage_c"])
+def test_stages(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = {
+        "stage_a": ["vqgan=tiny", "discriminator=tiny", "perceptual_weight=0"],
+        "stage_b": ["unet=tiny", "compressor=tiny"],
+        "stage_c": ["prior=tiny"],
+    }[stage]
+    config = ["plan", "--config", str(CONFIGS / "wuerstchen" / "one_gpu" / f"{stage}.yaml"), "--memory", "24GiB"]
+    if stage == "stage_c":
+        assert main(config) == 2
+        assert "does not say how large images are: give --image_size" in capsys.readouterr().err
+        config += ["--image_size", "256"]
+    assert main([*config, *(f"--model.init_args.{option}" for option in tiny)]) == 0
+    found = lines(capsys)
+    assert float(found["averages and frozen networks"][0]) >= 0
+    assert found["fits 24 GiB with 10% left"] == ["yes", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--memory", "80 apples"], "--memory 80 apples is no size: give one such as 80GiB"),
+        (["--trainer.precision=bf16-true"], "plan knows precision 32-true, 32, None, bf16-mixed, 16-mixed, not bf16"),
+        (["--trainer.max_stepz=3"], "there is no option"),
+    ],
+)
+def test_wrong_use(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*DEMO, *options]) == 2
+    assert expected in capsys.readouterr().err
