@@ -55,6 +55,8 @@ class StageC(DiffusionStage):
         max_loss_weight: The loss is weighted with 1 / snr(t) too, kept in [1, max_loss_weight]; 1 is the paper's. Near
             t = 1, where the text alone knows the picture, the noise's error hardly tells what is missing: in a short
             run a small model learns the text from this weight.
+        high_noise_share: Share of the training samples that are noised to a t in [0.85, 0.99), beyond those that are
+            anyhow: what only the text tells, such as the place of a thing, is learnt there or nowhere.
         sampling_steps: Of Stage C, for pictures.
         guidance_scale: The same; up to 1 there is no guidance.
         stage_b_steps: Of Stage B, for pictures.
@@ -77,12 +79,16 @@ class StageC(DiffusionStage):
         latent_std: float | None = Prior.latent_std,
         stage_a: str | None = None,
         max_loss_weight: float = 1.0,
+        high_noise_share: float = 0.0,
         sampling_steps: int = 60,
         guidance_scale: float = 4.0,
         stage_b_steps: int = 12,
         max_grad_norm: float | None = 1.0,
     ) -> None:
         super().__init__(optimizer, max_grad_norm, max_loss_weight)
+        if not 0 <= high_noise_share <= 1:
+            raise UsageError(f"high_noise_share {high_noise_share} must lie in [0, 1]")
+        self.high_noise_share = high_noise_share
         self.prior = build(Prior, prior)
         self.compressor = Frozen(SemanticCompressor.from_checkpoint(stage_b, torch.float32), stage_b)
         self._set_scale(latent_mean, latent_std)
@@ -196,8 +202,9 @@ class StageC(DiffusionStage):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""
         randomness = generators(batch)
-        [chance] = uniforms(randomness, _count(batch), 1, self.device)
+        chance, high = uniforms(randomness, _count(batch), 2, self.device)
         t = diffusion.training_times(chance)
+        t = torch.where(high < self.high_noise_share, 0.85 + 0.14 * chance, t)
         return self.watch((self.losses(batch, t, randomness) * self._weight(t)).mean(), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

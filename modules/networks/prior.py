@@ -21,6 +21,9 @@ from .layers import (
     xavier,
 )
 
+AUTHORS_WIDTH = 1024
+"""Smallest width of anything that the paper and the release initialise with N(0, 0.02)."""
+
 
 class Prior(Network):
     """Würstchen's Stage C: residual, timestep and attention blocks in turn, at one resolution (arXiv 2306.00637).
@@ -83,15 +86,19 @@ class Prior(Network):
     def reset_parameters(self) -> None:
         """Initialise as the authors do: Xavier, small inputs, no output and no timestep, residuals scaled by depth.
 
-        Their N(0, 0.02) hardly changes the scale of texts at their widths. Of narrow ones it would leave next to
-        nothing, and attention would not find the text for hundreds of steps: there the scale is kept.
+        Their N(0, 0.02) keeps something of a text's scale at their widths. Narrow ones would leave next to nothing,
+        and attention would not find the text for hundreds of steps: there the scale is kept. And zero padding, all that
+        tells one place of the grid from another, tells it only where channels are not zero: in narrow networks, which
+        have few blocks to spread it, they begin with a constant.
         """
         self.apply(xavier)
         nn.init.normal_(self.projection.weight, std=0.02)
+        if self.config["c"] < AUTHORS_WIDTH:
+            nn.init.normal_(self.get_parameter("projection.bias"))
         for layer in ("cond_mapper.0", "cond_mapper.2"):
             weight = self.get_parameter(f"{layer}.weight")
             width = weight.shape[1]
-            nn.init.normal_(weight, std=0.02 if width >= 1024 else math.sqrt(1 / width))
+            nn.init.normal_(weight, std=0.02 if width >= AUTHORS_WIDTH else math.sqrt(2 / width))
         nn.init.zeros_(self.get_parameter("out.1.weight"))
         for block in self.blocks:
             if isinstance(block, ResBlock):

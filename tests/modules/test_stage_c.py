@@ -97,9 +97,15 @@ def test_accumulation_is_the_larger_batch(picture_data: Data, stage_c: Callable[
             torch.testing.assert_close(weights[name], parameter, rtol=1e-5, atol=1e-5)
 
 
-def test_the_loss_is_the_papers(picture_data: Data, stage_c: Callable[..., StageC], tmp_path: Path) -> None:
-    """An independent oracle, a sample at a time: t, noise, eps = (x - a) / (|1 - b| + 1e-5), p2 = 1 / (1 + snr)."""
-    module = stage_c(latent_mean=3.0, latent_std=0.5)
+@pytest.mark.parametrize(("largest", "high"), [(1.0, 0.0), (20.0, 0.6)])
+def test_the_loss_is_the_papers(
+    picture_data: Data, stage_c: Callable[..., StageC], tmp_path: Path, largest: float, high: float
+) -> None:
+    """An independent oracle, a sample at a time: t, noise, eps = (x - a) / (|1 - b| + 1e-5), p2 = 1 / (1 + snr).
+
+    And what may be added to the paper's: the weight 1 / snr near t = 1, and more samples there.
+    """
+    module = stage_c(latent_mean=3.0, latent_std=0.5, max_loss_weight=largest, high_noise_share=high)
     module.prior.get_parameter("out.1.weight").data.normal_(std=0.05)
     batch: dict[str, Any] = {}
 
@@ -114,7 +120,8 @@ def test_the_loss_is_the_papers(picture_data: Data, stage_c: Callable[..., Stage
     with torch.no_grad():
         for index, seed in enumerate(batch["seed"]):
             generator = torch.Generator().manual_seed(int(seed))
-            t = float(min(max((1 - torch.rand(1, generator=generator)) * 1.08 + 0.001, 0.001), 1))
+            chance, other = torch.rand(2, generator=generator).tolist()
+            t = 0.85 + 0.14 * chance if other < high else min(max((1 - chance) * 1.08 + 0.001, 0.001), 1)
             x = (module.compressor.module(batch["image"][index : index + 1] / 255) + 0.5) / 3
             noise = torch.randn(x.shape, generator=generator)
             share = float(
@@ -127,7 +134,8 @@ def test_the_loss_is_the_papers(picture_data: Data, stage_c: Callable[..., Stage
             text = module.text_model([batch["caption"][index]])
             assert text.shape == (1, LENGTH, 16)
             error = (module.prior(noised, torch.tensor([t]), text) - noise).square().mean()
-            losses.append(float(error) / (1 + share / (1 - share)))
+            snr = share / (1 - share)
+            losses.append(float(error) / (1 + snr) * min(max(1 / snr, 1), largest))
     assert column(run.logger, "train/loss") == pytest.approx([np.mean(losses)], rel=1e-4)
 
 
@@ -324,6 +332,8 @@ def test_an_export_draws_what_diffusers_draws(
             r"hidden_sise is unknown.*did you mean 'hidden_size'",
         ),
         ({"max_grad_norm": -1.0}, "max_grad_norm -1.0 must be above 0"),
+        ({"max_loss_weight": 0.5}, "max_loss_weight 0.5 must be at least 1"),
+        ({"high_noise_share": 1.5}, r"high_noise_share 1.5 must lie in \[0, 1\]"),
     ],
 )
 def test_bad_arguments(stage_c: Callable[..., StageC], changes: dict[str, Any], message: str) -> None:

@@ -78,7 +78,8 @@ class TestInitialisation:
         """The authors' numbers at their widths; a narrow prior sees its texts, too."""
         prior = Prior(c_in=4, c=width, c_cond=width, depth=1, nhead=2)
         stds = [prior.get_parameter(f"cond_mapper.{layer}.weight").std().item() for layer in (0, 2)]
-        assert stds == pytest.approx([0.02 if width == 1024 else 0.125] * 2, rel=0.05)
+        assert stds == pytest.approx([0.02 if width == 1024 else math.sqrt(2 / 64)] * 2, rel=0.05)
+        assert bool(prior.get_parameter("projection.bias").any()) == (width < 1024)
 
     def test_fresh_networks_learn(self) -> None:
         for network, inputs in (
