@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).parent / "fsdp_worker.py"
-DEADLINE_SECONDS = 120
+DEADLINE_SECONDS = 300
 
 
 class Pool:

@@ -150,13 +150,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _callbacks(run: Run, base: list[Config], data: Data, every: int) -> list[Config]:
-    """The scale's own, with this run's learning rate and replay."""
+    """The scale's own but for sample texts, with this run's learning rate and replay."""
     rewarming = named("LRRewarming", length=run.steps, schedule=run.schedule)
     if run.extension:
         rewarming["init_args"]["constant_extension"] = run.extension
     callbacks = [rewarming]
     for callback in base:
-        if callback["class_path"] == "LRRewarming":
+        if callback["class_path"] in ("LRRewarming", "LogText"):  # nobody reads what 81 runs write
             continue
         arguments = dict(callback.get("init_args", {}))
         if "every_n_train_steps" in arguments:
