@@ -7,6 +7,7 @@ and in a run with 32-bit states or from one.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -301,6 +302,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _require_bitsandbytes(name: str) -> None:
+    # On CPUs with bfloat16 it asks for a package for 4-bit products, which nothing here computes.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional  # noqa: F401
     except ImportError as error:

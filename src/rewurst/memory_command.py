@@ -138,7 +138,7 @@ class Configured:
         with without_memory() as live:
             built = self._built(every)
             if narrow:
-                built.module.to(torch.bfloat16)
+                _narrow(built.module)
             return simulate(live, built.module, lambda: built.loss(micro_batch_size), self.mixed)
 
     def step_bytes(self, micro_batch_size: int, every: int | None, narrow: bool) -> StepBytes:
@@ -261,6 +261,17 @@ def _weights(module: nn.Module, states: Mapping[Any, int]) -> list[Weight]:
         )
         for parameter in module.parameters()
     ]
+
+
+def _narrow(module: nn.Module) -> None:
+    """Parameters in bfloat16, as they are gathered; ``Module.to`` cannot exchange those without memory."""
+    narrowed: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None and old.is_floating_point():
+                if old not in narrowed:
+                    narrowed[old] = nn.Parameter(old.detach().to(torch.bfloat16), old.requires_grad)
+                part._parameters[name] = narrowed[old]
 
 
 def _in_8_bits(optimizer: Any, parameter: Any) -> bool:
