@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py --only continual
+	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow'

@@ -137,7 +137,13 @@ def draw(folder: Path) -> tuple[Drawn, Drawn]:
         for first in range(0, len(combinations), 50):
             prompts = [shapes.caption(shape) for shape in combinations[first : first + 50]]
             pictures += pipeline(
-                prompts, height=SIDE, width=SIDE, prior_num_inference_steps=25, num_inference_steps=12, seed=first
+                prompts,
+                height=SIDE,
+                width=SIDE,
+                prior_num_inference_steps=25,
+                prior_guidance_scale=2.0,
+                num_inference_steps=12,
+                seed=first,
             ).images
         drawn.append(Drawn(combinations, np.stack([np.asarray(picture) for picture in pictures])))
     return drawn[0], drawn[1]
