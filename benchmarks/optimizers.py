@@ -51,7 +51,7 @@ def train(folder: str, optimizer: Any, devices: int) -> None:
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     module = CausalLM(MODEL, optimizer=optimizer)
-    data = TextDataModule("prose", {"prose": Corpus(f"{folder}/prose")}, {}, 128, 16 // devices, 16)
+    data = TextDataModule("prose", {"prose": Corpus(f"{folder}/prose/train")}, {}, 128, 16 // devices, 16)
     recorder, peak = Losses(), 2e-3 if optimizer.startswith("adamw") else 2e-4
     trainer = Trainer(
         accelerator="cpu",

@@ -42,14 +42,19 @@ def in_8_bits(pool: Pool, folder: str) -> dict[str, Any]:
     return {"own": own, **pool.run("run", 2, name="in_8_bits", steps=12, **own)}
 
 
-@pytest.mark.parametrize(("optimizer", "margin"), [("adamw_8bit", 0.01), ("lion", 1e-5), ("lion_8bit", 0.01)])
-def test_8_bit_losses_are_near_those_of_one_process(pool: Pool, folder: str, optimizer: str, margin: float) -> None:
-    same: dict[str, Any] = {"folder": folder, "settings": WIDE, "optimizer": optimizer}
+@pytest.mark.parametrize(
+    ("optimizer", "layouts"),
+    [("adamw_8bit", [(4, "fsdp"), (4, "hybrid"), (2, "ddp")]), ("lion_8bit", [(2, "fsdp")]), ("lion", [(2, "fsdp")])],
+)
+def test_losses_are_near_those_of_one_process(
+    pool: Pool, folder: str, optimizer: str, layouts: list[tuple[int, str]]
+) -> None:
+    same: dict[str, Any] = {"folder": folder, "settings": WIDE, "optimizer": optimizer, "steps": 10}
     alone = pool.run("losses", 1, strategy="auto", **same)["losses"]
-    for world_size, strategy in [(4, "fsdp"), (4, "hybrid"), (2, "ddp")]:
+    for world_size, strategy in layouts:
         losses = pool.run("losses", world_size, strategy=strategy, **same)["losses"]
-        limit = 1e-5 if strategy == "ddp" else margin
-        np.testing.assert_allclose(losses, alone, rtol=limit, err_msg=f"{strategy} {world_size}")
+        exact = strategy == "ddp" or optimizer == "lion"  # else blocks of 256 elements fall elsewhere
+        np.testing.assert_allclose(losses, alone, rtol=1e-5 if exact else 0.01, err_msg=f"{strategy} {world_size}")
 
 
 def test_8_bit_states_outlive_the_number_of_processes(pool: Pool, in_8_bits: dict[str, Any]) -> None:
