@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranges
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from rewurst import UsageError
 from rewurst.datamodules import block_cache, remote, storage
@@ -371,24 +372,11 @@ def test_what_file_systems_raise(
 # Processes
 
 
-class Ranges(Dataset[bytes]):
-    """Pieces of one object."""
-
-    def __init__(self, opened: storage.Bytes) -> None:
-        self.opened = opened
-
-    def __len__(self) -> int:
-        return 50
-
-    def __getitem__(self, number: int) -> bytes:
-        return bytes(self.opened.read(number * 200, number * 200 + 200))
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_workers_read_and_download_each_block_once(server: Any, cache: BlockCache, method: str) -> None:
     opened = CachedBytes(server.url(), cache)
     opened.read(0, 1)
-    loader = DataLoader(Ranges(opened), batch_size=None, num_workers=2, multiprocessing_context=method)
+    loader = DataLoader(ranges.Ranges(opened), batch_size=None, num_workers=2, multiprocessing_context=method)
     assert b"".join(loader) == CONTENT
     fetched = server.behaviour.ranges
     assert len(fetched) == len(set(fetched)) == 11  # the size and ten blocks
@@ -605,7 +593,7 @@ def test_forked_workers_read_from_s3(bucket: Any, cache: BlockCache) -> None:
     bucket.put_object(Bucket="corpora", Key="x.tar", Body=CONTENT)
     opened = open_bytes("s3://corpora/x.tar", cache=cache)
     opened.read(0, 1)  # the parent's event loop runs
-    loader = DataLoader(Ranges(opened), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    loader = DataLoader(ranges.Ranges(opened), batch_size=None, num_workers=2, multiprocessing_context="fork")
     assert b"".join(loader) == CONTENT
 
 
