@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 from .. import UsageError
 from .block_cache import ReadStats
 from .remote import FSSPEC_ATTEMPTS, file_system, fsspec_errors, open_remote, persistently, shown
+from .seekable import SeekableFile
 from .storage import is_remote, join, local_path, read_whole
 
 READ_BYTES = 8 << 20
@@ -135,7 +136,7 @@ def seekable(path: Place) -> Any:
     return path.open() if isinstance(path, Url) else path
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(SeekableFile):
     """An object read by position.
 
     Args:
@@ -147,25 +148,9 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, url: str) -> None:
-        self._remote, self._where, self._position = open_remote(url), shown(url), 0
-        self._size, self._identity = self._persistently(self._remote.describe)
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def tell(self) -> int:
-        """Offset of the next byte."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to an offset from the beginning, the position or the end."""
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
+        self._remote, self._where = open_remote(url), shown(url)
+        size, self._identity = self._persistently(self._remote.describe)
+        super().__init__(size)
 
     def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
         """One ranged request."""

@@ -6,13 +6,13 @@ extension, links.
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import UsageError
+from .seekable import SeekableFile
 from .storage import Bytes
 
 BLOCK_BYTES = 512
@@ -46,28 +46,12 @@ class Sample:
     end: int
 
 
-class BytesFile(io.RawIOBase):
+class BytesFile(SeekableFile):
     """A read-only file over :class:`.storage.Bytes`, for readers that want one."""
 
     def __init__(self, content: Bytes) -> None:
-        self._content, self._position = content, 0
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move, past the end too."""
-        self._position = offset + (0, self._position, self._content.size)[whence]
-        return self._position
+        super().__init__(content.size)
+        self._content = content
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill a buffer as far as the content goes."""

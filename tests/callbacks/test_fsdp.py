@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from process_pool import Pool
+from token_corpora import write_tokens
 from torch import nn
 
 from rewurst import UsageError
@@ -19,7 +20,6 @@ from rewurst.callbacks import shard_files
 from rewurst.callbacks.checkpoints import newest_checkpoint, remove_leftovers
 from rewurst.callbacks.shard_loading import describe_checkpoint, read_checkpoint
 from rewurst.callbacks.sharded_checkpoint import consolidate
-from rewurst.datamodules.shards import TokenWriter
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
 from rewurst.modules.lower_stages import LowerStages
@@ -35,17 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("fsdp")
     for seed, name in enumerate(("code", "prose")):
         tokens = np.random.default_rng(seed).integers(64, size=200 * 8 + 1)
-        with TokenWriter(
-            folder / "corpora" / name,
-            name=name,
-            sequence_length=8,
-            vocab_size=64,
-            tokenizer_sha256="same",
-            rows_per_sample=4,
-            rows_per_shard=16,
-        ) as writer:
-            writer.append(tokens)
-            writer.close()
+        write_tokens(folder, name, tokens)
     (folder / "captions.txt").write_text("row 0 1 2 3 4 5 6 7 8 9 row row")
     train_tokenizer([str(folder / "captions.txt")], 270, folder / "tokenizer", progress=False)
     torch.manual_seed(0)

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from process_pool import Pool
-
-from rewurst.datamodules.shards import TokenWriter
+from token_corpora import write_tokens
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 IN_8_BITS = 2 * 4 + 1  # four matrices a block and the head; the embedding has as many elements as the head
@@ -21,17 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     for seed, name in enumerate(("code", "prose")):
         draw = np.random.default_rng(seed)
         tokens = (draw.integers(64) + np.cumsum(draw.integers(1, 3, size=200 * 8 + 1))) % 64
-        with TokenWriter(
-            folder / "corpora" / name,
-            name=name,
-            sequence_length=8,
-            vocab_size=64,
-            tokenizer_sha256="same",
-            rows_per_sample=4,
-            rows_per_shard=16,
-        ) as writer:
-            writer.append(tokens)
-            writer.close()
+        write_tokens(folder, name, tokens)
     return str(folder)
 
 

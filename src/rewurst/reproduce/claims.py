@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .judging import Judged, judge
-from .results import Result
+from .results import Result, Results
 from .runs import (
     BASE,
     BOTH_SCRATCH,
@@ -29,8 +29,6 @@ from .runs import (
     split_name,
     warmup_name,
 )
-
-Results = dict[tuple[str, int], Result]
 
 
 class NotMeasurable(Exception):  # noqa: N818  # no error

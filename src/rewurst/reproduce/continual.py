@@ -9,7 +9,8 @@ from .. import UsageError
 from .corpora import BUILTIN, Data, of_recipe, prepare
 from .jobs import Job, make_jobs
 from .report import write_report
-from .runner import Results, Runner, Stopped, results_of
+from .results import Results
+from .runner import Runner, Stopped, results_of
 from .runs import grid
 from .scales import Scale
 

@@ -10,7 +10,7 @@ from typing import Any
 from .. import callbacks
 from ..callbacks.dataset_run import DatasetRun
 from .jobs import Job
-from .results import Curve, Result
+from .results import Curve, Results
 from .runs import (
     BASE,
     BOTH_SCRATCH,
@@ -35,7 +35,6 @@ STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SHARES_MAP = "viridis"  # from dark to light, also for the colour-blind
 
-Results = dict[tuple[str, int], Result]
 Style = dict[str, Any]
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from .claims import Tested, examine
 from .corpora import Data
-from .figures import Evidence, Results, draw_all
+from .figures import Evidence, draw_all
 from .jobs import Job, write_whole
 from .paper import STRONG, WEAK, Losses
+from .results import Results
 from .runs import OLD, Run
 from .scales import Scale
 

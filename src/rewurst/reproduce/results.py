@@ -39,6 +39,10 @@ class Result:
         return self.losses[corpus][-1][1]
 
 
+Results = dict[tuple[str, int], Result]
+"""By run and seed."""
+
+
 def load_result(job: Job) -> Result | None:
     """A job's result, where it has one."""
     path = job.folder / RESULT

@@ -24,14 +24,12 @@ from tqdm import tqdm
 
 from ..callbacks.checkpoints import newest_checkpoint
 from .jobs import Job
-from .results import Result, keep_result, load_result
+from .results import Results, keep_result, load_result
 
 _POLL_SECONDS = 0.5
 _SAVING_SECONDS = 120.0
 _LOG_LINES = 15
 _STEP = re.compile(r"step=(\d+)")
-
-Results = dict[tuple[str, int], Result]
 
 
 class Stopped(Exception):  # noqa: N818  # no error

@@ -1,0 +1,23 @@
+"""Corpora of tokens that processes of a pool read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rewurst.datamodules.shards import TokenWriter
+
+
+def write_tokens(folder: Path, name: str, tokens: Any) -> None:
+    """Rows of 8 tokens out of 64, four a sample and 16 a shard, in ``folder/corpora/name``."""
+    with TokenWriter(
+        folder / "corpora" / name,
+        name=name,
+        sequence_length=8,
+        vocab_size=64,
+        tokenizer_sha256="same",
+        rows_per_sample=4,
+        rows_per_shard=16,
+    ) as writer:
+        writer.append(tokens)
+        writer.close()
