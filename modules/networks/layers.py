@@ -7,11 +7,12 @@ keep the names and shapes of diffusers' classes, so that exchange needs no conve
 
 import math
 from collections.abc import MutableMapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ... import UsageError
@@ -82,20 +83,36 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch h w c"]) -> Float[Tensor, "batch h w c"]:
         """Scale each channel by its share of the response: gamma x n + beta + x, in one pass over x."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = pixel_norm(x, wide)
+        norm: Tensor = PixelNorm.apply(x)
         scale = 1 + self.gamma * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6))
         return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
 
 
-def pixel_norm(x: Float[Tensor, "batch h w c"], dtype: torch.dtype) -> Float[Tensor, "batch 1 1 c"]:
-    """Return each channel's Euclidean norm over all pixels, computed in ``dtype``."""
-    if x.device.type == "cpu" and x.dtype == dtype and not torch.is_grad_enabled():
-        # PyTorch's norm over leading dimensions is not vectorised on CPUs: this takes a sixth of its time. The root's
-        # gradient is not finite where a channel is zero, so that training keeps to vector_norm.
-        return x.square().sum(dim=(1, 2), keepdim=True).sqrt()
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
-    return norm
+class PixelNorm(torch.autograd.Function):
+    """Each channel's Euclidean norm over all pixels, (batch, 1, 1, c) in float32 at least, of x (batch, h, w, c).
+
+    PyTorch's norm over leading dimensions is not vectorised on CPUs: the root of the sum takes a sixth of its time. But
+    the root's own gradient is not finite where a channel is zero. Here it is 0 there, as that of PyTorch's norm is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return the norms."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if x.device.type == "cpu" and x.dtype == wide:
+            norm = x.square().sum(dim=(1, 2), keepdim=True).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
+        ctx.save_for_backward(x, norm)
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return x / norm times the norm's gradient."""
+        x, norm = ctx.saved_tensors
+        back: Tensor = x * torch.where(norm > 0, grad / norm, 0.0).to(x.dtype)
+        return back
 
 
 class ResBlock(nn.Module):

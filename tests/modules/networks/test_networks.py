@@ -216,6 +216,13 @@ class TestPrecision:
         GlobalResponseNorm(3)(x).sum().backward()
         assert x.grad.isfinite().all()
 
+    def test_grn_gradients_are_those_of_finite_differences(self) -> None:
+        norm = GlobalResponseNorm(5).double()
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(norm, (x,))
+
     def test_neighbouring_timesteps_differ_in_bfloat16(self) -> None:
         embedded = timestep_embedding(torch.tensor([0.9000, 0.9002]), 64, torch.bfloat16)
         assert (embedded[0] - embedded[1]).abs().max() > 0.5
