@@ -21,6 +21,10 @@ ConditionCache: TypeAlias = MutableMapping[str, tuple[Tensor, ...]]
 """What a sampling run computes once, by block. Start each run with an empty dict and hand it to all of its steps."""
 
 
+AUTHORS_WIDTH = 1024
+"""Smallest width of anything that the paper and the release initialise with N(0, 0.02)."""
+
+
 class Unshuffle(nn.PixelUnshuffle):
     """Pixel unshuffle from channels-first to channels-last: the way in."""
 

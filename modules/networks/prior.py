@@ -11,6 +11,7 @@ from ... import UsageError
 from .. import diffusion
 from .base import Network, Presets
 from .layers import (
+    AUTHORS_WIDTH,
     AttnBlock,
     ConditionCache,
     Pointwise,
@@ -20,9 +21,6 @@ from .layers import (
     timestep_embedding,
     xavier,
 )
-
-AUTHORS_WIDTH = 1024
-"""Smallest width of anything that the paper and the release initialise with N(0, 0.02)."""
 
 
 class Prior(Network):
