@@ -255,7 +255,7 @@ def markdown(summary: dict[str, Any]) -> str:
         "",
         f"Validation loss after {summary['steps']} steps; one seed.",
         "",
-        "| run | old pictures | old, against the start | share of the rise taken away | new pictures |",
+        "| run | old pictures | old, against the start | share of the rise avoided | new pictures |",
         "|---|---|---|---|---|",
         f"| start | {begin['old']:.4f} | | | {begin['new']:.4f} |",
     ]
@@ -293,7 +293,7 @@ def draw_figure(results: Sequence[Result], path: Path) -> None:
             steps, losses = zip(*result.losses[name], strict=True)
             panel.plot(steps, losses, color=colour, linestyle=line, marker=marker, label=result.run.title)
         panel.axhline(results[0].losses[name][0][1], color="grey", linewidth=0.8, linestyle=":", label="start")
-        panel.set(title=f"held-out {name} shapes", xlabel="steps since Stage C's end", ylabel="validation loss")
+        panel.set(title=f"held-out {name} shapes", xlabel="steps since the end of Stage C")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (weighted squared error of the noise)")
     handles, labels = panels[0].get_legend_handles_labels()
