@@ -6,6 +6,7 @@ from .forgetting import Forgetting
 from .fsdp import FSDP
 from .fsdp_weights import construct_on_rank_zero
 from .hyperparameters import LogHyperparameters
+from .image_scores import ImageScores
 from .lr_rewarming import LRRewarming
 from .progress_bar import StepProgressBar
 from .replay import ReplayScheduler, ReplaySource
@@ -47,6 +48,7 @@ __all__ = [
     "Constant",
     "ExactResume",
     "Forgetting",
+    "ImageScores",
     "InfiniteCosine",
     "InfiniteInverseSqrt",
     "LRRewarming",

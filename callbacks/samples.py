@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .. import UsageError
+from .image_judges import as_bytes
+from .validation_batches import completed_steps, corpora, length, select, valid
 
 Pixels = NDArray[np.uint8]
 SIDE = 128  # pixels; smaller pictures are enlarged by a whole number
@@ -89,7 +91,7 @@ class LogSamples(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins new grids."""
-        names = _corpora(trainer)
+        names = corpora(trainer)
         for wanted in self.corpora or []:
             if wanted not in names:
                 raise UsageError(f"LogSamples: there is no validation corpus {wanted!r}: choose of {', '.join(names)}")
@@ -108,7 +110,7 @@ class LogSamples(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draws as many of the batch's samples as the grid still lacks."""
-        rows = self._rows.get(_corpora(trainer)[dataloader_idx])
+        rows = self._rows.get(corpora(trainer)[dataloader_idx])
         if rows is None:
             return
         lacking = self.samples - len(rows)
@@ -117,8 +119,8 @@ class LogSamples(Callback):
         if lacking <= 0:
             return
         part = _first_valid(batch, lacking if trainer.is_global_zero else 1)
-        kept = trainer.is_global_zero and _length(part) > 0
-        if not _length(part):  # where others draw too, none may stay away: one that fills up is drawn for nothing
+        kept = trainer.is_global_zero and length(part) > 0
+        if not length(part):  # where others draw too, none may stay away: one that fills up is drawn for nothing
             part = _first_valid({name: value for name, value in batch.items() if name != "valid"}, 1)
         devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
@@ -132,7 +134,7 @@ class LogSamples(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the grids."""
-        step = _step(trainer)
+        step = completed_steps(trainer)
         rows, self._rows = self._rows, {}
         if not trainer.is_global_zero:
             return
@@ -157,7 +159,7 @@ class LogSamples(Callback):
             return False
         if self.every_n_steps is None or self._drawn_at is None or trainer.state.fn != "fit":
             return True
-        return _step(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
+        return completed_steps(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
 
 
 def grid(rows: list[Row]) -> Image.Image:
@@ -194,18 +196,7 @@ def _shortened(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> st
 
 def _first_valid(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The first samples of a batch that do not only fill it up."""
-    length = _length(batch)
-    valid = batch.get("valid")
-    chosen = [i for i in range(length) if valid is None or bool(valid[i])][:count]
-    return {
-        name: [value[i] for i in chosen] if isinstance(value, list) else value[chosen]
-        for name, value in batch.items()
-        if isinstance(value, (list, Tensor, np.ndarray)) and len(value) == length
-    }
-
-
-def _length(batch: Mapping[str, Any]) -> int:
-    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    return select(batch, valid(batch)[:count])
 
 
 def _draw_together(trainer: Trainer) -> bool:
@@ -214,17 +205,4 @@ def _draw_together(trainer: Trainer) -> bool:
 
 
 def _bytes(pictures: Tensor) -> Pixels:
-    scaled = (pictures.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _corpora(trainer: Trainer) -> list[str]:
-    loaders = trainer.val_dataloaders
-    if isinstance(loaders, Mapping):
-        return list(loaders)
-    return [str(index) for index in range(len(loaders))] if isinstance(loaders, (list, tuple)) else ["0"]
-
-
-def _step(trainer: Trainer) -> int:
-    """Completed global batches, as the logged metrics' steps are counted."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+    return as_bytes(pictures).permute(0, 2, 3, 1).cpu().numpy()

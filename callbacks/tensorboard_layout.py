@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from .forgetting import Forgetting
+from .image_scores import ImageScores
 from .lr_rewarming import LRRewarming
 from .replay import ReplayScheduler
 from .throughput import Throughput
@@ -59,7 +60,7 @@ class TensorBoardLayout(Callback):
         """Regular expressions of names by category and chart."""
         there = {type_ for type_ in CHARTS_OF if next(_those(trainer, type_), None) is not None}
         learning: Charts = {"Validation loss": ["val/loss/.*"], "Training loss": ["train/loss"]}
-        for type_ in (Forgetting, ReplayScheduler):
+        for type_ in (Forgetting, ReplayScheduler, ImageScores):
             learning |= CHARTS_OF[type_] if type_ in there else {}
         learning |= getattr(pl_module, "charts", {})
         training: Charts = CHARTS_OF[LearningRateMonitor] if LearningRateMonitor in there else {}
@@ -90,6 +91,7 @@ CHARTS_OF: dict[type[Callback], Charts] = {
         "Adaptation: new corpora, loss won since the dataset began": ["adaptation/.*"],
     },
     ReplayScheduler: {"Replay share, asked for and read": ["replay/share_.*"]},
+    ImageScores: {"FID of pictures": ["val/fid/.*"], "CLIP score of pictures": ["val/clip_score/.*"]},
     LearningRateMonitor: {"Learning rate, and where a dataset begins": ["lr-.*", BEGINS]},
     Throughput: {
         TOKENS: ["throughput/tokens_per_s"],

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from .. import UsageError
+from .validation_batches import completed_steps
 
 
 class LogText(Callback):
@@ -74,7 +75,7 @@ class LogText(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes, where it is time."""
-        step = _step(trainer)
+        step = completed_steps(trainer)
         if trainer.sanity_checking or not self._is_due(trainer, step):
             return
         devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
@@ -102,10 +103,6 @@ class LogText(Callback):
         if self.every_n_steps is None or self._written_at is None or trainer.state.fn != "fit":
             return True
         return step // self.every_n_steps > self._written_at // self.every_n_steps
-
-
-def _step(trainer: Trainer) -> int:
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _block(prompt: str, text: str) -> str:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from .. import UsageError
+from ..callbacks.image_judges import INCEPTION_FILE, Clip, ImageJudge, load_inception
 from ..datamodules.batches import EvaluationRows
 from ..datamodules.image_facts import Filters
 from ..datamodules.image_reader import ImageReader, Showing
@@ -87,11 +85,11 @@ def evaluate_images(
     drawing = drawing or Drawing()
     pipeline = TextToImage.from_folder(folder, prior, getattr(torch, dtype), device)
     pipeline.check_size("image_size", image_size)
-    judges = Judges(inception, clip, device)
+    judge, missing = _judge(inception, clip, device)
     means: dict[tuple[str, str], MeanMetric] = {}
     names = ["A"] if pipeline.compressor is None else ["A", "B"]
     if pipeline.compressor is None:
-        judges.missing.append(f"B: {folder} has no compressor, export Stage B with it")
+        missing.append(f"B: {folder} has no compressor, export Stage B with it")
     count = 0
     for batch in tqdm(_batches(corpus, image_size, batch_size, limit), desc=corpus, unit=" batches"):
         images = pixels(batch).to(device)
@@ -101,14 +99,15 @@ def evaluate_images(
             for measure, function in MEASURES.items():
                 mean = means.setdefault((name, measure), MeanMetric())
                 mean.update(function(reconstructions[name], images).double().cpu())
-        if judges:
-            judges.update(images, draw(pipeline, batch, image_size, drawing), batch["caption"])
+        if judge.measures:
+            judge.take_images(images)
+            judge.take_drawn(draw(pipeline, batch, image_size, drawing), batch["caption"])
     found: dict[str, Any] = {"images": count, "image_size": image_size}
     for (name, measure), mean in means.items():
         found.setdefault(name, {})[measure] = float(mean.compute())
-    if judges:
-        found["C"] = judges.compute()
-    return found, judges.missing
+    if judge.measures:
+        found["C"] = judge.compute()
+    return found, missing
 
 
 @torch.no_grad()
@@ -142,97 +141,12 @@ def draw(pipeline: TextToImage, batch: Batch, side: int, drawing: Drawing) -> Te
     return pictures.float()
 
 
-class Judges:
-    """Measures of drawn pictures that there are weights for.
-
-    Args:
-        inception: See ``evaluate_images``.
-        clip: The same.
-        device: To run on.
-
-    Attributes:
-        missing: What is missing for the others.
-
-    Raises:
-        UsageError: Weights cannot be read.
-    """
-
-    def __init__(self, inception: str | None, clip: str | None, device: str) -> None:
-        self.missing: list[str] = []
-        self._fid = self._find_inception(inception, device)
-        self._clip = None if clip is None else ClipScore(clip, device)
-        if clip is None:
-            self.missing.append("CLIP score: give --clip, a folder or hub name of a CLIP model")
-
-    def __bool__(self) -> bool:
-        return self._fid is not None or self._clip is not None
-
-    def update(self, images: Tensor, drawn: Tensor, captions: Sequence[str]) -> None:
-        """Takes in images and pictures (n, 3, h, w) in [0, 1]."""
-        real, fake = ((one * 255).round().to(torch.uint8) for one in (images, drawn))
-        if self._fid is not None:
-            self._fid.update(real, real=True)
-            self._fid.update(fake, real=False)
-        if self._clip is not None:
-            self._clip.update(fake, captions)
-
-    def compute(self) -> dict[str, float]:
-        """Values by name."""
-        found = {} if self._fid is None else {"fid": float(self._fid.compute())}
-        return found if self._clip is None else {**found, "clip_score": self._clip.compute()}
-
-    def _find_inception(self, path: str | None, device: str) -> FrechetInceptionDistance | None:
-        name = "pt_inception-2015-12-05-6726825d.pth"
-        if path is None:
-            self.missing.append(f"FID: give --inception, the file {name} of torch-fidelity")
-            return None
-        if not Path(path).is_file():
-            raise UsageError(f"inception {path} is no file: give {name} of torch-fidelity")
-        try:
-            return FrechetInceptionDistance(2048, feature_extractor_weights_path=path).to(device)
-        except ModuleNotFoundError:
-            self.missing.append("FID: torch-fidelity is not installed: pip install 'rewurst[eval]'")
-            return None
-
-
-class ClipScore:
-    """100 times the cosine of picture and caption in CLIP's space, at least 0, averaged (Hessel et al. 2021).
-
-    Torchmetrics' own reads features by methods that return something else since transformers 5.
-
-    Args:
-        clip: Folder or hub name of a CLIP model with its processor.
-        device: To run on.
-
-    Raises:
-        UsageError: It cannot be loaded.
-    """
-
-    def __init__(self, clip: str, device: str) -> None:
-        from transformers import CLIPModel, CLIPProcessor
-
-        try:
-            model: Any = CLIPModel.from_pretrained(clip)
-            self.processor: Any = CLIPProcessor.from_pretrained(clip)
-            self.model = model.eval().to(device)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"clip {clip} cannot be loaded as a CLIP model with its processor: {reason}") from None
-        self._mean = MeanMetric()
-
-    @torch.no_grad()
-    def update(self, pictures: Tensor, captions: Sequence[str]) -> None:
-        """Takes in pictures (n, 3, h, w), bytes."""
-        inputs = self.processor(
-            text=list(captions), images=list(pictures.cpu()), return_tensors="pt", padding=True, truncation=True
-        ).to(self.model.device)
-        out = self.model(**inputs)
-        cosine = torch.nn.functional.cosine_similarity(out.image_embeds.double(), out.text_embeds.double())
-        self._mean.update((100 * cosine).clamp_min(0).cpu())
-
-    def compute(self) -> float:
-        """The mean so far."""
-        return float(self._mean.compute())
+def _judge(inception: str | None, clip: str | None, device: str) -> tuple[ImageJudge, list[str]]:
+    """A judge of drawn pictures, and what is missing for its measures."""
+    missing = [] if inception else [f"FID: give --inception, the file {INCEPTION_FILE} of torch-fidelity"]
+    missing += [] if clip else ["CLIP score: give --clip, a folder or hub name of a CLIP model"]
+    network = load_inception(inception) if inception else None
+    return ImageJudge(network, Clip(clip) if clip else None, device), missing
 
 
 def _batches(corpus: str, side: int, batch_size: int, limit: int | None) -> Iterator[Batch]:

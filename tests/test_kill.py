@@ -59,14 +59,19 @@ def language_model(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
     return {"model": part("CausalLM", model=model), "data": part("TextDataModule", **data)}
 
 
-def pictures(tmp_path: Path) -> Parts:
-    """Drawn shapes, the new ones with replay of the old."""
+def write_shapes(tmp_path: Path) -> None:
+    """Drawn shapes, old and new ones."""
     from rewurst.datamodules.image_work import Recoding
     from rewurst.datamodules.prepare_images import prepare_images
 
     for name in ("shapes", "shapes-new"):
         out = tmp_path / name
         prepare_images(f"builtin:{name}", out, recoding=Recoding(image_size=32), pictures=1, progress=False)
+
+
+def pictures(tmp_path: Path) -> Parts:
+    """Drawn shapes, the new ones with replay of the old."""
+    write_shapes(tmp_path)
     corpora = {"new": {"path": str(tmp_path / "shapes-new/unseen")}}
     corpora["old"] = {"path": str(tmp_path / "shapes/unseen"), "replay": True}  # type: ignore[dict-item]
     val = {"old": str(tmp_path / "shapes/unseen")}
@@ -102,7 +107,34 @@ def stage_b(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
     return {"model": model, "data": pictures(tmp_path), "average": part("WeightAverage", decay=0.9, start_step=10)}
 
 
-KINDS = {"language model": language_model, "stage A": stage_a, "stage B": stage_b}
+def stage_c(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
+    """Latents made beforehand, a text encoder that is trained along, dropout in both networks, averaged weights."""
+    from rewurst.datamodules.tokenizer import train_tokenizer
+    from rewurst.modules.latents import prepare_latents
+    from rewurst.modules.networks import SemanticCompressor
+
+    write_shapes(tmp_path)
+    compressor, tokenizer = tmp_path / "compressor", tmp_path / "tokenizer"
+    SemanticCompressor.from_preset("tiny", widths=[8, 16, 16], c_latent=4).save(compressor)
+    train_tokenizer([str(tmp_path / "shapes/unseen")], 300, tokenizer, progress=False)
+    for name in ("shapes", "shapes-new"):
+        prepare_latents(str(tmp_path / name / "unseen"), tmp_path / f"{name}-z", str(compressor), 32, progress=False)
+    text = {"tokenizer": str(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = part(
+        "StageC",
+        stage_b=str(compressor),
+        prior={"preset": "tiny", "c_in": 4, "c": 32, "c_cond": 16, "nhead": 2, "dropout": 0.1},
+        text_encoder=text | {"num_attention_heads": 2, "max_position_embeddings": 16, "attention_dropout": 0.1},
+        latent_mean=None,
+        latent_std=None,
+    )
+    old, new = (str(tmp_path / f"{name}-z") for name in ("shapes", "shapes-new"))
+    corpora = {"new": {"path": new}, "old": {"path": old, "replay": True}}
+    data = part("LatentDataModule", dataset="new", corpora=corpora, val={"old": old}, caption_dropout=0.2)
+    return {"model": model, "data": data, "average": part("WeightAverage", decay=0.9, start_step=10)}
+
+
+KINDS = {"language model": language_model, "stage A": stage_a, "stage B": stage_b, "stage C": stage_c}
 
 
 def part(class_path: str, /, **arguments: Any) -> Parts:
@@ -217,7 +249,7 @@ def test_killed_three_times(start: Callable[..., subprocess.Popen[bytes]], tmp_p
     survive(start, tmp_path, kills=3, seed=0)
 
 
-@pytest.mark.parametrize("start", ["stage A", "stage B"], indirect=True)
+@pytest.mark.parametrize("start", ["stage A", "stage B", "stage C"], indirect=True)
 def test_stages_killed(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
     survive(start, tmp_path, kills=2, seed=0)
 

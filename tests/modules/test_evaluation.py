@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_oracles import clip_score, frechet
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewurst import UsageError
@@ -193,24 +193,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards" / "train"
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Path) -> str:
-    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = AutoTokenizer.from_pretrained(text_encoder_folder)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    text = small | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    vision = small | {"image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
-    return str(folder)
-
-
 def few(*more: str) -> list[str]:
     return ["--image_size", "64", "--steps", "2", "--prior_steps", "2", "--guidance", "1", "--batch_size", "2", *more]
 
@@ -247,11 +229,8 @@ class Mean(nn.Module):
 
 
 def test_fid_and_clip_score_of_drawn_pictures(
-    cascade: Path, pictures: Path, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cascade: Path, pictures: Path, clip_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def inception(self: Any, path: str | None, device: str) -> FrechetInceptionDistance:
-        return FrechetInceptionDistance(Mean()).set_dtype(torch.float64)
-
     drawn: list[Tensor] = []
     original = evaluate_images.draw
 
@@ -259,9 +238,9 @@ def test_fid_and_clip_score_of_drawn_pictures(
         drawn.append(original(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(evaluate_images.Judges, "_find_inception", inception)
+    monkeypatch.setattr(evaluate_images, "load_inception", lambda path: Mean())
     monkeypatch.setattr(evaluate_images, "draw", kept)
-    options: dict[str, Any] = {"drawing": evaluate_images.Drawing(2, 1.0, 2), "clip": clip}
+    options: dict[str, Any] = {"drawing": evaluate_images.Drawing(2, 1.0, 2), "clip": clip_folder, "inception": "x.pth"}
     found, missing = evaluate_images.evaluate_images(str(cascade), str(pictures), 64, batch_size=2, **options)
     assert missing == []
     ours = np.stack([one for batch in drawn for one in (batch * 255).round().double().mean((2, 3)).numpy()])
@@ -271,34 +250,11 @@ def test_fid_and_clip_score_of_drawn_pictures(
             theirs.append(np.asarray(opened).astype(float).mean((0, 1)))
     assert found["C"]["fid"] == pytest.approx(frechet(np.stack(theirs), ours), rel=1e-3)
 
-    by_hand = own_clip_score(clip, torch.cat(drawn), [f"picture {index}" for index in range(5)])
+    by_hand = clip_score(clip_folder, torch.cat(drawn), [f"picture {index}" for index in range(5)])
     assert found["C"]["clip_score"] == pytest.approx(by_hand, rel=1e-3)
 
     again, _ = evaluate_images.evaluate_images(str(cascade), str(pictures), 64, batch_size=4, **options)
     assert again["C"]["clip_score"] == pytest.approx(found["C"]["clip_score"], rel=1e-3), "batches change no picture"
-
-
-def frechet(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), Heusel et al. 2017."""
-    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = np.sqrt(np.linalg.eigvals(s1 @ s2).astype(complex)).real.sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * roots)
-
-
-def own_clip_score(clip: str, pictures: Tensor, captions: list[str]) -> float:
-    from transformers import CLIPModel, CLIPProcessor
-
-    model: Any = CLIPModel.from_pretrained(clip)
-    model.eval()
-    processor: Any = CLIPProcessor.from_pretrained(clip)
-    scores = []
-    for picture, caption in zip((pictures * 255).round().byte().permute(0, 2, 3, 1).numpy(), captions, strict=True):
-        inputs = processor(text=[caption], images=[Image.fromarray(picture)], return_tensors="pt")
-        with torch.no_grad():
-            text = model.text_projection(model.text_model(inputs.input_ids).pooler_output)[0]
-            image = model.visual_projection(model.vision_model(inputs.pixel_values).pooler_output)[0]
-        scores.append(max(0.0, 100 * float(text @ image / text.norm() / image.norm())))
-    return float(np.mean(scores))
 
 
 def test_results_of_a_model_gather(tmp_path: Path) -> None:
