@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw
 from rewurst.datamodules import shapes
 
 CONFIGS = Path("configs/wuerstchen/shapes")
-DATA, RUNS = Path("data/shapes"), Path("runs/wuerstchen/shapes")  # what the configs name
+DATA, NEW_DATA = Path("data/shapes"), Path("data/shapes-new")  # what the configs name
+RUNS = Path("runs/wuerstchen/shapes")
 SIDE, SEEN = 64, 200
 FIGURE_PROMPTS = 8
 
@@ -94,12 +95,13 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def prepare(command: Command) -> None:
-    """Drawn pictures, and a tokenizer of their captions."""
-    if not all((DATA / side / "index.json").exists() for side in ("train", "val", "unseen")):
-        command("prepare", "images", "builtin:shapes", "--out", str(DATA), "--overwrite")
+    """Drawn pictures of both families, and a tokenizer of their captions: Stage C may go on with the second."""
+    for source, folder in (("builtin:shapes", DATA), ("builtin:shapes-new", NEW_DATA)):
+        if not all((folder / side / "index.json").exists() for side in ("train", "val", "unseen")):
+            command("prepare", "images", source, "--out", str(folder), "--overwrite")
     tokenizer = DATA / "tokenizer"
     if not (tokenizer / "tokenizer.json").exists():
-        captions = sorted(map(str, (DATA / "train").glob("*.tar")))
+        captions = sorted(str(shard) for folder in (DATA, NEW_DATA) for shard in (folder / "train").glob("*.tar"))
         command("prepare", "tokenizer", *captions, "--vocab_size", "400", "--out", str(tokenizer))
 
 
