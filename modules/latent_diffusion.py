@@ -155,11 +155,10 @@ def without_embedding(unet: Settings) -> dict[str, Any]:
         raise UsageError(
             f"unet's inject_effnet is {arguments['inject_effnet']}: nothing is injected here, leave it out"
         )
-    levels = len(build_arguments(arguments)["c_hidden"])
+    if "c_hidden" in arguments:
+        levels = len(arguments["c_hidden"])
+    else:
+        preset = {key: value for key, value in arguments.items() if key == "preset"}
+        with torch.device("meta"):
+            levels = len(build(StageBUNet, preset).config["c_hidden"])
     return arguments | {"inject_effnet": [False] * levels}
-
-
-def build_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """All arguments that a U-Net is built with, those of its preset and its defaults included."""
-    with torch.device("meta"):
-        return build(StageBUNet, arguments).config
