@@ -1,4 +1,4 @@
-"""Runs jobs as processes, such as those of ``rewurst fit``, as many at a time as asked for, and goes on where it was stopped.
+"""Runs jobs as processes, as many at a time as asked for, and goes on where it was stopped.
 
 A job with a result is not run again. One that was stopped goes on from its newest checkpoint, which ``rewurst fit``
 does by itself. A lock, which the process of a job inherits, keeps two from writing the same run: also where the runner
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
-
 
 _POLL_SECONDS = 0.5
 _SAVING_SECONDS = 120.0
@@ -58,16 +57,17 @@ class Work(Protocol):
 
 
 J = TypeVar("J", bound=Work)
+J_contra = TypeVar("J_contra", bound=Work, contravariant=True)
 R = TypeVar("R")
 
 
-class Ledger(Protocol[J, R]):
+class Ledger(Protocol[J_contra, R]):
     """Finds what came of jobs."""
 
-    def load(self, job: J) -> R | None:
+    def load(self, job: J_contra) -> R | None:
         """A job's result, where it has one."""
 
-    def keep(self, job: J, results: dict[Name, R], seconds: float) -> R | None:
+    def keep(self, job: J_contra, results: dict[Name, R], seconds: float) -> R | None:
         """Reads what a process wrote and keeps it; nothing where it has not come to its end."""
 
     def told(self, result: R) -> str:
