@@ -155,7 +155,7 @@ CLAIMS = (
     Claim(
         "... also with Stage B and the compressor counted",
         "the same over those of Stage B and Stage C",
-        "35,602 A100-hours against 200,000: 5.6",
+        "35,602 A100-hours (11,000 of them Stage B's*) against 200,000: 5.6",
         _ratio(True),
         1.0,
     ),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..figures import COLOURS, MARKERS, STYLES
+from ..figures import COLOURS, MARKERS, STYLES, Style
 from .curves import shifted
 from .evidence import CASCADE, SINGLE, Evidence
 
@@ -42,7 +42,12 @@ def draw_scores(evidence: Evidence, path: Path) -> None:
     for index, (label, model, before) in enumerate(lines):
         for seed in evidence.seeds:
             curve = shifted(evidence.curve(model, seed), before)
-            style = {"color": COLOURS[index], "linestyle": STYLES[index], "marker": MARKERS[index], "markersize": 5}
+            style: Style = {
+                "color": COLOURS[index],
+                "linestyle": STYLES[index],
+                "marker": MARKERS[index],
+                "markersize": 5,
+            }
             first = label if seed == evidence.seeds[0] else None
             panel.plot([x for x, _ in curve], [sign * y for _, y in curve], label=first, linewidth=1.6, **style)
     panel.set(xlabel="training FLOPs", ylabel=LABELS[evidence.score or "all"], xlim=(0, None))

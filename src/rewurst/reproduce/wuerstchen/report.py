@@ -1,17 +1,16 @@
-"""``report.md`` and ``report.json`` of the comparison: ratios, claims, curves, costs, and the paper's hours in FLOPs."""
+"""``report.md`` and ``report.json`` of the comparison: ratios, claims, points, costs, the paper's hours in FLOPs."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 from ...datamodules.shapes import Shape
 from ..jobs import write_whole
 from ..report import claims_table
-from .costs import A100_FLOPS, a100_hours, as_rows, released
+from .costs import a100_hours, as_rows, released
 from .evidence import CASCADE, CLAIMS, SINGLE, Claim, Evidence
 from .figures import draw_all
 from .jobs import baseline_steps
@@ -123,7 +122,7 @@ def _head(content: Row, evidence: Evidence) -> list[str]:
         f"z is {z}.",
         f"- Steps: Stage A {steps_of(recipes['stage_a']):,}, B {steps_of(recipes['stage_b']):,}, C "
         f"{steps_of(recipes['stage_c']):,}, single stage {baseline_steps(recipes, evidence.costs):,}.",
-        f"- Time: {content['hours']} hours of processes, on {os.cpu_count()} cores, Python {platform.python_version()}.",
+        f"- Time: {content['hours']} hours of processes, {os.cpu_count()} cores, Python {platform.python_version()}.",
     ]
 
 
@@ -131,13 +130,13 @@ def _ratios(content: Row, evidence: Evidence) -> list[str]:
     if evidence.score is None:
         return [
             "Not judged: attributes can be read of `builtin:shapes` only, and FID needs Inception's weights",
-            "(`--inception`). What remains are the losses that the runs logged, which are of different data and cannot be",
-            "compared with each other, and the PSNR of Stage B.",
+            "(`--inception`). What remains are the losses that the runs logged, which are of different data and cannot",
+            "be compared with each other, and the PSNR of Stage B.",
             "",
             *_logged(content),
         ]
     lines = [
-        "| seed | counted | score | cascade | single stage | single stage / cascade |",
+        "| seed | counted | score | cascade, FLOPs | single stage, FLOPs | ratio |",
         "|---|---|---|---|---|---|",
     ]
     for row in content["equal_score"]:
@@ -197,8 +196,8 @@ def _compressions(content: Row) -> list[str]:
     if not content["compressions"]:
         return ["None."]
     lines = [
-        "Pictures that Stage B draws from the true z of validation pictures. The last row of a seed is the recipe's whole",
-        "run; the others are short ones.",
+        "Pictures that Stage B draws from the true z of validation pictures. The last row of a seed is the recipe's",
+        "whole run; the others are short ones.",
         "",
         "| z | numbers of a picture / of z | seed | PSNR (dB) | SSIM | all attributes kept |",
         "|---|---|---|---|---|---|",
@@ -247,16 +246,18 @@ def _released(content: Row) -> list[str]:
         lines.append(f"| {row['network']} | {row['parameters']:,} | {flops} |")
     hours = content["a100_hours"]
     runs = "; ".join(
-        f"{r['steps']:,} x {r['batch']:,} at {r['side']} x {r['side']}: {r['flops']:.3g}" for r in hours["runs"]
+        f"{run['steps']:,} x {run['batch']:,} at {run['side']} x {run['side']}: {run['flops']:.3g}"
+        for run in hours["runs"]
     )
     return [
         *lines,
         "",
-        f"Stage C's {hours['hours']:,} A100-hours are at most {hours['flops_at_most']:.3g} FLOPs (312e12 a second, all of "
-        f"the time), {hours['flops_at_mfu']:.3g} at {hours['mfu']:.0%} of that ({A100_FLOPS * hours['mfu']:.3g} a second). "
-        f"Counted from its runs* (steps x batch x three forward passes of the released prior): {runs}; together "
-        f"**{hours['flops_counted']:.3g} FLOPs**, which is {hours['mfu_counted']:.1%} of the most that the hours allow. The "
-        "frozen compressor and text encoder, which look at every picture, are not in it, nor is what is computed again.",
+        f"Stage C's {hours['hours']:,} A100-hours are at most {hours['flops_at_most']:.3g} FLOPs (312e12 a second, all",
+        f"of the time), {hours['flops_at_mfu']:.3g} at {hours['mfu']:.0%} of that. Counted from its runs* (steps x batch x",
+        f"three forward passes of the released prior): {runs};",
+        f"together **{hours['flops_counted']:.3g} FLOPs**, which is {hours['mfu_counted']:.1%} of the most that the hours",
+        "allow. The frozen compressor and text encoder, which look at every picture, are not in it, nor is what is",
+        "computed again.",
         "",
         "\\* from notes on the paper, not checked against its text.",
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ... import UsageError
 from ...datamodules.prepare_images import prepare_images
+from ...datamodules.shapes import PICTURES
 from ...datamodules.tokenizer import train_tokenizer
 from ..runner import Runner, Stopped, results_of
 from .costs import Cost, costs_of
@@ -35,7 +36,7 @@ class Options:
         prompts: Pictures judged of each validation corpus.
         recipes: Folder of recipes; by default those of shapes, or for given data those of emoji.
         short_steps: Steps of Stage B's runs with other compressions.
-        pictures: Drawn of each combination of shapes, none for the usual number.
+        pictures: Drawn of each combination of shapes.
         report_only: Run nothing.
         command: As typed, for the report.
     """
@@ -51,7 +52,7 @@ class Options:
     prompts: int = 96
     recipes: Path | None = None
     short_steps: int = SHORT_STEPS
-    pictures: int | None = None
+    pictures: int = PICTURES
     report_only: bool = False
     command: str = "rewurst reproduce wuerstchen"
 
@@ -100,8 +101,7 @@ def prepare(options: Options) -> Pictures:
         folder = options.out / "data"
         train, val = str(folder / "train"), {"seen": str(folder / "val"), "unseen": str(folder / "unseen")}
         if not all((Path(path) / "index.json").exists() for path in (train, *val.values())):
-            number = {} if options.pictures is None else {"pictures": options.pictures}
-            prepare_images("builtin:shapes", folder, overwrite=True, **number)
+            prepare_images("builtin:shapes", folder, overwrite=True, pictures=options.pictures)
     drawn = options.data is None
     tokenizer = Path(options.tokenizer or options.out / "tokenizer")
     if options.tokenizer is None and not (tokenizer / "tokenizer.json").exists():
