@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from .. import UsageError
 from .flops import FROZEN, TRAINED, forward_flops
 from .image_metrics import valid_samples
 from .networks import VQGAN, ConditionCache, StageBUNet
+from .networks.prior import AUTHORS_WIDTH
 from .optimizers import OptimizerChoice
 from .stage_parts import Batch, Frozen, Settings, build, generators, initialise, pixels
 from .text_stage import TextStage
@@ -65,6 +66,9 @@ class LatentDiffusion(TextStage):
     ) -> None:
         super().__init__(optimizer, max_grad_norm, max_loss_weight, high_noise_share, sampling_steps, guidance_scale)
         self.unet = build(StageBUNet, without_embedding(unet))
+        if self.unet.config["c_hidden"][0] < AUTHORS_WIDTH:
+            # As in the prior: zero padding tells a place only where channels are not zero, so they begin with a constant.
+            nn.init.normal_(self.unet.get_parameter("embedding.1.bias"))
         self.stage_a = Frozen(VQGAN.from_checkpoint(stage_a, torch.float32), stage_a)
         self.take_text_encoder(text_encoder)
         self._check_widths()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from rewurst import UsageError
 from rewurst.datamodules.prepare_images import prepare_images
-from rewurst.reproduce.wuerstchen import study
+from rewurst.reproduce.wuerstchen import work
+from rewurst.reproduce.wuerstchen.jobs import PictureJob
 from rewurst.reproduce.wuerstchen.study import Options, reproduce
 from rewurst.train import main
 
@@ -41,9 +40,40 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*dataloader is not resumable.*",
+    "ignore:.*exists and is not empty",
+    "ignore:The dirpath has changed",
+    "ignore:.*in eval mode at the start",
+)
+
+
+class Ended:
+    """A process that has ended well."""
+
+    def poll(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def began(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kinds of the jobs that began, in this process: a dozen others would take most of the time to import torch."""
+    kinds: list[str] = []
+
+    def begin(job: PictureJob, at_once: int) -> Ended:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _, module, *arguments = job.command()
+        if module == "rewurst.train":
+            assert main(arguments) == 0
+        else:
+            assert module == work.__name__
+            work.main(Path(arguments[0]))
+        kinds.append(job.kind)
+        return Ended()
+
+    monkeypatch.setattr("rewurst.reproduce.runner.launch", begin)
+    monkeypatch.setattr("rewurst.reproduce.runner._POLL_SECONDS", 0.0)
+    return kinds
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +94,15 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One other compression of Stage B."""
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One other compression of Stage B, two points of each run."""
     monkeypatch.setattr("rewurst.reproduce.wuerstchen.recipes.COMPRESSIONS", ((2, 16),))
     monkeypatch.setattr("rewurst.reproduce.wuerstchen.recipes.POINTS", (2,))
-    return iter(())
 
 
-def test_from_drawn_shapes_to_the_report(recipes: Path, few: None, tmp_path: Path) -> None:
-    options = Options(tmp_path, recipes=recipes, prompts=2, short_steps=2, pictures=1, at_once=os.cpu_count() or 1)
+def test_from_drawn_shapes_to_the_report(recipes: Path, began: list[str], tmp_path: Path) -> None:
+    options = Options(tmp_path, recipes=recipes, prompts=2, short_steps=2, pictures=1)
     results = reproduce(options)
     kinds = {
         "stage_a",
@@ -103,9 +132,73 @@ def test_from_drawn_shapes_to_the_report(recipes: Path, few: None, tmp_path: Pat
     assert (tmp_path / "flops.png").exists()
     assert (tmp_path / "compression.png").exists()
 
-    def refuse(*_: Any) -> None:
-        raise AssertionError("there is nothing to run")
+    count = len(began)
+    assert reproduce(options) == results
+    assert len(began) == count, "nothing is run twice"
+    (next(tmp_path.glob("runs/judge_single_stage-*")) / "result.json").unlink()
+    assert reproduce(replace(options, report_only=True)).keys() == results.keys() - {("judge_single_stage", 0)}
+    assert len(began) == count
+    assert "runs are missing" in (tmp_path / "report.md").read_text()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rewurst.reproduce.runner.launch", refuse)
-        assert reproduce(options) == results
+
+def test_given_pictures_without_weights_to_judge_them(recipes: Path, began: list[str], tmp_path: Path) -> None:
+    prepare_images("builtin:shapes", tmp_path / "given", pictures=1, progress=False)
+    data, val = str(tmp_path / "given" / "train"), str(tmp_path / "given" / "unseen")
+    options = Options(tmp_path / "out", data=data, val=val, image_size=32, recipes=recipes, prompts=2, short_steps=2)
+    results = reproduce(options)
+    assert not [kind for kind, _ in results if kind.startswith("judge_s") and "stage_b" not in kind]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["image_size"] == 32
+    assert report["score"] is None
+    assert {tuple(row["z"]) for row in report["compressions"]} == {(4, 4, 4), (2, 2, 2)}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "FID needs Inception's weights" in text
+    assert "val/loss/val" in text
+
+
+def test_fid_of_given_pictures(
+    recipes: Path, began: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a judge in the place of Inception: the weights are no part of this project."""
+
+    class Judges:
+        def __init__(self, inception: str | None, clip: str | None, device: str) -> None:
+            self.differences: list[float] = []
+
+        def update(self, images: Any, drawn: Any, captions: list[str]) -> None:
+            assert images.shape == drawn.shape
+            self.differences.append(float((images - drawn).square().mean()))
+
+        def compute(self) -> dict[str, float]:
+            return {"fid": 100 * sum(self.differences)}
+
+    monkeypatch.setattr("rewurst.reproduce.wuerstchen.judging.Judges", Judges)
+    prepare_images("builtin:shapes", tmp_path / "given", pictures=1, progress=False)
+    (tmp_path / "inception.pth").touch()
+    data, val = str(tmp_path / "given" / "train"), str(tmp_path / "given" / "unseen")
+    options = Options(tmp_path / "out", data=data, val=val, inception=str(tmp_path / "inception.pth"), recipes=recipes)
+    reproduce(replace(options, prompts=2, short_steps=2))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["score"] == "fid"
+    assert all(row["fid"] > 0 for row in report["table"])
+    assert {row["ratio"] is not None for row in report["equal_score"]} == {True}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "--seeds is 0, expected 1 or more"),
+        (["--prompts", "0"], "--prompts is 0, expected 1 or more"),
+        (["--data", "x"], "--data and --val go together"),
+        (["--data", "x", "--val", "y"], "x has no index.json: index its shards with `rewurst prepare index`"),
+        (["--inception", "none.pth"], "--inception none.pth is no file"),
+        (["--recipes", "nowhere"], "nowhere/stage_a.yaml is missing"),
+        (["--seed", "1", "--scale", "tiny"], "--scale"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", "wuerstchen", "--out", str(tmp_path), *options]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert message in line

@@ -196,8 +196,8 @@ def _compressions(content: Row) -> list[str]:
     if not content["compressions"]:
         return ["None."]
     lines = [
-        "Pictures that Stage B draws from the true z of validation pictures. The last row of a seed is the recipe's",
-        "whole run; the others are short ones.",
+        "Pictures that Stage B draws from the true z of validation pictures. The last row of a seed is the",
+        "recipe's whole run; the others are short ones.",
         "",
         "| z | numbers of a picture / of z | seed | PSNR (dB) | SSIM | all attributes kept |",
         "|---|---|---|---|---|---|",
@@ -230,7 +230,7 @@ def _costs(content: Row, evidence: Evidence) -> list[str]:
         "",
         "Seconds a picture, eight at once, one thread, on this machine (median of three): Stage C "
         f"{seconds['stage_c']:.3f}, Stage B {b:.3f}, Stage A {seconds['stage_a']:.4f}; cascade "
-        f"{seconds['stage_c'] + seconds['stage_b_and_a']:.3f}, single stage with Stage A {seconds['single_stage']:.3f}.",
+        f"{seconds['stage_c'] + seconds['stage_b_and_a']:.3f}, single stage and A {seconds['single_stage']:.3f}.",
     ]
 
 
@@ -252,12 +252,12 @@ def _released(content: Row) -> list[str]:
     return [
         *lines,
         "",
-        f"Stage C's {hours['hours']:,} A100-hours are at most {hours['flops_at_most']:.3g} FLOPs (312e12 a second, all",
-        f"of the time), {hours['flops_at_mfu']:.3g} at {hours['mfu']:.0%} of that. Counted from its runs* (steps x batch x",
-        f"three forward passes of the released prior): {runs};",
-        f"together **{hours['flops_counted']:.3g} FLOPs**, which is {hours['mfu_counted']:.1%} of the most that the hours",
-        "allow. The frozen compressor and text encoder, which look at every picture, are not in it, nor is what is",
-        "computed again.",
+        f"Stage C's {hours['hours']:,} A100-hours are at most {hours['flops_at_most']:.3g} FLOPs (312e12 a second,",
+        f"all of the time), {hours['flops_at_mfu']:.3g} at {hours['mfu']:.0%} of that. Counted from its runs* (steps x",
+        "batch x three forward passes of the released prior):",
+        f"{runs};",
+        f"together **{hours['flops_counted']:.3g} FLOPs**, {hours['mfu_counted']:.1%} of the most that the hours allow.",
+        "The frozen compressor and text encoder, which see every picture, are not in it, nor is what is computed again.",
         "",
         "\\* from notes on the paper, not checked against its text.",
     ]
