@@ -67,7 +67,7 @@ class LatentDiffusion(TextStage):
         super().__init__(optimizer, max_grad_norm, max_loss_weight, high_noise_share, sampling_steps, guidance_scale)
         self.unet = build(StageBUNet, without_embedding(unet))
         if self.unet.config["c_hidden"][0] < AUTHORS_WIDTH:
-            # As in the prior: zero padding tells a place only where channels are not zero, so they begin with a constant.
+            # As the prior: zero padding tells a place only where channels are not zero, so they begin with a constant.
             nn.init.normal_(self.unet.get_parameter("embedding.1.bias"))
         self.stage_a = Frozen(VQGAN.from_checkpoint(stage_a, torch.float32), stage_a)
         self.take_text_encoder(text_encoder)

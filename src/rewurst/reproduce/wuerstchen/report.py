@@ -256,8 +256,8 @@ def _released(content: Row) -> list[str]:
         f"all of the time), {hours['flops_at_mfu']:.3g} at {hours['mfu']:.0%} of that. Counted from its runs* (steps x",
         "batch x three forward passes of the released prior):",
         f"{runs};",
-        f"together **{hours['flops_counted']:.3g} FLOPs**, {hours['mfu_counted']:.1%} of the most that the hours allow.",
-        "The frozen compressor and text encoder, which see every picture, are not in it, nor is what is computed again.",
+        f"together **{hours['flops_counted']:.3g} FLOPs**, {hours['mfu_counted']:.1%} of what the hours allow.",
+        "The frozen compressor and text encoder, which see every picture, are not in it, nor what is computed again.",
         "",
         "\\* from notes on the paper, not checked against its text.",
     ]
