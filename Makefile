@@ -48,9 +48,10 @@ bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/lm.py --suite gpu --out benchmarks/results/lm-gpu.json
 	$(BIN)/python benchmarks/wuerstchen.py --suite released --device cuda --dtype bfloat16 --out benchmarks/results/wuerstchen-gpu.json
 
-# The papers' experiments at the smallest scale, three seeds; stopped or killed, the same command goes on.
+# The papers' experiments at the smallest scale, three seeds and one; stopped or killed, the same command goes on.
 reproduce: $(STAMP)
 	$(BIN)/rewurst reproduce continual --out runs/reproduce --scale tiny --seeds 3
+	$(BIN)/rewurst reproduce wuerstchen --out runs/reproduce_wuerstchen
 
 clean:
 	rm -rf $(VENV) data build dist src/*.egg-info runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -56,8 +56,12 @@ class LatentReader(ReplacingReader[ShownLatents]):
         return ShownLatents(arrays, Crop(*about["crop"]), (height, width), caption)
 
     def arrays(self, shown: Sequence[ShownLatents]) -> Batch:
-        """``z`` in float32; ``text`` as it is stored, for it is large, where every corpus has it."""
-        batch: Batch = {"z": torch.from_numpy(np.stack([one.arrays["z"] for one in shown]).astype(np.float32))}
+        """``z``, and ``a`` where every corpus has it, in float32; so ``text``, but as it is stored: it is large."""
+        batch: Batch = {}
+        for name in ("z", "a"):
+            if all(name in one.arrays for one in shown):
+                stacked = np.stack([one.arrays[name] for one in shown])
+                batch[name] = torch.from_numpy(stacked.astype(np.float32))
         if all("text" in one.arrays for one in shown):
             batch["text"] = torch.from_numpy(np.stack([one.arrays["text"] for one in shown]))
         return batch
@@ -74,7 +78,8 @@ class LatentDataModule(ImageTextDataModule):
 
     For the same names and numbers of images, and the same seed, samples come in the same slots as those of
     :class:`ImageTextDataModule` with ``random_crop=False``, with the same ``seed``, captions dropped alike. A batch has
-    ``z``, (n, c, h, w) in float32, in the place of ``image``, and ``text``, (n, length, width), where it was prepared.
+    ``z``, (n, c, h, w) in float32, in the place of ``image``; where they were prepared, ``a``, Stage A's latents,
+    alike, and ``text``, (n, length, width).
 
     Args:
         dataset: Name of what is being learnt; another name later means another dataset.

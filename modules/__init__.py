@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
     from .eight_bit import AdamW8bit, Lion, Lion8bit
+    from .latent_diffusion import LatentDiffusion
     from .pipeline import TextToImage
     from .stage_a import StageA
     from .stage_b import StageB
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AdamW8bit": "eight_bit",
     "CausalLM": "causal_lm",
+    "LatentDiffusion": "latent_diffusion",
     "Lion": "eight_bit",
     "Lion8bit": "eight_bit",
     "StageA": "stage_a",
@@ -24,7 +26,7 @@ _MODULES = {
     "TextToImage": "pipeline",
 }
 
-__all__ = ["AdamW8bit", "CausalLM", "Lion", "Lion8bit", "StageA", "StageB", "StageC", "TextToImage"]
+__all__ = ["AdamW8bit", "CausalLM", "LatentDiffusion", "Lion", "Lion8bit", "StageA", "StageB", "StageC", "TextToImage"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What Stage B and Stage C share as LightningModules: validation by intervals of time, frozen parts, the optimizer."""
+"""What stages of diffusion share as LightningModules: validation by intervals of time, frozen parts, the optimizer."""
 
 from __future__ import annotations
 

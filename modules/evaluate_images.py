@@ -91,7 +91,7 @@ def evaluate_images(
     if pipeline.compressor is None:
         missing.append(f"B: {folder} has no compressor, export Stage B with it")
     count = 0
-    for batch in tqdm(_batches(corpus, image_size, batch_size, limit), desc=corpus, unit=" batches"):
+    for batch in tqdm(validation_images(corpus, image_size, batch_size, limit), desc=corpus, unit=" batches"):
         images = pixels(batch).to(device)
         count += len(images)
         reconstructions = reconstruct(pipeline, images, batch, drawing.steps)
@@ -149,7 +149,7 @@ def _judge(inception: str | None, clip: str | None, device: str) -> tuple[ImageJ
     return ImageJudge(network, Clip(clip) if clip else None, device), missing
 
 
-def _batches(corpus: str, side: int, batch_size: int, limit: int | None) -> Iterator[Batch]:
+def validation_images(corpus: str, side: int, batch_size: int, limit: int | None) -> Iterator[Batch]:
     """Batches of images that can be read, without rows that only fill up."""
     rows = ImageRows(ImageShards(corpus), Filters(), [(side, side)])
     reader = ImageReader([rows], Showing([(side, side)], random_crop=False))

@@ -36,13 +36,13 @@ def flops_a_token(parameters: int, layers: int, width: int, length: int) -> floa
     return 6.0 * parameters + 12.0 * layers * width * length
 
 
-def forward_flops(network: Network, shapes: Sequence[Shape], method: str = "__call__") -> float:
-    """FLOPs of a forward pass of ``network.method`` on inputs of the given shapes.
+def forward_flops(network: Network, shapes: Sequence[Shape | None], method: str = "__call__") -> float:
+    """FLOPs of a forward pass of ``network.method`` on inputs of the given shapes, None for an input that is None.
 
     They are counted once for each network and shapes, on a copy that holds no numbers.
     """
     config = json.dumps(network.config, sort_keys=True)
-    return _counted(type(network), config, tuple(tuple(shape) for shape in shapes), method)  # type: ignore[arg-type]
+    return _counted(type(network), config, tuple(shape and tuple(shape) for shape in shapes), method)  # type: ignore[arg-type]
 
 
 def text_flops(encoder: TextEncoder, texts: int) -> float:
@@ -76,9 +76,10 @@ def stage_a_flops(
 
 
 @cache
-def _counted(network: type[Network], config: str, shapes: tuple[Shape, ...], method: str) -> float:
+def _counted(network: type[Network], config: str, shapes: tuple[Shape | None, ...], method: str) -> float:
     with torch.random.fork_rng([]), torch.device("meta"):
-        return _count(network.from_config(json.loads(config)), method, [torch.empty(shape) for shape in shapes])
+        inputs = [None if shape is None else torch.empty(shape) for shape in shapes]
+        return _count(network.from_config(json.loads(config)), method, inputs)
 
 
 @cache
@@ -88,7 +89,7 @@ def _counted_text(model: Any, config: str, texts: int, length: int) -> float:
         return _count(fresh, "__call__", [torch.zeros(texts, length, dtype=torch.long)])
 
 
-def _count(network: nn.Module, method: str, inputs: list[torch.Tensor]) -> float:
+def _count(network: nn.Module, method: str, inputs: Sequence[torch.Tensor | None]) -> float:
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         getattr(network, method)(*inputs)  # with gradients, as in training: networks do some things otherwise without
     return float(counter.get_total_flops())

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
 
 from .. import UsageError
-from . import diffusion
-from .diffusion_stage import DiffusionStage
-from .flops import FROZEN, TRAINED, forward_flops, text_flops
+from .flops import FROZEN, TRAINED, forward_flops
 from .image_metrics import valid_samples
 from .lower_stages import LowerStages, own_scale
-from .networks import ConditionCache, Prior, SemanticCompressor, TextEncoder
+from .networks import ConditionCache, Prior, SemanticCompressor
 from .optimizers import OptimizerChoice
-from .stage_parts import Batch, Frozen, Settings, build, generators, initialise, pixels, uniforms
-from .text_encoding import checkpoint_text_encoder, fresh_text_encoder, text_encoder_state
+from .stage_parts import Batch, Frozen, Settings, build, generators, initialise, pixels
+from .text_stage import TextStage
 
 
-class StageC(DiffusionStage):
+class StageC(TextStage):
     """Würstchen's Stage C, the text-conditional prior (arXiv 2306.00637).
 
     It learns to denoise x = (z + latent_std) / latent_mean, z being what the frozen Semantic Compressor makes of an
@@ -66,8 +63,6 @@ class StageC(DiffusionStage):
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
 
-    charts: ClassVar[dict[str, list[str]]] = {"Error by diffusion time": ["val/loss_at/.*"]}
-
     def __init__(
         self,
         stage_b: str,
@@ -85,24 +80,16 @@ class StageC(DiffusionStage):
         stage_b_steps: int = 12,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(optimizer, max_grad_norm, max_loss_weight)
-        if not 0 <= high_noise_share <= 1:
-            raise UsageError(f"high_noise_share {high_noise_share} must lie in [0, 1]")
-        self.high_noise_share = high_noise_share
+        super().__init__(optimizer, max_grad_norm, max_loss_weight, high_noise_share, sampling_steps, guidance_scale)
         self.prior = build(Prior, prior)
         self.compressor = Frozen(SemanticCompressor.from_checkpoint(stage_b, torch.float32), stage_b)
         self._set_scale(latent_mean, latent_std)
-        self.text_encoder: Frozen[TextEncoder] | None = None
-        self.text_model: TextEncoder | None = None
-        if isinstance(text_encoder, str):
-            self.text_encoder = Frozen(TextEncoder.from_pretrained(text_encoder), text_encoder)
-        else:
-            self.text_model = fresh_text_encoder(text_encoder).train()
+        self.take_text_encoder(text_encoder)
         self._check_widths()
         if init_from is not None:
             initialise(self.prior, init_from)
-            self._initialise_text(init_from)
-        self.sampling_steps, self.guidance_scale, self.stage_b_steps = sampling_steps, guidance_scale, stage_b_steps
+            self.initialise_text(init_from)
+        self.stage_b_steps = stage_b_steps
         self._stage_b, self._stage_a = stage_b, stage_a
         self._lower: LowerStages | None = None
 
@@ -116,32 +103,6 @@ class StageC(DiffusionStage):
             raise UsageError(f"latent_mean {latent_mean} must be above 0: z is divided by it")
         self.prior.latent_mean, self.prior.latent_std = latent_mean, latent_std
 
-    def _initialise_text(self, init_from: str) -> None:
-        kept = checkpoint_text_encoder(init_from)
-        if self.text_model is None or not isinstance(kept, TextEncoder):
-            return
-        vocabularies = [one.tokenizer.backend_tokenizer.get_vocab() for one in (kept, self.text_model)]
-        if vocabularies[0] != vocabularies[1]:
-            raise UsageError(f"init_from {init_from} was trained with another tokenizer than text_encoder's: give that")
-        try:
-            self.text_model.model.load_state_dict(kept.model.state_dict())
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UsageError(f"init_from {init_from} has a text encoder of another size: {reason}") from None
-
-    def setup(self, stage: str) -> None:
-        """Refuses latents and text states that other networks made."""
-        super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        made_by: Mapping[str, Mapping[str, str]] = getattr(data, "made_by", {})
-        for name, kept in made_by.items():
-            part = self.frozen_parts().get(name)
-            if part is not None and kept["sha256"] != part.fingerprint:
-                raise UsageError(
-                    f"{name} of {part.source} is not what made the latents of {kept['corpus']}, which was that of "
-                    f"{kept['source']}: give that one, or prepare the latents again"
-                )
-
     def embeddings(self, batch: Batch) -> Tensor:
         """Stage C's data: x (n, c, h, w) from a batch's ``z``, or from its images.
 
@@ -154,43 +115,23 @@ class StageC(DiffusionStage):
                 z = self.compressor.on(images.device)(images)
         return self.prior.normalize(z.float())
 
-    def text_states(self, batch: Batch) -> Tensor:
-        """States (n, length, width) of a batch's captions: its ``text``, or what the text encoder makes of them."""
-        if "text" in batch and self.text_encoder is not None:
-            text: Tensor = batch["text"]
-            return text.float()
-        return self.encode(batch["caption"])
+    def data_of(self, batch: Batch) -> Tensor:
+        """As ``embeddings``."""
+        return self.embeddings(batch)
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """States (n, length, width) of captions; with gradients where the text encoder is trained along."""
-        with warnings.catch_warnings(record=True) as cut:
-            warnings.simplefilter("always")
-            if self.text_encoder is not None:
-                with torch.autocast(self.device.type, enabled=False):
-                    states = self.text_encoder.on(self.device).encode(captions).clone()
-            else:
-                assert self.text_model is not None
-                states = self.text_model(captions)
-        if self._trainer is not None and self.trainer.training:
-            self.log("train/captions_cut", float(len(cut)), batch_size=1)
-        return states
+    def predict_noise(self, x: Tensor, t: Tensor, text: Tensor, cache: ConditionCache | None = None) -> Tensor:
+        """What the prior predicts."""
+        noise: Tensor = self.prior(x, t, text, cache)
+        return noise
 
-    def losses(self, batch: Batch, t: Tensor, randomness: list[Generator] | None) -> Tensor:
-        """Squared error of the noise predicted at t, (n,), without weights."""
-        x = self.embeddings(batch)
-        noise = diffusion.draw(x.shape, randomness, x)
-        predicted = self.prior(diffusion.diffuse(x, t, noise), t, self.text_states(batch)).float()
-        errors: Tensor = (predicted - noise).square().mean((1, 2, 3))
-        return errors
+    def samples_in(self, batch: Batch) -> int:
+        """How many samples a batch has."""
+        return len(batch["z"] if "z" in batch else batch["image"])
 
     def flops(self, batch: Batch) -> float:
         """FLOPs of a training step on a micro-batch; the frozen networks pass it forward only, if at all."""
-        encoder, compressor, n = self.text_model, self.compressor.module, _count(batch)
-        total = 0.0 if encoder is None else TRAINED * text_flops(encoder, n)
-        if self.text_encoder is not None:
-            encoder = self.text_encoder.module
-            total += 0.0 if "text" in batch else FROZEN * text_flops(encoder, n)
-        assert encoder is not None
+        compressor, encoder, n = self.compressor.module, self.encoder, self.samples_in(batch)
+        total = self.text_flops_of(batch)
         if "z" in batch:
             x = tuple(batch["z"].shape)
         else:
@@ -199,42 +140,12 @@ class StageC(DiffusionStage):
             total += FROZEN * forward_flops(compressor, [images])
         return total + TRAINED * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of a micro-batch."""
-        randomness = generators(batch)
-        chance, high = uniforms(randomness, _count(batch), 2, self.device)
-        t = diffusion.training_times(chance)
-        t = torch.where(high < self.high_noise_share, 0.85 + 0.14 * chance, t)
-        return self.watch((self.losses(batch, t, randomness) * self._weight(t)).mean(), batch)
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Takes in each sample's loss at its own time."""
-        randomness, count = generators(batch), _count(batch)
-        bucket, t = self.validation_times(batch, count, randomness)
-        losses = self.losses(batch, t, randomness)
-        counted = valid_samples(batch, losses)
-        self.take_in(dataloader_idx, losses * self._weight(t), losses, bucket, counted)
-
-    def _weight(self, t: Tensor) -> Tensor:
-        return diffusion.p2_weight(t) * diffusion.inverse_snr_weight(t, self.max_loss_weight)
-
     @torch.no_grad()
     def draw_embeddings(
         self, captions: Sequence[str], size: Sequence[int], randomness: list[Generator] | None = None
     ) -> Tensor:
         """Draw z (n, c, *size), in the compressor's scale, for captions."""
-        guided = self.guidance_scale > 1
-        text = self.encode([*captions, *([""] * len(captions) if guided else [])])
-        shape = (len(captions), self.prior.config["c_in"], *size)
-        x = diffusion.draw(shape, randomness, torch.empty(0, device=self.device))
-        cache: ConditionCache = {}
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            noise: Tensor = self.prior(x, t, text, cache).float()
-            return diffusion.guide(noise, self.guidance_scale) if guided else noise
-
-        times = diffusion.timesteps(self.sampling_steps)
-        return self.prior.denormalize(diffusion.sample(predict, x, times, randomness))
+        return self.prior.denormalize(self.draw_data(captions, (self.prior.config["c_in"], *size), randomness))
 
     @torch.no_grad()
     def draw(self, captions: Sequence[str], size: Sequence[int], randomness: list[Generator] | None = None) -> Tensor:
@@ -263,13 +174,9 @@ class StageC(DiffusionStage):
         return drawn[valid_samples(batch, drawn)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the scale of z and the text encoder too."""
+        """Keeps the scale of z too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["latent_scale"] = self._scale()
-        if self.text_encoder is not None:
-            checkpoint["text_encoder"] = self.text_encoder.source
-        elif self.text_model is not None:
-            checkpoint["text_encoder"] = text_encoder_state(self.text_model, "text_model")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that was trained with another compressor, text encoder or scale."""
@@ -286,17 +193,11 @@ class StageC(DiffusionStage):
         return {"compressor": self.compressor, "text_encoder": self.text_encoder}
 
     def _check_widths(self) -> None:
-        encoder = self.text_model if self.text_encoder is None else self.text_encoder.module
-        assert encoder is not None
         for name, other, needed in (
             ("c_in", "the compressor's c_latent", self.compressor.module.config["c_latent"]),
-            ("c_cond", "the text encoder's width", encoder.width),
+            ("c_cond", "the text encoder's width", self.encoder.width),
         ):
             if self.prior.config[name] != needed:
                 raise UsageError(
                     f"prior's {name} is {self.prior.config[name]} but {other} is {needed}: set {name} to that"
                 )
-
-
-def _count(batch: Batch) -> int:
-    return len(batch["z"] if "z" in batch else batch["image"])

@@ -38,19 +38,21 @@ class Conditions:
     Attributes:
         embedding: Of the timestep, (batch, c_r).
         text: Mapped text states, (batch, n, c_cond).
-        effnet: The compressor's latents, (batch, 16, h, w).
+        effnet: The compressor's latents, (batch, 16, h, w); none where no level sees them.
         cache: Of the sampling run.
     """
 
     embedding: Tensor
     text: Tensor
-    effnet: Tensor
+    effnet: Tensor | None
     cache: ConditionCache
 
     def latents(self, h: int, w: int) -> Float[Tensor, "batch h w c_latent"]:
         """Resize the compressor's latents, once a sampling run for each size."""
         key = f"latents.{h}x{w}"
         if key not in self.cache:
+            if self.effnet is None:
+                raise ValueError("effnet is None: a level sees the compressor's latents (inject_effnet)")
             resized = F.interpolate(
                 self.effnet.float(), size=(h, w), mode="bicubic", antialias=True, align_corners=True
             )
@@ -166,7 +168,7 @@ class StageBUNet(Network):
         self,
         x: Float[Tensor, "batch c_in h w"],
         t: Float[Tensor, " batch"],
-        effnet: Float[Tensor, "batch c_latent h_latent w_latent"],
+        effnet: Float[Tensor, "batch c_latent h_latent w_latent"] | None,
         text: Float[Tensor, "batch n c_text"],
         cache: ConditionCache | None = None,
     ) -> Float[Tensor, "batch c_out h w"]:
@@ -175,7 +177,7 @@ class StageBUNet(Network):
         Args:
             x: Noised Stage A latents divided by 0.3764; height and width are multiples of ``multiple``.
             t: Timesteps in [0, 1].
-            effnet: The compressor's latents, as it gives them.
+            effnet: The compressor's latents, as it gives them; None where no level sees them.
             text: Text states, padding included.
             cache: The same dict for all steps of one sampling run, so that what depends on ``effnet`` and ``text``
                 alone is computed at its first step only.

@@ -13,6 +13,7 @@ import yaml
 
 from rewurst import callbacks, modules
 from rewurst.callbacks import LRRewarming
+from rewurst.modules.latent_diffusion import without_embedding
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet
 from rewurst.modules.stage_parts import build
 
@@ -58,6 +59,9 @@ def test_modules_and_callbacks_are_built_as_it_says(path: Path) -> None:
         elif config["model"]["class_path"] == "StageC":
             prior = build(Prior, arguments["prior"])
             assert prior.config["c_cond"] == width_of(arguments["text_encoder"])
+        elif config["model"]["class_path"] == "LatentDiffusion":
+            unet = build(StageBUNet, without_embedding(arguments["unet"]))
+            assert unet.config["clip_embd"] == width_of(arguments["text_encoder"])
         else:
             unet = build(StageBUNet, arguments["unet"])
             compressor = build(SemanticCompressor, arguments["compressor"])
@@ -88,6 +92,20 @@ def test_stages_fit_each_other(folder: str) -> None:
     assert c["stage_b"] == f"runs/wuerstchen/{folder}/stage_b/checkpoints/last.ckpt"
     assert build(SemanticCompressor, b["compressor"]).config["c_latent"] == build(Prior, c["prior"]).config["c_in"]
     assert b["text_length"] == c["text_encoder"]["max_position_embeddings"], "an export needs as many states"
+
+
+@pytest.mark.parametrize("folder", ["shapes", "emoji"])
+def test_the_single_stage_is_the_priors_size_and_trained_alike(folder: str) -> None:
+    c, single = (load(f"{folder}/{stage}") for stage in ("stage_c", "single_stage"))
+    with torch.device("meta"):
+        prior = build(Prior, c["model"]["init_args"]["prior"])
+        unet = build(StageBUNet, without_embedding(single["model"]["init_args"]["unet"]))
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (prior, unet)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+    own = {"stage_a", "stage_b", "prior", "unet", "latent_mean", "latent_std"}
+    shared = [{k: v for k, v in config["model"]["init_args"].items() if k not in own} for config in (c, single)]
+    assert shared[0] == shared[1]
+    assert c["data"]["init_args"]["global_batch_size"] == single["data"]["init_args"]["global_batch_size"]
 
 
 def test_the_continued_prior_is_the_same_model_with_replay() -> None:

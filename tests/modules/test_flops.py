@@ -11,7 +11,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewurst.datamodules.tokenizer import train_tokenizer
-from rewurst.modules import CausalLM, StageA, StageB, StageC, flops, stage_b, stage_c
+from rewurst.modules import (
+    CausalLM,
+    LatentDiffusion,
+    StageA,
+    StageB,
+    StageC,
+    flops,
+    latent_diffusion,
+    stage_b,
+    stage_c,
+    text_stage,
+)
 from rewurst.modules.networks import VQGAN, SemanticCompressor
 
 
@@ -27,7 +38,7 @@ def counted(step: Any, backward: bool = False) -> float:
 @pytest.fixture
 def forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts the forward pass of everything: that of a real step is the oracle."""
-    for module in (flops, stage_b, stage_c):
+    for module in (flops, latent_diffusion, stage_b, stage_c, text_stage):
         for name in ("TRAINED", "PASSED", "FROZEN"):
             monkeypatch.setattr(module, name, 1, raising=False)
 
@@ -117,3 +128,13 @@ def test_counting_draws_nothing() -> None:
     torch.set_rng_state(state)
     VQGAN.from_preset("tiny", embed_dim=24)
     assert torch.equal(torch.get_rng_state(), fresh)
+
+
+@pytest.mark.usefixtures("forward_only")
+def test_a_single_stages_step(tmp_path: Path, text_encoder_folder: Path) -> None:
+    VQGAN.from_preset("tiny", embed_dim=16).save(tmp_path)
+    module = LatentDiffusion(str(tmp_path), {"preset": "tiny", "clip_embd": 32}, str(text_encoder_folder))
+    batch = images(2, 64)
+    assert module.flops(batch) == counted(lambda: module.training_step(batch, 0))
+    latents = {"a": module.data_of(batch), "caption": batch["caption"], "seed": batch["seed"]}
+    assert module.flops(latents) == counted(lambda: module.training_step(latents, 0))

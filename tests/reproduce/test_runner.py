@@ -16,7 +16,7 @@ import yaml
 
 from rewurst.reproduce.corpora import Data
 from rewurst.reproduce.jobs import Job, make_jobs
-from rewurst.reproduce.results import Result
+from rewurst.reproduce.results import LossLedger, Result
 from rewurst.reproduce.runner import Runner, Stopped, launch
 from rewurst.reproduce.runs import grid
 from rewurst.reproduce.scales import SCALES, Scale
@@ -66,24 +66,24 @@ def when_saved(job: Job, then: Callable[[], None]) -> Iterator[None]:
 
 
 def test_stopped_and_killed_runs_come_to_the_same_end(two: Callable[[str], list[Job]]) -> None:
-    whole = Runner(two("whole"), at_once=2).run()
+    whole = Runner(two("whole"), LossLedger(), at_once=2).run()
     assert {name: result.steps for (name, _), result in whole.items()} == {"old": STEPS, "replay_5": 2 * STEPS}
     assert whole["replay_5", 0].share_read == pytest.approx(0.05, abs=1 / (STEPS * 8))
     assert [step for step, _ in whole["replay_5", 0].losses["new"]] == list(range(STEPS, 2 * STEPS + 1, 10))
 
     old, replayed = two("broken")
     with pytest.raises(Stopped), when_saved(old, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        Runner([old, replayed], at_once=1).run()
+        Runner([old, replayed], LossLedger(), at_once=1).run()
     saved = {path.name for path in old.folder.rglob("*.ckpt")}
     assert saved, "what it was asked to stop had saved"
 
     with when_saved(replayed, lambda: os.kill(int((replayed.folder / "lock").read_text()), signal.SIGKILL)):
-        runner = Runner([old, replayed], at_once=1)
+        runner = Runner([old, replayed], LossLedger(), at_once=1)
         runner.run()
     assert set(runner.results) == {("old", 0)}
     assert "exit status -9" in runner.failures["replay_5 seed 0"]
 
-    results = Runner([old, replayed], at_once=1).run()
+    results = Runner([old, replayed], LossLedger(), at_once=1).run()
     assert {name: result.losses for name, result in results.items()} == {
         name: result.losses for name, result in whole.items()
     }
@@ -94,7 +94,7 @@ def test_stopped_and_killed_runs_come_to_the_same_end(two: Callable[[str], list[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rewurst.reproduce.runner.launch", refuse)
-        assert Runner(two("broken"), at_once=1).run() == results
+        assert Runner(two("broken"), LossLedger(), at_once=1).run() == results
 
 
 def test_a_run_that_another_left_behind_is_waited_for(two: Callable[[str], list[Job]]) -> None:
@@ -103,7 +103,7 @@ def test_a_run_that_another_left_behind_is_waited_for(two: Callable[[str], list[
     assert process is not None
     assert launch(old, 1) is None, "its lock is held"
     with when_saved(old, lambda: None):
-        results = Runner([old], at_once=1).run()
+        results = Runner([old], LossLedger(), at_once=1).run()
     assert process.wait() == 0
     assert list(results) == [("old", 0)]
     assert len(list(old.folder.glob("version_*"))) == 1, "it was not run a second time"
@@ -137,9 +137,9 @@ def test_order_and_failures(jobs: list[Job], results: dict[tuple[str, int], Resu
     counts: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rewurst.reproduce.runner.launch", begin)
-        patch.setattr("rewurst.reproduce.runner.keep_result", keep)
+        patch.setattr("rewurst.reproduce.results.keep_result", keep)
         patch.setattr("rewurst.reproduce.runner._POLL_SECONDS", 0.0)
-        runner = Runner(jobs, at_once=2, finished=lambda done: counts.append(len(done)))
+        runner = Runner(jobs, LossLedger(), at_once=2, finished=lambda done: counts.append(len(done)))
         done = runner.run()
     continued = {job.run.name for job in jobs if job.run.parent == "old"}
     missing = {("old", 1)} | {(name, 1) for name in continued}

@@ -138,3 +138,34 @@ def test_a_config_on_disk_says_how_it_is_run(jobs: list[Job]) -> None:
     text = path.read_text()
     assert text.startswith(f"# rewurst fit --config {path}\n")
     assert yaml.safe_load(text) == jobs[0].config
+
+
+def test_keys_of_runs_that_were_made_before_are_still_theirs(tmp_path: Path) -> None:
+    """A reproduction of many hours is not begun again because the program changed: keys as they were first."""
+    for name in ("old", "new", "s1", "s2", "s3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.json").write_text(name)
+    one = {name: {"path": str(tmp_path / name)} for name in ("old", "new")}
+    splits = tuple({f"split_{n}": {"path": str(tmp_path / f"s{n}")}} for n in (1, 2, 3))
+    data = Data({"old": one["old"]}, {"new": one["new"]}, {name: str(tmp_path / name) for name in one}, splits)
+    config = {
+        "model": {"class_path": "CausalLM", "init_args": {"model": {"vocab_size": 64}}},
+        "data": {
+            "class_path": "TextDataModule",
+            "init_args": {"sequence_length": 8, "micro_batch_size": 4, "global_batch_size": 8},
+        },
+        "trainer": {"devices": 1, "precision": "bf16-mixed", "logger": False},
+    }
+    config["trainer"]["callbacks"] = [{"class_path": name} for name in ("LRRewarming", "ModelCheckpoint")]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    changes = {"configs": (str(tmp_path / "base.yaml"),), "steps": 20, "split_steps": 20, "every": 10}
+    known = keys(replace(SCALES["tiny"], **changes), data, tmp_path / "out")
+    assert {name: key[:16] for name, key in known.items() if name[0] in ("old", "replay_5", "both_from_scratch")} == {
+        ("old", 0): "cfc85027a1934554",
+        ("old", 1): "7593ada73b452b55",
+        ("replay_5", 0): "567b1090ccad230f",
+        ("replay_5", 1): "b78aed0406d8b504",
+        ("both_from_scratch", 0): "23a71e29c9103826",
+        ("both_from_scratch", 1): "e92b291ffd887e5c",
+    }
+    assert known["infinite_cosine_split_3", 0].startswith("adbc9cdc3d15aa79")

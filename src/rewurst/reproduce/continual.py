@@ -9,7 +9,7 @@ from .. import UsageError
 from .corpora import BUILTIN, Data, of_recipe, prepare
 from .jobs import Job, make_jobs
 from .report import write_report
-from .results import Results
+from .results import LossLedger, Results
 from .runner import Runner, Stopped, results_of
 from .runs import grid
 from .scales import Scale
@@ -51,10 +51,10 @@ def reproduce(options: Options) -> Results:
     runs = grid(scale.steps, scale.split_steps, scale.peak, splits=bool(data.splits))
     jobs = make_jobs(runs, list(range(options.seeds)), scale, data, options.out)
     if options.report_only:
-        results = results_of(jobs)
+        results = results_of(jobs, LossLedger())
         _report(options, jobs, data, results)
         return results
-    runner = Runner(jobs, options.at_once)
+    runner = Runner(jobs, LossLedger(), options.at_once)
     runner.finished = lambda results: _report_seed(options, jobs, data, results)
     try:
         runner.run()

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from .corpora import Corpora, Data, fingerprint
 from .runs import Run, named, total_steps
 from .scales import Config, Scale, base_config
 
-_KEY_DIGITS = 10
+KEY_DIGITS = 10
+_STEP = re.compile(r"step=(\d+)")
 _DECIDING = ("LRRewarming", "ReplayScheduler")  # the callbacks of the scales' configs log and save
 _WATCHING = (
     "logger",
@@ -55,6 +58,21 @@ class Job:
     parent: Job | None = None
 
     @property
+    def name(self) -> tuple[str, int]:
+        """Run and seed."""
+        return self.run.name, self.seed
+
+    @property
+    def own_steps(self) -> int:
+        """Steps of its own."""
+        return self.run.steps
+
+    @property
+    def needs(self) -> list[Job]:
+        """The job that it continues."""
+        return [self.parent] if self.parent else []
+
+    @property
     def start(self) -> int:
         """Absolute steps at its beginning."""
         return self.steps - self.run.steps
@@ -65,13 +83,31 @@ class Job:
         sizes = self.config["data"]["init_args"]
         return int(sizes["global_batch_size"] * sizes["sequence_length"])
 
+    def command(self) -> list[str]:
+        """``rewurst fit`` with its config."""
+        return ["-m", "rewurst.train", "fit", "--config", str(self.write_config())]
+
+    def steps_done(self) -> int:
+        """Own steps as far as it has saved."""
+        return max(0, saved_steps(self.folder) - self.start)
+
     def write_config(self) -> Path:
         """Writes the config, whole or not at all, and returns its path."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "config.yaml"
-        content = f"# rewurst fit --config {path}\n{yaml.safe_dump(self.config, sort_keys=False)}"
-        write_whole(path, content)
-        return path
+        return write_config(self.folder, self.config)
+
+
+def write_config(folder: Path, config: Config) -> Path:
+    """Writes a run's config into its folder, whole or not at all, and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    write_whole(path, f"# rewurst fit --config {path}\n{yaml.safe_dump(config, sort_keys=False)}")
+    return path
+
+
+def saved_steps(folder: Path) -> int:
+    """The latest step that a checkpoint under a folder is named after, 0 where there is none."""
+    steps = [int(match[1]) for path in folder.rglob("*.ckpt") if (match := _STEP.search(path.name))]
+    return max(steps, default=0)
 
 
 def make_jobs(runs: list[Run], seeds: list[int], scale: Scale, data: Data, out: Path) -> list[Job]:
@@ -92,7 +128,7 @@ def _job(run: Run, seed: int, base: Config, scale: Scale, data: Data, out: Path,
     trainer["callbacks"] = _callbacks(run, base["trainer"]["callbacks"], data, every)
     config = base | {"seed_everything": seed, "data": data_config, "trainer": trainer}
     key = config_key(config, every, parent.key if parent else "")
-    folder = out / "runs" / f"{run.name}-seed_{seed}-{key[:_KEY_DIGITS]}"
+    folder = out / "runs" / f"{run.name}-seed_{seed}-{key[:KEY_DIGITS]}"
     trainer["val_check_interval"] = every * _micro_batches(data_config["init_args"], trainer)
     trainer["logger"] = named("TensorBoardLogger", save_dir=str(folder.parent), name=folder.name)
     config["ckpt_path"] = f"auto:{parent.folder}" if parent else "auto"
@@ -121,13 +157,20 @@ def config_key(config: Config, every: int, parent: str) -> str:
         [name, {**corpus, "path": fingerprint(corpus["path"])}] for name, corpus in arguments["corpora"].items()
     ]
     arguments["val"] = {name: fingerprint(path) for name, path in arguments["val"].items()}
-    trainer = {
-        name: value
-        for name, value in config["trainer"].items()
-        if name not in _WATCHING and not name.startswith("enable_")
+    trainer = deciding(config["trainer"])
+    return digest([config["seed_everything"], config["model"], arguments, trainer, every, parent])
+
+
+def deciding(trainer: Config, callbacks: Sequence[str] = _DECIDING) -> Config:
+    """What of a trainer's settings decides a run's outcome; of its callbacks those named."""
+    settings = {
+        name: value for name, value in trainer.items() if name not in _WATCHING and not name.startswith("enable_")
     }
-    trainer["callbacks"] = [each for each in config["trainer"]["callbacks"] if each["class_path"] in _DECIDING]
-    content = [config["seed_everything"], config["model"], arguments, trainer, every, parent]
+    return settings | {"callbacks": [each for each in trainer["callbacks"] if each["class_path"] in callbacks]}
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of what JSON can say."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -89,7 +89,7 @@ def _claim(tested: Tested) -> dict[str, Any]:
 
 
 def _markdown(content: dict[str, Any], scale: Scale, jobs: Sequence[Job], figures: dict[str, str]) -> str:
-    lines = [*_head(content, scale, jobs), "", "## Claims", "", *_claims_table(content["claims"]), "", METHOD, ""]
+    lines = [*_head(content, scale, jobs), "", "## Claims", "", *claims_table(content["claims"]), "", METHOD, ""]
     lines += ["## Losses", "", *_losses_table(content), ""]
     splits = [row for row in content["table"] if row["old"] is None]
     if splits:
@@ -123,7 +123,8 @@ def _head(content: dict[str, Any], scale: Scale, jobs: Sequence[Job]) -> list[st
     ]
 
 
-def _claims_table(claims: list[Row]) -> list[str]:
+def claims_table(claims: list[Row]) -> list[str]:
+    """Lines of the table of claims."""
     lines = [
         "| claim | measured as | papers | held if | ours | spread | seeds | verdict |",
         "|---|---|---|---|---|---|---|---|",

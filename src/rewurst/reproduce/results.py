@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..callbacks.checkpoints import newest_checkpoint
 from .jobs import Job, write_whole
 
 Curve = list[tuple[int, float]]
@@ -41,6 +42,26 @@ class Result:
 
 Results = dict[tuple[str, int], Result]
 """By run and seed."""
+
+
+class LossLedger:
+    """Results of runs by what they logged."""
+
+    def load(self, job: Job) -> Result | None:
+        """A job's result, where it has one."""
+        return load_result(job)
+
+    def keep(self, job: Job, results: Results, seconds: float) -> Result | None:
+        """Reads what a run logged and keeps it, and the newest of its checkpoints alone."""
+        result = keep_result(job, results.get(job.parent.name) if job.parent else None, seconds)
+        if result is not None:
+            drop_older_checkpoints(job.folder)
+        return result
+
+    def told(self, result: Result) -> str:
+        """Losses at the end."""
+        losses = ", ".join(f"{corpus} {result.final(corpus):.3f}" for corpus in result.losses)
+        return f"{losses} ({result.seconds:.0f} s)"
 
 
 def load_result(job: Job) -> Result | None:
@@ -111,3 +132,11 @@ def _versions(folder: Path) -> list[Events]:
         events.Reload()
         found.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
     return found
+
+
+def drop_older_checkpoints(folder: Path) -> None:
+    """Removes all checkpoints under a folder but the newest."""
+    newest = newest_checkpoint([folder])
+    for path in folder.rglob("*.ckpt"):
+        if path.is_file() and path != newest:
+            path.unlink()

@@ -1,4 +1,4 @@
-"""Runs jobs as processes of ``rewurst fit``, as many at a time as asked for, and goes on where it was stopped.
+"""Runs jobs as processes, as many at a time as asked for, and goes on where it was stopped.
 
 A job with a result is not run again. One that was stopped goes on from its newest checkpoint, which ``rewurst fit``
 does by itself. A lock, which the process of a job inherits, keeps two from writing the same run: also where the runner
@@ -18,18 +18,60 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
-
-from ..callbacks.checkpoints import newest_checkpoint
-from .jobs import Job
-from .results import Results, keep_result, load_result
 
 _POLL_SECONDS = 0.5
 _SAVING_SECONDS = 120.0
 _LOG_LINES = 15
-_STEP = re.compile(r"step=(\d+)")
+
+Name = tuple[str, int]
+"""Of what is run, and its seed."""
+
+
+class Work(Protocol):
+    """A job: one process, whose outcome a ledger finds in its folder."""
+
+    @property
+    def name(self) -> Name:
+        """What it is known by among others."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+
+    @property
+    def own_steps(self) -> int:
+        """How long it is, in steps or what is like them."""
+
+    @property
+    def needs(self) -> Sequence[Work]:
+        """Jobs that it begins after."""
+
+    def command(self) -> list[str]:
+        """Arguments of Python; writes what the process needs to be given into the folder, which is there."""
+
+    def steps_done(self) -> int:
+        """How far it has come, in its steps."""
+
+
+J = TypeVar("J", bound=Work)
+J_contra = TypeVar("J_contra", bound=Work, contravariant=True)
+R = TypeVar("R")
+
+
+class Ledger(Protocol[J_contra, R]):
+    """Finds what came of jobs."""
+
+    def load(self, job: J_contra) -> R | None:
+        """A job's result, where it has one."""
+
+    def keep(self, job: J_contra, results: dict[Name, R], seconds: float) -> R | None:
+        """Reads what a process wrote and keeps it; nothing where it has not come to its end."""
+
+    def told(self, result: R) -> str:
+        """The result in a few words."""
 
 
 class Stopped(Exception):  # noqa: N818  # no error
@@ -37,40 +79,42 @@ class Stopped(Exception):  # noqa: N818  # no error
 
 
 @dataclass
-class Attempt:
+class Attempt(Generic[J]):
     """A job that is under way: by this runner, or (``process`` none) by another that holds its lock."""
 
-    job: Job
+    job: J
     process: subprocess.Popen[bytes] | None = None
     began: float = field(default_factory=time.monotonic)
 
 
 @dataclass
-class Runner:
+class Runner(Generic[J, R]):
     """Brings jobs to their ends.
 
     Args:
-        jobs: In the order in which they begin; each after the one that it continues.
+        jobs: In the order in which they begin; each after those that it needs.
+        ledger: Knows what came of them.
         at_once: Processes at a time.
         finished: Called with all results after every job that came to its end.
     """
 
-    jobs: Sequence[Job]
+    jobs: Sequence[J]
+    ledger: Ledger[J, R]
     at_once: int
-    finished: Callable[[Results], None] = lambda results: None
-    results: Results = field(default_factory=dict)
+    finished: Callable[[dict[Name, R]], None] = lambda results: None
+    results: dict[Name, R] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def run(self) -> Results:
+    def run(self) -> dict[Name, R]:
         """Runs what has no result yet.
 
         Raises:
             Stopped: By SIGTERM, SIGINT or Ctrl-C.
         """
-        self.results |= results_of(self.jobs)
-        waiting = [job for job in self.jobs if _name(job) not in self.results]
-        going: list[Attempt] = []
-        steps = sum(job.run.steps for job in self.jobs)
+        self.results |= results_of(self.jobs, self.ledger)
+        waiting = [job for job in self.jobs if job.name not in self.results]
+        going: list[Attempt[J]] = []
+        steps = sum(job.own_steps for job in self.jobs)
         with _stop_signals(), tqdm(total=steps, unit=" steps", file=sys.stderr, dynamic_ncols=True) as bar:
             try:
                 while waiting or going:
@@ -85,45 +129,43 @@ class Runner:
             self._show(bar, going)
         return self.results
 
-    def _start(self, waiting: list[Job], going: list[Attempt]) -> list[Job]:
+    def _start(self, waiting: list[J], going: list[Attempt[J]]) -> list[J]:
         """Starts what can be started; returns what waits on."""
         left = []
         for job in waiting:
-            if job.parent is not None and _label(job.parent) in self.failures:
-                self.failures[_label(job)] = f"it continues {_label(job.parent)}, which failed"
-            elif len(going) >= self.at_once or (job.parent is not None and _name(job.parent) not in self.results):
+            failed = [label(other) for other in job.needs if label(other) in self.failures]
+            if failed:
+                self.failures[label(job)] = f"it needs {failed[0]}, which failed"
+            elif len(going) >= self.at_once or any(other.name not in self.results for other in job.needs):
                 left.append(job)
             else:
                 going.append(Attempt(job, launch(job, self.at_once)))
         return left
 
-    def _settle(self, attempt: Attempt, bar: Any) -> bool:
+    def _settle(self, attempt: Attempt[J], bar: Any) -> bool:
         """Whether an attempt is over; its result, or what went wrong, is taken note of."""
         job = attempt.job
-        if attempt.process is None and load_result(job) is None:
+        if attempt.process is None and self.ledger.load(job) is None:
             attempt.process = launch(job, self.at_once)  # none while another runner is still at it
             return False
         status = attempt.process.poll() if attempt.process else 0
         if status is None:
             return False
-        before = self.results.get(_name(job.parent)) if job.parent else None
-        result = load_result(job) or keep_result(job, before, time.monotonic() - attempt.began)
+        result = self.ledger.load(job) or self.ledger.keep(job, self.results, time.monotonic() - attempt.began)
         if result is None:
-            what = f"exit status {status}" if status else f"it stopped before step {job.steps}"
-            self.failures[_label(job)] = f"{what}; {job.folder / 'log.txt'} ends with: {_tail(job.folder / 'log.txt')}"
-            bar.write(f"{_label(job)} failed: {what}", file=sys.stderr)
+            what = f"exit status {status}" if status else "it stopped before its end"
+            self.failures[label(job)] = f"{what}; {job.folder / 'log.txt'} ends with: {_tail(job.folder / 'log.txt')}"
+            bar.write(f"{label(job)} failed: {what}", file=sys.stderr)
         else:
-            self.results[_name(job)] = result
-            _drop_older_checkpoints(job.folder)
-            losses = ", ".join(f"{corpus} {result.final(corpus):.3f}" for corpus in result.losses)
-            bar.write(f"{_label(job)}: {losses} ({result.seconds:.0f} s)", file=sys.stderr)
+            self.results[job.name] = result
+            bar.write(f"{label(job)}: {self.ledger.told(result)}", file=sys.stderr)
             self.finished(self.results)
         return True
 
-    def _show(self, bar: Any, going: list[Attempt]) -> None:
-        done = sum(job.run.steps for job in self.jobs if _name(job) in self.results)
-        now = done + sum(_steps_done(attempt.job) for attempt in going)
-        under_way = ", ".join(_label(attempt.job) for attempt in going)
+    def _show(self, bar: Any, going: list[Attempt[J]]) -> None:
+        done = sum(job.own_steps for job in self.jobs if job.name in self.results)
+        now = done + sum(attempt.job.steps_done() for attempt in going)
+        under_way = ", ".join(label(attempt.job) for attempt in going)
         if (now, under_way) == (bar.n, bar.postfix) and not sys.stderr.isatty():
             return  # a log has a line for what changed
         bar.n = now
@@ -132,20 +174,20 @@ class Runner:
         bar.refresh()
 
 
-def results_of(jobs: Sequence[Job]) -> Results:
+def results_of(jobs: Sequence[J], ledger: Ledger[J, R]) -> dict[Name, R]:
     """The results that are there."""
-    found = {_name(job): load_result(job) for job in jobs}
+    found = {job.name: ledger.load(job) for job in jobs}
     return {name: result for name, result in found.items() if result is not None}
 
 
-def launch(job: Job, at_once: int) -> subprocess.Popen[bytes] | None:
+def launch(job: Work, at_once: int) -> subprocess.Popen[bytes] | None:
     """Starts a job's process; none where another holds its lock."""
-    config = job.write_config()
+    job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / "lock").open("a") as lock, (job.folder / "log.txt").open("ab") as log:
         if not _take(lock):
             return None
         threads = str(max(1, (os.cpu_count() or 1) // at_once))
-        command = [sys.executable, "-m", "rewurst.train", "fit", "--config", str(config)]
+        command = [sys.executable, *job.command()]
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
         # A session of its own: Ctrl-C reaches the runner, which asks the processes to save.
         process = subprocess.Popen(
@@ -164,7 +206,7 @@ def _take(lock: IO[str]) -> bool:
     return True
 
 
-def _stop(going: Sequence[Attempt]) -> None:
+def _stop(going: Sequence[Attempt[Any]]) -> None:
     """Asks processes to save and end, and waits for them."""
     processes = [attempt.process for attempt in going if attempt.process is not None]
     for process in processes:
@@ -188,27 +230,11 @@ def _stop_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _steps_done(job: Job) -> int:
-    """Own steps of a job as far as it has saved."""
-    steps = [int(match[1]) for path in job.folder.rglob("*.ckpt") if (match := _STEP.search(path.name))]
-    return max(0, max(steps, default=job.start) - job.start)
-
-
-def _drop_older_checkpoints(folder: Path) -> None:
-    newest = newest_checkpoint([folder])
-    for path in folder.rglob("*.ckpt"):
-        if path.is_file() and path != newest:
-            path.unlink()
-
-
 def _tail(path: Path) -> str:
     lines = re.split(r"[\r\n]+", path.read_text(encoding="utf8", errors="replace").strip())
     return " | ".join(lines[-_LOG_LINES:])
 
 
-def _name(job: Job) -> tuple[str, int]:
-    return job.run.name, job.seed
-
-
-def _label(job: Job) -> str:
-    return f"{job.run.name} seed {job.seed}"
+def label(job: Work) -> str:
+    """What a job is called in messages."""
+    return f"{job.name[0]} seed {job.name[1]}"

@@ -1,0 +1,179 @@
+"""The comparison's processes: runs of ``rewurst fit``, latents, judging; each known by the hash of what decides it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..corpora import fingerprint
+from ..jobs import KEY_DIGITS, deciding, digest, saved_steps, write_config, write_whole
+from ..scales import Config
+from .costs import Cost
+from .recipes import SHORT_STEPS, Recipes, Where, image_size_of, placed, steps_of, variants, watched, whole_parts
+
+DECIDING = ("LRRewarming", "WeightAverage")
+TASK, DONE = "task.json", "done.json"
+
+
+@dataclass(frozen=True)
+class PictureJob:
+    """A run of a stage, or a task of :mod:`.work`.
+
+    Args:
+        kind: What it is.
+        seed: Of initial weights and of the order of the data.
+        key: Hash of everything that decides the outcome.
+        folder: Where it writes.
+        own_steps: How long it is.
+        needs: What it begins after.
+        config: What ``rewurst fit`` is given, none for a task.
+        task: What the task is given, empty for a run.
+    """
+
+    kind: str
+    seed: int
+    key: str
+    folder: Path
+    own_steps: int
+    needs: tuple[PictureJob, ...] = ()
+    config: Config | None = None
+    task: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """Kind and seed."""
+        return self.kind, self.seed
+
+    @property
+    def checkpoint(self) -> str:
+        """The checkpoint at its end, of a run of which one is kept."""
+        return str(self.folder / "checkpoints" / "last.ckpt")
+
+    def command(self) -> list[str]:
+        """Writes the config or the task, and says which program takes it."""
+        if self.config is not None:
+            return ["-m", "rewurst.train", "fit", "--config", str(write_config(self.folder, self.config))]
+        write_whole(self.folder / TASK, json.dumps(self.task, indent=1) + "\n")
+        return ["-m", "rewurst.reproduce.wuerstchen.work", str(self.folder / TASK)]
+
+    def steps_done(self) -> int:
+        """As far as it has saved."""
+        return saved_steps(self.folder)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The data.
+
+    Args:
+        train: Folder of training images.
+        val: Folders for validation by name.
+        tokenizer: Folder.
+        drawn: Whether they are ``builtin:shapes``, whose attributes can be read back.
+    """
+
+    train: str
+    val: dict[str, str]
+    tokenizer: str
+    drawn: bool
+
+    @property
+    def content(self) -> Pictures:
+        """The same by what the folders hold."""
+        val = {name: fingerprint(path) for name, path in self.val.items()}
+        tokenizer = digest((Path(self.tokenizer) / "tokenizer.json").read_text(encoding="utf8"))
+        return Pictures(fingerprint(self.train), val, tokenizer, self.drawn)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the comparison is made of, beside its seeds.
+
+    Args:
+        recipes: By stage.
+        pictures: The data.
+        out: Folder of all runs.
+        prompts: How many pictures are judged of each validation corpus.
+        inception: File of Inception's weights for FID, where attributes cannot be read.
+        short_steps: Of Stage B's runs with other compressions.
+    """
+
+    recipes: Recipes
+    pictures: Pictures
+    out: Path
+    prompts: int = 96
+    inception: str | None = None
+    short_steps: int = SHORT_STEPS
+
+
+def baseline_steps(recipes: Recipes, costs: dict[str, Cost]) -> int:
+    """Steps of the single stage that take the training FLOPs of Stage B and Stage C together, about."""
+    asked = sum(steps_of(recipes[stage]) * costs[stage].flops_a_step for stage in ("stage_b", "stage_c"))
+    return whole_parts(8 * max(1, round(asked / costs["single_stage"].flops_a_step / 8)))
+
+
+def make_jobs(plan: Plan, costs: dict[str, Cost], seeds: Sequence[int]) -> list[PictureJob]:
+    """All jobs, every one after those that it needs; the measuring of time comes last of all."""
+    jobs = [job for seed in seeds for job in _of_seed(plan, costs, seed)]
+    first = {job.kind: job for job in jobs if job.seed == seeds[0]}
+    stages = {stage: first[stage] for stage in ("stage_c", "single_stage")}
+    runs = {stage: str(job.folder) for stage, job in stages.items()}
+    task = {"kind": "timing", "runs": runs, "side": image_size_of(plan.recipes), "cores": os.cpu_count()}
+    key = digest([[job.key for job in stages.values()], "timing"])
+    folder = plan.out / "runs" / f"timing-{key[:KEY_DIGITS]}"
+    return [*jobs, PictureJob("timing", seeds[0], key, folder, 1, tuple(jobs), task=task)]
+
+
+def _of_seed(plan: Plan, costs: dict[str, Cost], seed: int) -> list[PictureJob]:
+    recipes, pictures, content = plan.recipes, plan.pictures, plan.pictures.content
+    here = Where(pictures.train, pictures.val, pictures.tokenizer)
+    hashed = Where(content.train, content.val, content.tokenizer)
+
+    def run(
+        kind: str, recipe: Config, steps: int, needs: tuple[PictureJob, ...] = (), keep: bool = False
+    ) -> PictureJob:
+        named = {job.kind: job for job in needs}
+        latents = named.get("latents")
+        of_images = latents is None
+        where = Where(
+            here.train if of_images else str(latents.folder / "train"),  # type: ignore[union-attr]
+            here.val if of_images else {name: str(latents.folder / name) for name in here.val},  # type: ignore[union-attr]
+            here.tokenizer,
+            **{stage: job.checkpoint for stage, job in named.items() if stage in ("stage_a", "stage_b")},
+        )
+        keys = {stage: job.key for stage, job in named.items() if stage in ("stage_a", "stage_b")}
+        by_content = Where(hashed.train, hashed.val, hashed.tokenizer, **keys)
+        known = placed(recipe, by_content, seed, steps)
+        parts = [known["seed_everything"], known["model"], known["data"], deciding(known["trainer"], DECIDING)]
+        key = digest([*parts, [job.key for job in needs]])
+        folder = plan.out / "runs" / f"{kind}-seed_{seed}-{key[:KEY_DIGITS]}"
+        config = placed(recipe, where, seed, steps)
+        watched(config, folder, steps, keep)
+        return PictureJob(kind, seed, key, folder, steps, needs, config)
+
+    def work(kind: str, task: dict[str, Any], needs: tuple[PictureJob, ...]) -> PictureJob:
+        lasting = {name: value for name, value in task.items() if name not in ("run", "val", "sources", "stage_b")}
+        key = digest([lasting, content.val, content.train, [job.key for job in needs]])
+        folder = plan.out / "runs" / f"{kind}-seed_{seed}-{key[:KEY_DIGITS]}"
+        return PictureJob(kind, seed, key, folder, 1, needs, task=task)
+
+    def judged(job: PictureJob) -> PictureJob:
+        task = {"kind": "judge", "run": str(job.folder), "val": pictures.val, "side": side, "prompts": plan.prompts}
+        return work(f"judge_{job.kind}", task | {"drawn": pictures.drawn, "inception": plan.inception}, (job,))
+
+    side = image_size_of(recipes)
+    a = run("stage_a", recipes["stage_a"], steps_of(recipes["stage_a"]))
+    b = run("stage_b", recipes["stage_b"], steps_of(recipes["stage_b"]), (a,))
+    sources = {"train": pictures.train, **pictures.val}
+    latents = work(
+        "latents", {"kind": "latents", "sources": sources, "stage_b": b.checkpoint, "side": side, "what": "z,a"}, (b,)
+    )
+    c = run("stage_c", recipes["stage_c"], steps_of(recipes["stage_c"]), (b, latents), keep=True)
+    single = run("single_stage", recipes["single_stage"], baseline_steps(recipes, costs), (a, latents), keep=True)
+    short = [run(kind, recipe, whole_parts(plan.short_steps), (a,)) for kind, recipe in variants(recipes).items()]
+    comparison = [judged(job) for job in (c, single)] if pictures.drawn or plan.inception else []
+    return [a, b, latents, c, single, *comparison, *short, judged(b), *map(judged, short)]

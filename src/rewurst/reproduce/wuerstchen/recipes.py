@@ -1,0 +1,156 @@
+"""What is trained, read from the recipes that users train with: nothing of them is repeated here."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import UsageError
+from ...modules.networks import SemanticCompressor
+from ...modules.stage_parts import build
+from ..runs import named
+from ..scales import Config, load
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "wuerstchen"
+STAGES = ("stage_a", "stage_b", "stage_c", "single_stage")
+COMPRESSIONS = ((16, 8), (4, 8), (2, 8), (4, 16))
+"""Channels of z, and pixels on each side of one of its places."""
+SHORT_STEPS = 1000
+POINTS = (8, 10, 6, 5, 4)
+"""Into how many parts a run may be cut, the best first."""
+
+Recipes = dict[str, Config]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a run reads, by paths or, for its key, by what these hold.
+
+    Args:
+        train: Folder of the training images, or of their latents.
+        val: Folders for validation by name.
+        tokenizer: Folder.
+        stage_a: Checkpoint.
+        stage_b: Checkpoint.
+    """
+
+    train: str
+    val: dict[str, str]
+    tokenizer: str
+    stage_a: str = ""
+    stage_b: str = ""
+
+
+def read_recipes(folder: Path, image_size: int | None = None) -> Recipes:
+    """The recipes of a folder by stage; ``image_size`` takes the place of theirs."""
+    recipes = {}
+    for stage in STAGES:
+        path = folder / f"{stage}.yaml"
+        if not path.is_file():
+            raise UsageError(f"{path} is missing: the comparison needs recipes of {', '.join(STAGES)}")
+        recipes[stage] = load(path)
+        arguments = recipes[stage]["data"]["init_args"]
+        if image_size is not None and "image_size" in arguments:
+            arguments["image_size"] = image_size
+    return recipes
+
+
+def image_size_of(recipes: Recipes) -> int:
+    """Side of the pictures in pixels."""
+    return int(recipes["stage_b"]["data"]["init_args"]["image_size"])
+
+
+def steps_of(recipe: Config) -> int:
+    """Steps, made such that a run can be cut into equal parts."""
+    return whole_parts(int(recipe["trainer"]["max_steps"]))
+
+
+def whole_parts(steps: int) -> int:
+    """Steps that ``parts`` cuts: the given ones, or the next fewer ones."""
+    return steps if any(steps % number == 0 for number in POINTS) else max(POINTS[-1], steps - steps % POINTS[0])
+
+
+def parts(steps: int) -> int:
+    """Into how many parts a run of these steps is cut."""
+    return next((number for number in POINTS if steps % number == 0), 1)
+
+
+def placed(recipe: Config, where: Where, seed: int, steps: int) -> Config:
+    """A recipe with other data, seed and length; what decides nothing, such as loggers, is left as it was."""
+    config = copy.deepcopy(recipe)
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    for stage in ("stage_a", "stage_b"):
+        if stage in model:
+            model[stage] = getattr(where, stage)
+    if isinstance(model.get("text_encoder"), dict):
+        model["text_encoder"]["tokenizer"] = where.tokenizer
+    data |= {"corpora": {data["dataset"]: {"path": where.train}}, "val": dict(where.val), "seed": seed}
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] == "LRRewarming":
+            callback["init_args"]["length"] = steps
+    config["trainer"] |= {"max_steps": steps}
+    return config | {"seed_everything": seed}
+
+
+def watched(config: Config, folder: Path, steps: int, keep_all: bool) -> None:
+    """Has a config log and save in a folder, at equal parts of the run, and validate at its middle and end."""
+    every, trainer = steps // parts(steps), config["trainer"]
+    data = config["data"]["init_args"]
+    micro_batches = max(1, data["global_batch_size"] // data["micro_batch_size"])
+    trainer |= {"enable_progress_bar": False, "val_check_interval": micro_batches * every * (parts(steps) // 2 or 1)}
+    trainer["logger"] = named("TensorBoardLogger", save_dir=str(folder.parent), name=folder.name)
+    for callback in trainer["callbacks"]:
+        if callback["class_path"] == "ModelCheckpoint":
+            saved = {"dirpath": str(folder / "checkpoints"), "filename": "{step}", "every_n_train_steps": every}
+            callback["init_args"] = saved | {"save_top_k": -1 if keep_all else 1, "save_last": not keep_all}
+    config["ckpt_path"] = "auto"
+
+
+def compressed(recipe: Config, channels: int, pixels: int) -> Config | None:
+    """Stage B's recipe with another z; none where its compressor cannot have that."""
+    config = copy.deepcopy(recipe)
+    model = config["model"]["init_args"]
+    settings = compressor_of(recipe)
+    if settings["backbone"] != "small":
+        return None
+    levels = round(pixels * settings["input_scale"]).bit_length() - 1
+    widths = settings["widths"]
+    settings |= {"c_latent": channels, "widths": [*widths, *[widths[-1]] * levels][:levels]}
+    model["compressor"] = settings
+    unet = {"preset": model["unet"]} if isinstance(model["unet"], str) else dict(model["unet"])
+    model["unet"] = unet | {"effnet_embd": channels}
+    return config
+
+
+def compressor_of(recipe: Config) -> dict[str, Any]:
+    """All arguments of Stage B's compressor."""
+    with torch.device("meta"):
+        return dict(build(SemanticCompressor, recipe["model"]["init_args"].get("compressor", "paper")).config)
+
+
+def shape_of(recipe: Config, side: int) -> tuple[int, int, int]:
+    """Shape (c, h, w) of z of pictures of a side."""
+    with torch.device("meta"):
+        compressor = build(SemanticCompressor, recipe["model"]["init_args"].get("compressor", "paper"))
+    height, width = compressor.latent_size((side, side))
+    return compressor.config["c_latent"], height, width
+
+
+def ratio_of(shape: tuple[int, int, int], side: int) -> float:
+    """How many times as many numbers a picture has as its z."""
+    return 3 * side * side / (shape[0] * shape[1] * shape[2])
+
+
+def variants(recipes: Recipes) -> dict[str, Config]:
+    """Short runs of Stage B by name, for every compression that fits, the recipe's own included."""
+    recipe, side = recipes["stage_b"], image_size_of(recipes)
+    candidates = [recipe, *(compressed(recipe, *numbers) for numbers in COMPRESSIONS)]
+    found: dict[str, Config] = {}
+    for config in candidates:
+        if config is not None and min(shape_of(config, side)) > 0:
+            found.setdefault("stage_b_" + "x".join(map(str, shape_of(config, side))), config)
+    return found

@@ -1,0 +1,263 @@
+"""``report.md`` and ``report.json`` of the comparison: ratios, claims, points, costs, the paper's hours in FLOPs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from typing import Any
+
+from ...datamodules.shapes import Shape
+from ..jobs import write_whole
+from ..report import claims_table
+from .costs import a100_hours, as_rows, released
+from .evidence import CASCADE, CLAIMS, SINGLE, Claim, Evidence
+from .figures import draw_all
+from .jobs import baseline_steps
+from .recipes import image_size_of, shape_of, steps_of
+
+Row = dict[str, Any]
+TITLES = {
+    "stage_a": "Stage A",
+    "stage_b": "Stage B with the compressor",
+    "stage_c": "Stage C with its text encoder",
+    "single_stage": "single stage with its text encoder",
+}
+
+METHOD = """\
+Both models are trained on the same pictures, in the same Stage A's latents (the single stage) or in what Stage B's
+compressor makes of them (Stage C), with the same loss, weights, text encoder, averaging of weights, sampling steps and
+guidance, as their recipes say. The single stage has as many steps as take the training FLOPs of Stage B and Stage C.
+FLOPs are the stages' own count of a step times steps; Stage A, which both need, and the encoding of the pictures, once,
+are left out. Points before the last are of the same run, whose learning rate has not fallen yet: a run of that length
+would do better, for both. A ratio is taken where both first reach the smaller of the two final scores, linearly between
+points. A claim is **held** where the 90 % interval of its mean over the seeds lies within the bound, **not held** where
+it lies outside, **undecided** otherwise, and with a single seed always: then the number stands for itself."""
+
+
+def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
+    """Writes both files and the figures; returns what ``report.json`` holds."""
+    out = evidence.plan.out
+    out.mkdir(parents=True, exist_ok=True)
+    figures = draw_all(evidence, out)
+    content = {
+        "command": command,
+        "image_size": image_size_of(evidence.plan.recipes),
+        "seeds": len(evidence.seeds),
+        "jobs": jobs,
+        "jobs_done": len(evidence.outcomes),
+        "hours": round(sum(outcome.seconds for outcome in evidence.outcomes.values()) / 3600, 2),
+        "score": evidence.score,
+        "table": [
+            {"model": model, "seed": seed, **point}
+            for seed in evidence.seeds
+            for model in (CASCADE, SINGLE)
+            for point in evidence.points(model, seed)
+        ],
+        "claims": [_claim(claim, evidence) for claim in CLAIMS],
+        "equal_score": [_equal(evidence, seed, with_b) for seed in evidence.seeds for with_b in (False, True)],
+        "costs": as_rows(evidence.costs),
+        "training_flops": {stage: evidence.flops(stage) for stage in evidence.costs},
+        "seconds_a_picture": evidence.seconds(),
+        "compressions": [{"seed": seed, **row} for seed in evidence.seeds for row in evidence.compressions(seed)],
+        "logged": [
+            {"run": kind, "seed": seed, **outcome.values}
+            for (kind, seed), outcome in evidence.outcomes.items()
+            if kind in TITLES
+        ],
+        "released": released(),
+        "a100_hours": a100_hours(),
+    }
+    write_whole(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(out / "report.md", _markdown(content, evidence, figures))
+    return content
+
+
+def _claim(claim: Claim, evidence: Evidence) -> Row:
+    judged = claim.judged(evidence)
+    return {
+        "claim": claim.claim,
+        "paper": claim.paper,
+        "ours": judged.mean,
+        "spread": judged.spread,
+        "verdict": judged.verdict,
+        "quantity": claim.quantity,
+        "bound": f"at least {claim.at_least:g}",
+        "margin": judged.margin,
+        "seeds": judged.seeds,
+    }
+
+
+def _equal(evidence: Evidence, seed: int, with_b: bool) -> Row:
+    equal = evidence.equal(seed, with_b)
+    known = {} if equal is None else {"score": equal.score, "cascade": equal.first, "single_stage": equal.second}
+    return {"seed": seed, "stage_b_counted": with_b, **known, "ratio": equal.ratio if equal else None}
+
+
+def _markdown(content: Row, evidence: Evidence, figures: dict[str, str]) -> str:
+    parts = [
+        _head(content, evidence),
+        ["## Training FLOPs at equal score", "", *_ratios(content, evidence)],
+        ["## Claims", "", *claims_table(content["claims"]), "", METHOD],
+        ["## Points along the runs", "", *_points(content, evidence)],
+        ["## Compression", "", *_compressions(content)],
+        ["## What each stage costs here", "", *_costs(content, evidence)],
+        ["## The released sizes", "", *_released(content)],
+        ["## Figures", ""] + [f"![{shows}]({name})\n" for name, shows in figures.items()],
+    ]
+    return "\n".join("\n".join([*part, ""]) for part in parts)
+
+
+def _head(content: Row, evidence: Evidence) -> list[str]:
+    recipes, side = evidence.plan.recipes, content["image_size"]
+    z = "x".join(map(str, shape_of(recipes["stage_b"], side)))
+    return [
+        "# Würstchen: the cascade against one stage of the same size",
+        "",
+        "Pernias, Rampas, Richter et al., ICLR 2024 ([arXiv 2306.00637](https://arxiv.org/abs/2306.00637)), at another",
+        f"scale. Made by `{content['command']}`:",
+        f"{content['jobs_done']} of {content['jobs']} jobs, {content['seeds']} seeds asked for.",
+        "",
+        f"- Data: {'drawn shapes' if evidence.plan.pictures.drawn else evidence.plan.pictures.train}, {side} pixels; "
+        f"z is {z}.",
+        f"- Steps: Stage A {steps_of(recipes['stage_a']):,}, B {steps_of(recipes['stage_b']):,}, C "
+        f"{steps_of(recipes['stage_c']):,}, single stage {baseline_steps(recipes, evidence.costs):,}.",
+        f"- Time: {content['hours']} hours of processes, {os.cpu_count()} cores, Python {platform.python_version()}.",
+    ]
+
+
+def _ratios(content: Row, evidence: Evidence) -> list[str]:
+    if evidence.score is None:
+        return [
+            "Not judged: attributes can be read of `builtin:shapes` only, and FID needs Inception's weights",
+            "(`--inception`). What remains are the losses that the runs logged, which are of different data and cannot",
+            "be compared with each other, and the PSNR of Stage B.",
+            "",
+            *_logged(content),
+        ]
+    lines = [
+        "| seed | counted | score | cascade, FLOPs | single stage, FLOPs | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in content["equal_score"]:
+        counted = "Stage B and Stage C" if row["stage_b_counted"] else "Stage C alone: B is there already"
+        if row["ratio"] is None:
+            lines.append(f"| {row['seed']} | {counted} | | | | not known |")
+            continue
+        score = abs(row["score"])
+        numbers = f"{row['cascade']:.3g} | {row['single_stage']:.3g} | **{row['ratio']:.2f}**"
+        lines.append(f"| {row['seed']} | {counted} | {score:.3f} | {numbers} |")
+    return [*lines, "", *(line for seed in evidence.seeds for line in _never(evidence, seed))]
+
+
+def _never(evidence: Evidence, seed: int) -> list[str]:
+    """Says which of both never comes to where the other ends."""
+    ends = {"the cascade": evidence.final(CASCADE, seed), "the single stage": evidence.final(SINGLE, seed)}
+    known = {name: end for name, end in ends.items() if end is not None}
+    if len(known) < 2:
+        return [f"Seed {seed}: runs are missing."]
+    sign = -1 if evidence.score == "fid" else 1
+    worse, better = sorted(known, key=lambda name: sign * known[name])
+    if known[worse] == known[better]:
+        return [f"Seed {seed}: both end at {known[better]:.3f}."]
+    best = max(y for _, y in evidence.curve(CASCADE if worse == "the cascade" else SINGLE, seed))
+    never = "never comes to that" if best < sign * known[better] else "came to that before its end"
+    return [f"Seed {seed}: {better} ends at {known[better]:.3f}; {worse} ends at {known[worse]:.3f} and {never}."]
+
+
+def _logged(content: Row) -> list[str]:
+    lines = ["| run | seed | at its end |", "|---|---|---|"]
+    for row in content["logged"]:
+        values = [f"{name} {value:.4g}" for name, value in row.items() if name not in ("run", "seed")]
+        lines.append(f"| {TITLES[row['run']]} | {row['seed']} | {', '.join(values)} |")
+    return lines
+
+
+def _points(content: Row, evidence: Evidence) -> list[str]:
+    names = ["all", "seen", "unseen", *Shape._fields] if evidence.score == "all" else [evidence.score or ""]
+    if not content["table"]:
+        return ["None."]
+    lines = [
+        "Averaged weights; all, seen and unseen are shares of pictures in which every attribute is right, of",
+        "combinations that training showed, and that it did not; then each attribute by itself.",
+        "",
+    ]
+    lines += [
+        f"| model | seed | steps | training FLOPs | {' | '.join(names)} |",
+        f"|---|---|---|---|{'---|' * len(names)}",
+    ]
+    for row in content["table"]:
+        scores = " | ".join(f"{row[name]:.3f}" for name in names)
+        lines.append(f"| {TITLES[row['model']]} | {row['seed']} | {row['steps']:,} | {row['flops']:.3g} | {scores} |")
+    return lines
+
+
+def _compressions(content: Row) -> list[str]:
+    if not content["compressions"]:
+        return ["None."]
+    lines = [
+        "Pictures that Stage B draws from the true z of validation pictures. The last row of a seed is the",
+        "recipe's whole run; the others are short ones.",
+        "",
+        "| z | numbers of a picture / of z | seed | PSNR (dB) | SSIM | all attributes kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in content["compressions"]:
+        z = "x".join(map(str, row["z"])) + (", whole run" if row["run"] == "stage_b" else "")
+        kept = f"{row['all']:.3f}" if "all" in row else ""
+        lines.append(f"| {z} | {row['ratio']:g} | {row['seed']} | {row['psnr']:.2f} | {row['ssim']:.3f} | {kept} |")
+    return lines
+
+
+def _costs(content: Row, evidence: Evidence) -> list[str]:
+    lines = [
+        "| stage | parameters trained | FLOPs a step | training FLOPs | FLOPs a picture drawn |",
+        "|---|---|---|---|---|",
+    ]
+    for row in content["costs"]:
+        total = content["training_flops"][row["stage"]]
+        numbers = [
+            f"{row['parameters']:,}",
+            *(f"{n:.3g}" for n in (row["flops_a_step"], total, row["flops_a_picture"])),
+        ]
+        lines.append(f"| {TITLES[row['stage']]} | {' | '.join(numbers)} |")
+    seconds = content["seconds_a_picture"]
+    if seconds is None:
+        return [*lines, "", "Seconds a picture were not measured."]
+    b = seconds["stage_b_and_a"] - seconds["stage_a"]
+    return [
+        *lines,
+        "",
+        "Seconds a picture, eight at once, one thread, on this machine (median of three): Stage C "
+        f"{seconds['stage_c']:.3f}, Stage B {b:.3f}, Stage A {seconds['stage_a']:.4f}; cascade "
+        f"{seconds['stage_c'] + seconds['stage_b_and_a']:.3f}, single stage and A {seconds['single_stage']:.3f}.",
+    ]
+
+
+def _released(content: Row) -> list[str]:
+    lines = [
+        "Counted, not timed: a picture of 1024 pixels, 60 steps of Stage C with guidance (120 passes), 12 of Stage B.",
+        "",
+        "| network | parameters | FLOPs a pass | passes a picture | FLOPs a picture |",
+        "|---|---|---|---|---|",
+    ]
+    for row in content["released"]:
+        flops = f"{row['flops_a_pass']:.3g} | {row['passes_a_picture']} | {row['flops_a_picture']:.3g}"
+        lines.append(f"| {row['network']} | {row['parameters']:,} | {flops} |")
+    hours = content["a100_hours"]
+    runs = "; ".join(
+        f"{run['steps']:,} x {run['batch']:,} at {run['side']} x {run['side']}: {run['flops']:.3g}"
+        for run in hours["runs"]
+    )
+    return [
+        *lines,
+        "",
+        f"Stage C's {hours['hours']:,} A100-hours are at most {hours['flops_at_most']:.3g} FLOPs (312e12 a second,",
+        f"all of the time), {hours['flops_at_mfu']:.3g} at {hours['mfu']:.0%} of that. Counted from its runs* (steps x",
+        "batch x three forward passes of the released prior):",
+        f"{runs};",
+        f"together **{hours['flops_counted']:.3g} FLOPs**, {hours['mfu_counted']:.1%} of what the hours allow.",
+        "The frozen compressor and text encoder, which see every picture, are not in it, nor what is computed again.",
+        "",
+        "\\* from notes on the paper, not checked against its text.",
+    ]

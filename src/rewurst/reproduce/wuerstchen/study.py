@@ -1,0 +1,120 @@
+"""The comparison from data to report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ... import UsageError
+from ...datamodules.prepare_images import prepare_images
+from ...datamodules.shapes import PICTURES
+from ...datamodules.tokenizer import train_tokenizer
+from ..runner import Runner, Stopped, results_of
+from .costs import Cost, costs_of
+from .evidence import Evidence
+from .jobs import PictureJob, Pictures, Plan, make_jobs
+from .ledger import Outcome, Outcomes, PictureLedger
+from .recipes import CONFIGS, SHORT_STEPS, read_recipes
+from .report import write_report
+
+VOCABULARY = {True: 400, False: 2048}  # of captions, where they are drawn shapes' and where not
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for.
+
+    Args:
+        out: Folder for data, runs and report.
+        seeds: How many, from 0 on.
+        at_once: Runs at a time.
+        data: Indexed shards of captioned images to train on; none for drawn shapes.
+        val: The same for validation.
+        image_size: Side in pixels, by default the recipes'.
+        tokenizer: Folder; none trains one on the captions.
+        inception: File of Inception's weights, for FID.
+        prompts: Pictures judged of each validation corpus.
+        recipes: Folder of recipes; by default those of shapes, or for given data those of emoji.
+        short_steps: Steps of Stage B's runs with other compressions.
+        pictures: Drawn of each combination of shapes.
+        report_only: Run nothing.
+        command: As typed, for the report.
+    """
+
+    out: Path
+    seeds: int = 1
+    at_once: int = 1
+    data: str | None = None
+    val: str | None = None
+    image_size: int | None = None
+    tokenizer: str | None = None
+    inception: str | None = None
+    prompts: int = 96
+    recipes: Path | None = None
+    short_steps: int = SHORT_STEPS
+    pictures: int = PICTURES
+    report_only: bool = False
+    command: str = "rewurst reproduce wuerstchen"
+
+
+def reproduce(options: Options) -> Outcomes:
+    """Runs what has not been run yet and writes ``report.md``, ``report.json`` and figures; also when it is stopped.
+
+    Raises:
+        UsageError: Something given is missing or does not fit, or jobs failed; the report is written without them.
+    """
+    if options.inception is not None and not Path(options.inception).is_file():
+        raise UsageError(f"--inception {options.inception} is no file: give torch-fidelity's Inception weights")
+    folder = options.recipes or CONFIGS / ("emoji" if options.data else "shapes")
+    recipes = read_recipes(folder, options.image_size)
+    pictures = prepare(options)
+    plan = Plan(recipes, pictures, options.out, options.prompts, options.inception, options.short_steps)
+    costs, seeds = costs_of(recipes, pictures.tokenizer), list(range(options.seeds))
+    jobs = make_jobs(plan, costs, seeds)
+    ledger = PictureLedger()
+    if options.report_only:
+        results = results_of(jobs, ledger)
+        _report(options, plan, costs, jobs, results)
+        return results
+    runner: Runner[PictureJob, Outcome] = Runner(jobs, ledger, options.at_once)
+    try:
+        runner.run()
+    except Stopped:
+        _report(options, plan, costs, jobs, runner.results)
+        done = f"{len(runner.results)} of {len(jobs)} jobs are done"
+        raise UsageError(f"stopped: {done}; the same command goes on") from None
+    _report(options, plan, costs, jobs, runner.results)
+    if runner.failures:
+        first, why = next(iter(runner.failures.items()))
+        raise UsageError(f"{len(runner.failures)} of {len(jobs)} jobs failed. {first}: {why}")
+    return runner.results
+
+
+def prepare(options: Options) -> Pictures:
+    """Draws pictures unless some are given, and trains a tokenizer on captions; what is there is not made again."""
+    if options.data is not None and options.val is not None:
+        train, val = options.data, {"val": options.val}
+        for path in (train, options.val):
+            if not (Path(path) / "index.json").is_file():
+                raise UsageError(f"{path} has no index.json: index its shards with `rewurst prepare index`")
+    else:
+        folder = options.out / "data"
+        train, val = str(folder / "train"), {"seen": str(folder / "val"), "unseen": str(folder / "unseen")}
+        if not all((Path(path) / "index.json").exists() for path in (train, *val.values())):
+            prepare_images("builtin:shapes", folder, overwrite=True, pictures=options.pictures)
+    drawn = options.data is None
+    tokenizer = Path(options.tokenizer or options.out / "tokenizer")
+    if options.tokenizer is None and not (tokenizer / "tokenizer.json").exists():
+        tars = [str(path) for path in sorted(Path(train).glob("*.tar"))]
+        if not tars:
+            raise UsageError(f"{train} has no .tar with captions to train a tokenizer on: give --tokenizer")
+        train_tokenizer(tars, VOCABULARY[drawn], tokenizer, overwrite=True)
+    if not (tokenizer / "tokenizer.json").exists():
+        raise UsageError(f"--tokenizer {tokenizer} has no tokenizer.json: give a folder of `rewurst prepare tokenizer`")
+    return Pictures(train, val, str(tokenizer), drawn)
+
+
+def _report(options: Options, plan: Plan, costs: dict[str, Cost], jobs: list[PictureJob], results: Outcomes) -> None:
+    evidence = Evidence(plan, costs, list(range(options.seeds)), results)
+    write_report(evidence, len(jobs), options.command)
+    print(f"{options.out / 'report.md'}: {len(results)} of {len(jobs)} jobs")
