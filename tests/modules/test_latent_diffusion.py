@@ -173,5 +173,5 @@ def test_other_latents_are_refused(single: Build, picture_data: Data, tmp_path: 
         single().data_of({"z": torch.zeros(1), "caption": ["disc"]})
     data = picture_data()
     data.made_by = {"stage_a": {"sha256": "another", "source": "there", "corpus": "shapes"}}
-    with pytest.raises(UsageError, match="stage_a of .* is not what made the latents of shapes"):
+    with pytest.raises(UsageError, match=r"stage_a of .* is not what made the latents of shapes"):
         trainer(tmp_path, max_steps=1).fit(single(), data)

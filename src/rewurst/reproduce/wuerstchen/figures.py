@@ -75,6 +75,7 @@ def draw_compressions(evidence: Evidence, path: Path) -> None:
         panel.set(xlabel="numbers of a picture over those of z", ylabel=label, xscale="log")
         ticks = sorted({row["ratio"] for row in rows})
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.margins(x=0.15, y=0.12)  # room for the names of z
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend()

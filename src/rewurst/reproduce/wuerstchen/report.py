@@ -257,7 +257,7 @@ def _released(content: Row) -> list[str]:
         "batch x three forward passes of the released prior):",
         f"{runs};",
         f"together **{hours['flops_counted']:.3g} FLOPs**, {hours['mfu_counted']:.1%} of what the hours allow.",
-        "The frozen compressor and text encoder, which see every picture, are not in it, nor what is computed again.",
+        "The frozen compressor and text encoder, which see every picture, are not in it, nor what is recomputed.",
         "",
         "\\* from notes on the paper, not checked against its text.",
     ]
