@@ -168,37 +168,6 @@ def test_fid_of_given_pictures(
 
     monkeypatch.setattr("rewurst.reproduce.wuerstchen.judging.load_inception", lambda path: Quarters())
     prepare_images("builtin:shapes", tmp_path / "given", pictures=1, progress=False)
-    data, val = str(tmp_path / "given" / "train"), str(tmp_path / "given" / "unseen")
-    options = Options(tmp_path / "out", data=data, val=val, image_size=32, recipes=recipes, prompts=2, short_steps=2)
-    results = reproduce(options)
-    assert not [kind for kind, _ in results if kind.startswith("judge_s") and "stage_b" not in kind]
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["image_size"] == 32
-    assert report["score"] is None
-    assert {tuple(row["z"]) for row in report["compressions"]} == {(4, 4, 4), (2, 2, 2)}
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "FID needs Inception's weights" in text
-    assert "val/loss/val" in text
-
-
-def test_fid_of_given_pictures(
-    recipes: Path, began: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a judge in the place of Inception: the weights are no part of this project."""
-
-    class Judges:
-        def __init__(self, inception: str | None, clip: str | None, device: str) -> None:
-            self.differences: list[float] = []
-
-        def update(self, images: Any, drawn: Any, captions: list[str]) -> None:
-            assert images.shape == drawn.shape
-            self.differences.append(float((images - drawn).square().mean()))
-
-        def compute(self) -> dict[str, float]:
-            return {"fid": 100 * sum(self.differences)}
-
-    monkeypatch.setattr("rewurst.reproduce.wuerstchen.judging.Judges", Judges)
-    prepare_images("builtin:shapes", tmp_path / "given", pictures=1, progress=False)
     (tmp_path / "inception.pth").touch()
     data, val = str(tmp_path / "given" / "train"), str(tmp_path / "given" / "unseen")
     options = Options(tmp_path / "out", data=data, val=val, inception=str(tmp_path / "inception.pth"), recipes=recipes)
