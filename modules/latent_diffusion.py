@@ -12,7 +12,7 @@ from .. import UsageError
 from .flops import FROZEN, TRAINED, forward_flops
 from .image_metrics import valid_samples
 from .networks import VQGAN, ConditionCache, StageBUNet
-from .networks.prior import AUTHORS_WIDTH
+from .networks.layers import AUTHORS_WIDTH
 from .optimizers import OptimizerChoice
 from .stage_parts import Batch, Frozen, Settings, build, generators, initialise, pixels
 from .text_stage import TextStage
