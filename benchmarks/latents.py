@@ -12,6 +12,8 @@ import io
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
 from PIL import Image
 from torch import Tensor, nn
+from wuerstchen import peak_bytes, reset_peak, twin
 
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
 from rewurst.datamodules.foreign import index_shards
@@ -78,18 +80,37 @@ def training_step(network: nn.Module, ours: bool, batch: Sequence[Tensor]) -> Ca
 
 def compare_steps(runs: int, samples: int) -> dict[str, Any]:
     """Time a training step at c=1536, depth 2, 24 x 24; both begin with equal weights and give equal losses."""
-    torch.manual_seed(0)
-    ours = Prior.from_preset("released", depth=2, dropout=0.0)
-    nn.init.normal_(ours.get_parameter("out.1.weight"), std=1e-3)
-    theirs = WuerstchenPrior(**ours.config)
-    theirs.load_state_dict(ours.state_dict())
-    x, noise = torch.randn(2, samples, 16, 24, 24)
-    batch = (x, torch.linspace(0.1, 0.9, samples), noise, torch.randn(samples, 77, WIDTH))
-    sides = [training_step(network, network is ours, batch) for network in (ours, theirs)]
+    sides = [build_step(side, samples) for side in ("ours", "theirs")]
     first, second = (side() for side in sides)
     if abs(first - second) > 1e-4 * abs(second):
         raise SystemExit(f"{STEP}: losses are {first} and {second}")
     return row(STEP, "diffusers", median_seconds(sides, runs), samples) | {"samples": samples}
+
+
+def build_step(side: str, samples: int) -> Callable[[], float]:
+    """A training step of our prior or of diffusers', with the same weights on the same batch."""
+    torch.manual_seed(0)
+    network: nn.Module = Prior.from_preset("released", depth=2, dropout=0.0)
+    nn.init.normal_(network.get_parameter("out.1.weight"), std=1e-3)
+    x, noise = torch.randn(2, samples, 16, 24, 24)
+    batch = (x, torch.linspace(0.1, 0.9, samples), noise, torch.randn(samples, 77, WIDTH))
+    if side == "theirs":
+        assert isinstance(network, Prior)
+        network = twin(network)
+    return training_step(network, side == "ours", batch)
+
+
+def compare_memory(runs: int, samples: int, threads: int) -> dict[str, Any]:
+    """Peak memory of processes that train for two steps, libraries and optimizer included."""
+    peaks: dict[str, list[int]] = {"ours": [], "theirs": []}
+    for _ in range(runs):
+        for side, found in peaks.items():
+            command = [sys.executable, __file__, "--peak", side, "--samples", str(samples), "--threads", str(threads)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found.append(int(done.stdout.split()[-1]))
+    ours, theirs = (statistics.median(found) for found in peaks.values())
+    found = {"what": STEP, "peer": "diffusers", "ours": ours, "theirs": theirs, "ratio": ours / theirs, "unit": "bytes"}
+    return found | {"peaks_ours": peaks["ours"], "peaks_theirs": peaks["theirs"], "samples": samples}
 
 
 def write_images(folder: Path, count: int) -> str:
@@ -169,11 +190,20 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--text_layers", type=int, default=4, help="32 in the released text encoder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(args)
     torch.set_num_threads(arguments.threads)
+    if arguments.peak:
+        step = build_step(arguments.peak, arguments.samples)
+        reset_peak(on_gpu=False)
+        for _ in range(2):  # the optimizer's state is made by the first
+            step()
+        print(peak_bytes(on_gpu=False))
+        return
     setting = {"torch": torch.__version__, "device": platform.machine(), "threads": arguments.threads}
     setting |= {"dtype": "float32", "runs": arguments.runs}
     results = [compare_steps(arguments.runs, arguments.samples)]
+    results.append(compare_memory(arguments.runs, arguments.samples, arguments.threads))
     with tempfile.TemporaryDirectory() as root:
         sizes = (arguments.images, arguments.text_layers, arguments.runs, arguments.batch_size)
         results.append(compare_data(Path(root), *sizes))
