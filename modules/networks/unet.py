@@ -15,7 +15,6 @@ from .. import diffusion
 from .base import Network, Presets
 from .conditioned import ConditionedResBlock
 from .layers import (
-    AUTHORS_WIDTH,
     AttnBlock,
     ConditionCache,
     Conv,
@@ -145,17 +144,11 @@ class StageBUNet(Network):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the authors do; each residual block is scaled once, by 1 / sqrt(number of blocks).
-
-        Their N(0, 0.02) would leave next to nothing of the compressor's latents in a narrow network, which learns them
-        sooner where the map keeps their scale.
-        """
+        """Initialise as the authors do; each residual block is scaled once, by 1 / sqrt(number of blocks)."""
         self.apply(xavier)
-        narrow = self.config["c_cond"] < AUTHORS_WIDTH
         for mapper in [*self.effnet_mappers, self.clip_mapper]:
             if mapper is not None:
-                kept = narrow and mapper is not self.clip_mapper
-                nn.init.normal_(mapper.weight, std=self.config["effnet_embd"] ** -0.5 if kept else 0.02)
+                nn.init.normal_(mapper.weight, std=0.02)
         nn.init.xavier_uniform_(self.get_parameter("embedding.1.weight"), gain=0.02)
         nn.init.zeros_(self.get_parameter("clf.1.weight"))
         for module in self.modules():
