@@ -185,18 +185,12 @@ def accuracy(folder: Path, kept: Path, count: int) -> Accuracy:
     if kept.exists():
         found: Accuracy = json.loads(kept.read_text(encoding="utf8"))
         return found
-    judge = shapes.Judge(pictures.SIDE, families=tuple(FAMILIES.values()))
     found = {}
     for name, family in FAMILIES.items():
         unseen = set(shapes.held_out(family))
         shown = [shape for shape in shapes.combinations(family) if shape not in unseen]
         asked = random.Random(0).sample(shown, count)
-        pairs = list(zip(judge.read(drawn(folder, asked)), asked, strict=True))
-        found[name] = {
-            field: float(np.mean([getattr(read, field) == getattr(wanted, field) for read, wanted in pairs]))
-            for field in shapes.Shape._fields
-        }
-        found[name]["all"] = float(np.mean([read == wanted for read, wanted in pairs]))
+        found[name] = pictures.Drawn(asked, drawn(folder, asked)).right(tuple(FAMILIES.values()))
     kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf8")
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ class Drawn:
     asked: list[shapes.Shape]
     pictures: np.ndarray[Any, Any]
 
-    def right(self) -> dict[str, float]:
-        """Share of the pictures in which each attribute, and all of them, are what was asked for."""
-        read = shapes.Judge(SIDE).read(self.pictures)
+    def right(self, families: Sequence[str] = ("builtin:shapes",)) -> dict[str, float]:
+        """Share of the pictures in which each attribute, and all of them, are as asked; of all that may be drawn."""
+        read = shapes.Judge(SIDE, families=families).read(self.pictures)
         pairs = list(zip(read, self.asked, strict=True))
         shares = {
             name: float(np.mean([getattr(found, name) == getattr(asked, name) for found, asked in pairs]))

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from stage_runs import column, trainer
+from stage_runs import fit_six_steps, trainer
 
 from rewurst import UsageError
-from rewurst.callbacks import ExactResume, LRRewarming, WarmupCosine, WeightAverage
+from rewurst.callbacks import LRRewarming, WarmupCosine
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import LatentDiffusion
 from rewurst.modules.networks import VQGAN, StageBUNet
@@ -94,16 +93,7 @@ def test_the_loss_is_the_papers(single: Build) -> None:
 def test_a_resumed_run_is_the_whole_one(picture_data: Data, single: Build, tmp_path: Path, stop: int) -> None:
     def fit(name: str, ckpt_path: Path | None = None) -> tuple[dict[str, Any], list[float]]:
         module = single(unet=UNET | {"dropout": 0.2})
-        callbacks = [
-            LRRewarming(WarmupCosine(1e-2, 1e-3, 0.1), 6),
-            WeightAverage(0.5, every=2, start_step=3),
-            ExactResume(),
-            ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1),
-        ]
-        run = trainer(tmp_path, max_steps=6, callbacks=callbacks, val_check_interval=4, limit_val_batches=1.0)
-        run.fit(module, picture_data(2, 4), ckpt_path=ckpt_path, weights_only=True)
-        content: dict[str, Any] = torch.load(tmp_path / name / "step=6.ckpt", weights_only=True)
-        return content, column(run.logger, "train/loss")
+        return fit_six_steps(tmp_path, name, module, picture_data(2, 4), ckpt_path)
 
     whole, losses = fit("whole")
     resumed, rest = fit("resumed", tmp_path / "whole" / f"step={stop}.ckpt")

@@ -14,12 +14,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from stage_runs import column, trainer
+from stage_runs import column, fit_six_steps, trainer
 from torch import Tensor, nn
 from torchvision.models import efficientnet_v2_s
 
 from rewurst import UsageError
-from rewurst.callbacks import ExactResume, LRRewarming, WarmupCosine, WeightAverage
+from rewurst.callbacks import LRRewarming, WarmupCosine
 from rewurst.modules import StageB, diffusion
 from rewurst.modules.networks import VQGAN, SemanticCompressor, StageBUNet
 from rewurst.modules.stage_parts import generators
@@ -146,16 +146,7 @@ def test_a_resumed_run_is_the_whole_one(
     def fit(name: str, ckpt_path: Path | None = None) -> tuple[dict[str, Any], list[float]]:
         unet = {**SMALL["unet"], "dropout": 0.2}
         module = stage_b(stage_a_folder, unet=unet, text_encoder=str(text_encoder_folder))
-        callbacks = [
-            LRRewarming(WarmupCosine(1e-2, 1e-3, 0.1), 6),
-            WeightAverage(0.5, every=2, start_step=3),
-            ExactResume(),
-            ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=1, save_top_k=-1),
-        ]
-        run = trainer(tmp_path, max_steps=6, callbacks=callbacks, val_check_interval=4, limit_val_batches=1.0)
-        run.fit(module, picture_data(2, 4), ckpt_path=ckpt_path, weights_only=True)
-        content: dict[str, Any] = torch.load(tmp_path / name / "step=6.ckpt", weights_only=True)
-        return content, column(run.logger, "train/loss")
+        return fit_six_steps(tmp_path, name, module, picture_data(2, 4), ckpt_path)
 
     whole, losses = fit("whole")
     resumed, rest = fit("resumed", tmp_path / "whole" / f"step={stop}.ckpt")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+
+from rewurst.callbacks import ExactResume, LRRewarming, WarmupCosine, WeightAverage
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
@@ -25,6 +28,19 @@ def trainer(folder: Path, **options: Any) -> Trainer:
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", [])),
     }
     return Trainer(**{**defaults, **options})
+
+
+def fit_six_steps(folder: Path, name: str, module: Any, data: Any, ckpt_path: Path | None) -> tuple[Any, list[float]]:
+    """Six steps with averaged weights and a checkpoint each; the last checkpoint, and the losses."""
+    callbacks = [
+        LRRewarming(WarmupCosine(1e-2, 1e-3, 0.1), 6),
+        WeightAverage(0.5, every=2, start_step=3),
+        ExactResume(),
+        ModelCheckpoint(folder / name, "{step}", every_n_train_steps=1, save_top_k=-1),
+    ]
+    run = trainer(folder, max_steps=6, callbacks=callbacks, val_check_interval=4, limit_val_batches=1.0)
+    run.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    return torch.load(folder / name / "step=6.ckpt", weights_only=True), column(run.logger, "train/loss")
 
 
 def column(logger: Any, key: str) -> list[float]:

@@ -14,6 +14,7 @@ from .claims import Tested, examine
 from .corpora import Data
 from .figures import Evidence, draw_all
 from .jobs import Job, write_whole
+from .judging import Judged
 from .paper import STRONG, WEAK, Losses
 from .results import Results
 from .runs import OLD, Run
@@ -73,19 +74,24 @@ def _row(run: Run, results: Results, names: tuple[str, str]) -> Row | None:
 _PAPER: dict[str, dict[str, Losses]] = {"slimpajama": WEAK, "german": STRONG}
 
 
-def _claim(tested: Tested) -> dict[str, Any]:
-    claim, judged = tested.claim, tested.judged
+def claim_row(claim: str, quantity: str, paper: str, bound: str, judged: Judged) -> Row:
+    """A claim and what the seeds say of it, as ``report.json`` holds them."""
     return {
-        "claim": claim.claim,
-        "paper": claim.paper,
+        "claim": claim,
+        "paper": paper,
         "ours": judged.mean,
         "spread": judged.spread,
         "verdict": judged.verdict,
-        "quantity": claim.quantity,
-        "bound": claim.bound,
+        "quantity": quantity,
+        "bound": bound,
         "margin": judged.margin,
         "seeds": judged.seeds,
     }
+
+
+def _claim(tested: Tested) -> Row:
+    claim = tested.claim
+    return claim_row(claim.claim, claim.quantity, claim.paper, claim.bound, tested.judged)
 
 
 def _markdown(content: dict[str, Any], scale: Scale, jobs: Sequence[Job], figures: dict[str, str]) -> str:

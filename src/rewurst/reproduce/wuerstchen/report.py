@@ -9,7 +9,7 @@ from typing import Any
 
 from ...datamodules.shapes import Shape
 from ..jobs import write_whole
-from ..report import claims_table
+from ..report import claim_row, claims_table
 from .costs import a100_hours, as_rows, released
 from .evidence import CASCADE, CLAIMS, SINGLE, Claim, Evidence
 from .figures import draw_all
@@ -74,18 +74,8 @@ def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
 
 
 def _claim(claim: Claim, evidence: Evidence) -> Row:
-    judged = claim.judged(evidence)
-    return {
-        "claim": claim.claim,
-        "paper": claim.paper,
-        "ours": judged.mean,
-        "spread": judged.spread,
-        "verdict": judged.verdict,
-        "quantity": claim.quantity,
-        "bound": f"at least {claim.at_least:g}",
-        "margin": judged.margin,
-        "seeds": judged.seeds,
-    }
+    bound = f"at least {claim.at_least:g}"
+    return claim_row(claim.claim, claim.quantity, claim.paper, bound, claim.judged(evidence))
 
 
 def _equal(evidence: Evidence, seed: int, with_b: bool) -> Row:
