@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .lanes import Lanes
-from .order import CorpusOrder, slot_seeds
+from .order import CorpusOrder, slot_quantiles, slot_seeds
 from .picks import Batch, Numbers, Picks, as_is
 from .progress import Progress
 
@@ -90,9 +90,11 @@ class MicroBatches(Dataset[Batch]):
             if mine.any():
                 own = int(self._lanes.lane_of[index, lane])
                 rows[mine] = source.in_lane(own, self._index(index, own, counter[mine]))
-        seeds = slot_seeds(self._seed, step, np.arange(slots.start, slots.stop))
+        numbers = np.arange(slots.start, slots.stop)
+        seeds, quantiles = slot_seeds(self._seed, step, numbers), slot_quantiles(self._seed, step, numbers)
+        picks = Picks(corpus, rows, seeds, lane, training=True, quantile=quantiles)
         # What only the host reads stays NumPy: each tensor costs a worker a shared memory file, and a copy to a device.
-        return self._read(Picks(corpus, rows, seeds, lane, training=True)) | {"corpus": corpus, "row": rows}
+        return self._read(picks) | {"corpus": corpus, "row": rows}
 
     def _index(self, corpus: int, lane: int, counters: Numbers) -> Numbers:
         """Index within the lane of each counter: permuted by the block, which NumPy does for little more than a row."""

@@ -103,6 +103,7 @@ class ReplacingReader(ABC, Generic[S]):
             **self.arrays(shown),
             "caption": [one.caption for one in shown],
             "seed": picks.seed,
+            **({} if picks.quantile is None else {"quantile": picks.quantile}),
             "original_size": np.array([one.original_size for one in shown]),
             "crop": np.array([one.crop for one in shown]),
             "replaced": replaced,

@@ -33,7 +33,8 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
     arrays: ``seed`` (n,), from which a model draws all that is random about a sample, so that it does not depend on
     ranks or micro-batches; ``original_size`` (n, 2), height and width of the stored image; ``crop`` (n, 4), top, left,
     height and width of what is shown, in its pixels; ``replaced`` (n,), whether the image took a corrupt one's place;
-    in training ``corpus`` and ``row`` (n,). Validation batches have tensors ``row`` and ``valid`` (n,), which is 0 for
+    in training ``corpus`` and ``row`` (n,), and ``quantile`` (n,), numbers in [0, 1) that are evenly spread over the
+    global batch, for diffusion times. Validation batches have tensors ``row`` and ``valid`` (n,), which is 0 for
     samples that only fill up; their images are cropped in the centre and keep their captions.
 
     With ``max_aspect`` above 1 each global batch has one of several shapes of about equal area. Which one is a function

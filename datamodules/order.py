@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 ROUNDS = 8
+GOLDEN_SECTION = (5**0.5 - 1) / 2
 
 
 def permute(index: Rows, size: int, keys: NDArray[np.uint64]) -> Rows:
@@ -65,6 +66,22 @@ def slot_seeds(seed: int, step: int, slots: Rows) -> Rows:
     """
     key = round_keys(seed, "", step, "slots")[0]
     return (_mix(slots.astype(np.uint64) ^ key) >> np.uint64(1)).astype(np.int64)
+
+
+def slot_quantiles(seed: int, step: int, slots: Rows) -> NDArray[np.float64]:
+    """A number in [0, 1) for each slot of a step, uniform by itself and evenly spread over the slots.
+
+    A random number of the step is shifted by multiples of the golden section, whose run of any length leaves no large
+    gap: the low-discrepancy sampler of Kingma et al. 2021 (arXiv 2107.00630, appendix I.1) without a batch size in it,
+    so that it depends on ranks, workers and micro-batches no more than :func:`slot_seeds` does.
+
+    Args:
+        seed: Of the run.
+        step: Of the global batch.
+        slots: In the global batch, ``(n,)``.
+    """
+    offset = float(round_keys(seed, "", step, "quantiles")[0] >> np.uint64(11)) / 2**53
+    return (offset + slots * GOLDEN_SECTION) % 1.0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Picks:
         seed: Of all that is random about it, ``(n,)``.
         lane: Of the batch.
         training: Whether the model learns from it, rather than being evaluated on it.
+        quantile: Of each sample in training, ``(n,)`` in [0, 1): see :func:`~rewurst.datamodules.order.slot_quantiles`.
     """
 
     corpus: Numbers
@@ -29,6 +30,7 @@ class Picks:
     seed: Numbers
     lane: int
     training: bool
+    quantile: NDArray[np.float64] | None = None
 
 
 def as_is(batch: Batch) -> Batch:

@@ -48,14 +48,14 @@ def p2_weight(t: Times, k: float = 1.0, gamma: float = 1.0) -> Times:
     return (k + level / (1 - level)) ** -gamma
 
 
-def inverse_snr_weight(t: Times, largest: float) -> Times:
-    """Weight of the noise's squared error at t: 1 / snr, kept in [1, largest].
+def inverse_snr_weight(t: Times, largest: float, smallest: float = 1.0) -> Times:
+    """Weight of the noise's squared error at t: 1 / snr, kept in [smallest, largest].
 
-    Without bound that is the data's squared error weighted with max(snr, 1) (Salimans and Ho, progressive distillation,
-    "truncated SNR").
+    Between the bounds that is the data's squared error. From 1 on and without an upper bound it is that weighted with
+    max(snr, 1) (Salimans and Ho, progressive distillation, "truncated SNR").
     """
     level = alpha_bar(t)
-    return ((1 - level) / level).clamp(1, largest)
+    return ((1 - level) / level).clamp(smallest, largest)
 
 
 def noise_from_prior(x: Images, a: Images, b: Images) -> Images:

@@ -51,6 +51,15 @@ class DiffusionStage(WatchedModule):
     def frozen_parts(self) -> dict[str, Frozen[Any] | None]:
         """Networks that are used and not trained, by the name of the argument that gives them; none where absent."""
 
+    def quantiles(self, batch: Batch, drawn: Tensor) -> Tensor:
+        """A number in [0, 1) for each sample, (n,), to make its training time of: as ``drawn`` where a batch has none.
+
+        A data module's ``quantile`` is evenly spread over the global batch. Losses differ more by t than by picture,
+        and the gradient of a batch that has all times in it is far less noisy.
+        """
+        given = batch.get("quantile")
+        return drawn if given is None else torch.as_tensor(given, dtype=drawn.dtype).to(drawn.device)
+
     def validation_times(self, batch: Batch, count: int, randomness: list[Generator] | None) -> tuple[Tensor, Tensor]:
         """Interval of t and t of each of ``count`` samples, (count,): the same at every validation."""
         rows = torch.as_tensor(batch.get("row", range(count)), device=self.device)

@@ -26,8 +26,9 @@ class LatentDiffusion(TextStage):
 
     Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], or ``a`` (n, 4, h, w), Stage A's
     latents, with ``caption``, a list of n texts, or ``text``, its states (n, 77, c) from a frozen encoder, and with
-    ``seed``, (n,). All that is drawn for a sample comes from its seed. Where the data module has latents that were made
-    beforehand, other networks than those that made them are refused.
+    ``seed``, (n,). All that is drawn for a sample comes from its seed; its time from ``quantile``, (n,) in [0, 1), if
+    it is there. Where the data module has latents that were made beforehand, other networks than those that made them
+    are refused.
 
     Logs what :class:`StageC` logs.
 

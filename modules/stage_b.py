@@ -29,7 +29,8 @@ class StageB(DiffusionStage):
     The loss is the mean squared error of the predicted noise.
 
     Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], ``caption``, a list of n texts,
-    and ``seed``, (n,). All that is drawn for a sample comes from its seed.
+    and ``seed``, (n,). All that is drawn for a sample comes from its seed; its time from ``quantile``, (n,) in [0, 1),
+    where there is one.
 
     Logs ``train/loss``, ``train/grad_norm``; for each corpus ``val/loss`` (t evenly spread over [0, 1]), ``val/psnr``
     (mean over images of each image's) and ``val/ssim`` of pictures drawn from z, and over all corpora
@@ -48,9 +49,11 @@ class StageB(DiffusionStage):
         zero_share: Share of the samples whose embedding is zeroed.
         noise_share: Share of the others whose embedding is noised.
         noise_until: Largest time to which it is noised.
-        max_loss_weight: A sample's loss is weighted with 1 / snr(t), kept in [1, max_loss_weight]; 1 is the paper's.
-            Near t = 1, where z alone knows the picture, the noise's error hardly tells what is missing, and at smaller
-            t simple pictures shine through the noise: without weight a small model learns next to nothing of z.
+        max_loss_weight: A sample's loss is weighted with 1 / snr(t), which this bounds; 1 is the paper's. Near t = 1,
+            where z alone knows the picture, the noise's error hardly tells what is missing, and at smaller t simple
+            pictures shine through the noise: without weight a small model learns next to nothing of z.
+        min_loss_weight: Lower bound of that weight, up to 1. At small t, where 1 / snr is near 0, the noise's error is
+            large: with a weight of 1 it is most of the loss, and what z has to tell is learnt late.
         sampling_steps: Of pictures drawn in validation.
         sampled_batches: Validation batches of each corpus, on each rank, from which pictures are drawn.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
@@ -79,12 +82,14 @@ class StageB(DiffusionStage):
         noise_share: float = 0.3,
         noise_until: float = 0.5,
         max_loss_weight: float = 1.0,
+        min_loss_weight: float = 1.0,
         sampling_steps: int = 12,
         sampled_batches: int = 1,
         max_grad_norm: float | None = 1.0,
     ) -> None:
         super().__init__(optimizer, max_grad_norm, max_loss_weight)
-        for name, value in (("zero_share", zero_share), ("noise_share", noise_share), ("noise_until", noise_until)):
+        shares = {"zero_share": zero_share, "noise_share": noise_share, "noise_until": noise_until}
+        for name, value in (shares | {"min_loss_weight": min_loss_weight}).items():
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} {value} must lie in [0, 1]")
         self.unet, self.compressor = build(StageBUNet, unet), build(SemanticCompressor, compressor)
@@ -102,6 +107,7 @@ class StageB(DiffusionStage):
             nn.init.zeros_(self.unet.clip_mapper.weight).requires_grad_(False)
         self._check_widths()
         self.text_length = text_length
+        self.min_loss_weight = min_loss_weight
         self.zero_share, self.noise_share, self.noise_until = zero_share, noise_share, noise_until
         self.sampling_steps, self.sampled_batches = sampling_steps, sampled_batches
 
@@ -138,12 +144,16 @@ class StageB(DiffusionStage):
         """Mean loss of a micro-batch."""
         images, randomness = pixels(batch), generators(batch)
         chance, zeroed, noised, level = uniforms(randomness, len(images), 4, images.device)
-        t, latents = diffusion.training_times(chance), self.latents(images)
+        t, latents = diffusion.training_times(self.quantiles(batch, chance)), self.latents(images)
         noise = diffusion.draw(latents.shape, randomness, latents)
         z = self._disturbed(self.compressor(images).float(), zeroed, noised, level, randomness)
         text = self.text_states(batch["caption"])
         losses = self._losses(latents, t, noise, z, text)
-        return self.watch((losses * diffusion.inverse_snr_weight(t, self.max_loss_weight)).mean(), batch)
+        return self.watch((losses * self._weight(t)).mean(), batch)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        """Weight (n,) of the noise's error at t."""
+        return diffusion.inverse_snr_weight(t, self.max_loss_weight, self.min_loss_weight)
 
     def _disturbed(
         self, z: Tensor, zeroed: Tensor, noised: Tensor, level: Tensor, randomness: list[Generator] | None

@@ -24,13 +24,14 @@ class StageC(TextStage):
 
     It learns to denoise x = (z + latent_std) / latent_mean, z being what the frozen Semantic Compressor makes of an
     image. The loss is the mean squared error of the predicted noise, weighted with p2 = 1 - alpha_bar(t), and more
-    near t = 1 where ``max_loss_weight`` says so. Captions are
-    seen through all states of a text encoder, padding included; one that was dropped is the text "".
+    near t = 1 where ``max_loss_weight`` says so. Captions are seen through all states of a text encoder, padding
+    included; one that was dropped is the text "".
 
     Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], or ``z`` (n, 16, h, w), with
     ``caption``, a list of n texts, or ``text``, its states (n, 77, c) from a frozen encoder, and with ``seed``, (n,).
-    All that is drawn for a sample comes from its seed. Where the data module has latents that were made beforehand, it
-    says so by ``made_by``, and other networks than those that made them are refused.
+    All that is drawn for a sample comes from its seed; its time from ``quantile``, (n,) in [0, 1), where there is one.
+    Where the data module has latents that were made beforehand, it says so by ``made_by``, and other networks than
+    those that made them are refused.
 
     Logs ``train/loss``, ``train/grad_norm``; for each corpus ``val/loss`` (weighted as in training, t evenly spread
     over [0, 1]), and over all corpora ``val/loss_at/<interval of t>``, without the weight. Times and noise of

@@ -150,9 +150,8 @@ class TextStage(DiffusionStage):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""
         randomness = generators(batch)
-        chance, high = uniforms(randomness, self.samples_in(batch), 2, self.device)
-        t = diffusion.training_times(chance)
-        t = torch.where(high < self.high_noise_share, 0.85 + 0.14 * chance, t)
+        [chance] = uniforms(randomness, self.samples_in(batch), 1, self.device)
+        t = self._times(self.quantiles(batch, chance))
         return self.watch((self.losses(batch, t, randomness) * self._weight(t)).mean(), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -162,6 +161,13 @@ class TextStage(DiffusionStage):
         losses = self.losses(batch, t, randomness)
         counted = valid_samples(batch, losses)
         self.take_in(dataloader_idx, losses * self._weight(t), losses, bucket, counted)
+
+    def _times(self, quantile: Tensor) -> Tensor:
+        """Training times by their quantiles, (n,): the share of high noise first."""
+        share = self.high_noise_share
+        high = 0.85 + 0.14 * quantile / max(share, 1e-9)
+        other = diffusion.training_times((quantile - share) / max(1 - share, 1e-9))
+        return torch.where(quantile < share, high, other)
 
     def _weight(self, t: Tensor) -> Tensor:
         return diffusion.p2_weight(t) * diffusion.inverse_snr_weight(t, self.max_loss_weight)

@@ -91,7 +91,9 @@ class _Batches:
             "seed": np.array([np.random.default_rng([self.corpus, row, 7]).integers(2**63) for row in rows]),
             "row": samples,
         }
-        if not self.training:
+        if self.training:
+            batch["quantile"] = rows * 0.6180339887 % 1
+        else:
             batch["valid"] = torch.from_numpy(samples < self.count)
         return batch
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import efficientnet_v2_s
+from torchvision.models.efficientnet import FusedMBConv, FusedMBConvConfig
 from torchvision.ops import Conv2dNormActivation
 
 from ... import UsageError
@@ -19,12 +20,17 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which EfficientNet's weights expect."""
 
 
-def small_backbone(widths: Sequence[int]) -> tuple[nn.Sequential, int, int]:
-    """Stack stride-2 convolutions for images that EfficientNet would shrink to nothing; return width and stride too."""
-    layers = [
+def small_backbone(widths: Sequence[int], depth: int) -> tuple[nn.Sequential, int, int]:
+    """Stack stride-2 convolutions for images that EfficientNet would shrink to nothing; return width and stride too.
+
+    ``depth`` of EfficientNetV2's residual blocks follow.
+    """
+    layers: list[nn.Module] = [
         Conv2dNormActivation(before, c, kernel_size=3, stride=2, activation_layer=nn.SiLU)
         for before, c in zip([3, *widths], widths, strict=False)
     ]
+    block = FusedMBConvConfig(1, 3, 1, widths[-1], widths[-1], num_layers=1)
+    layers += [FusedMBConv(block, stochastic_depth_prob=0.0, norm_layer=nn.BatchNorm2d) for _ in range(depth)]
     return nn.Sequential(*layers), widths[-1], 2 ** len(widths)
 
 
@@ -35,6 +41,8 @@ class SemanticCompressor(Network):
         c_latent: Channels of the latents.
         backbone: "efficientnet_v2_s" (stride 32), or "small": stride-2 convolutions of the given widths.
         widths: Of the small backbone; its stride is 2 to their number.
+        depth: Residual blocks that the small backbone ends with. Without any, a latent knows little more of the image
+            than its own square; with them it can say what it is a part of.
         input_scale: Images are resized by it first: 0.75 makes stride 32 into 42.67 pixels a latent.
     """
 
@@ -53,13 +61,14 @@ class SemanticCompressor(Network):
         backbone: str = "efficientnet_v2_s",
         widths: Sequence[int] = (32, 64, 128, 256),
         input_scale: float = 0.75,
+        depth: int = 0,
     ) -> None:
-        super().__init__(c_latent=c_latent, backbone=backbone, widths=widths, input_scale=input_scale)
+        super().__init__(c_latent=c_latent, backbone=backbone, widths=widths, input_scale=input_scale, depth=depth)
         self.input_scale = input_scale
         if backbone == "efficientnet_v2_s":
             self.backbone, c, self.stride = efficientnet_v2_s().features, 1280, 32
         elif backbone == "small":
-            self.backbone, c, self.stride = small_backbone(widths)
+            self.backbone, c, self.stride = small_backbone(widths, depth)
         else:
             raise UsageError(f"backbone {backbone!r} is unknown: choose 'efficientnet_v2_s' or 'small'")
         self.mapper = nn.Sequential(nn.Conv2d(c, c_latent, kernel_size=1, bias=False), nn.BatchNorm2d(c_latent))

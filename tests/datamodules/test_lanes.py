@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rewurst.datamodules.lanes import Lanes
 from rewurst.datamodules.mixture import Mixture, RunningShare
-from rewurst.datamodules.order import slot_seeds
+from rewurst.datamodules.order import slot_quantiles, slot_seeds
 
 LANE_OF = np.array([[0, 1, 2], [0, 1, 1], [2, 2, 2]])
 
@@ -81,6 +81,25 @@ def test_seeds_of_slots_never_change() -> None:
     assert many.min() >= 0
     bits = (many[:, None] >> np.arange(63)) & 1
     assert abs(bits.mean(0) - 0.5).max() < 0.01
+
+
+@given(first=st.integers(0, 10**6), count=st.integers(1, 512), step=st.integers(0, 10**6))
+def test_quantiles_are_spread_over_any_run_of_slots(first: int, count: int, step: int) -> None:
+    """No gap is wider than 1.9 times the average one (the supremum is 1 + 2 / sqrt(5)); and a step moves them."""
+    found = slot_quantiles(7, step, np.arange(first, first + count))
+    assert found.min() >= 0
+    assert found.max() < 1
+    around = np.sort(found)
+    gaps = np.diff([*around, around[0] + 1])
+    assert gaps.max() <= 1.9 / count + 1e-9
+    assert np.ptp((slot_quantiles(7, step + 1, np.arange(first, first + count)) - found) % 1) < 1e-9
+
+
+def test_each_quantile_is_uniform() -> None:
+    of_one_slot = np.concatenate([slot_quantiles(0, step, np.arange(5, 6)) for step in range(4000)])
+    share = np.histogram(of_one_slot, bins=20, range=(0, 1))[0] / 4000
+    assert abs(share - 0.05).max() < 0.02
+    assert abs(np.corrcoef(of_one_slot[1:], of_one_slot[:-1])[0, 1]) < 0.06
 
 
 GOLDEN = [1545595695076747488, 465473946053482362, 252485378673961209]

@@ -47,7 +47,8 @@ class Numbered:
 
 def nothing(picks: Picks) -> dict[str, Any]:
     """A reader that tells what it was to read."""
-    return {"seed": picks.seed}
+    assert picks.quantile is not None
+    return {"seed": picks.seed, "quantile": picks.quantile}
 
 
 def dataset(rows: int, old: int, size: int, share: float, slots: range, accumulation: int) -> MicroBatches:
@@ -77,7 +78,7 @@ def test_any_cut_gives_the_same_global_batch(
         slots = range(size)[rank * micro * accumulation : (rank + 1) * micro * accumulation]
         of_rank = dataset(rows, old, size, share, slots, accumulation)
         parts += [of_rank[step * accumulation + number] for number in range(accumulation)]
-    for name in ("corpus", "row", "seed"):
+    for name in ("corpus", "row", "seed", "quantile"):
         assert np.concatenate([part[name] for part in parts]).tolist() == whole[name].tolist()
     counts = [int(part["corpus"].sum()) for part in parts]
     assert max(counts) - min(counts) <= 1  # old rows are spread evenly

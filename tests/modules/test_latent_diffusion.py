@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stage_runs import fit_six_steps, trainer
+from stage_runs import fit_six_steps, time_of, trainer
 
 from rewurst import UsageError
 from rewurst.callbacks import LRRewarming, WarmupCosine
@@ -72,8 +72,7 @@ def test_the_loss_is_the_papers(single: Build) -> None:
     with torch.no_grad():
         for index in range(6):
             generator = torch.Generator().manual_seed(index)
-            chance, other = torch.rand(2, generator=generator).tolist()
-            t = 0.85 + 0.14 * chance if other < 0.5 else min(max((1 - chance) * 1.08 + 0.001, 0.001), 1)
+            t = time_of(float(torch.rand(1, generator=generator)), 0.5)
             x = module.stage_a.module.to_latents(images[index : index + 1].float() / 255)
             noise = torch.randn(x.shape, generator=generator)
             angle = np.cos((t + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)

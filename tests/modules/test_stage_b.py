@@ -91,9 +91,13 @@ def test_accumulation_is_the_larger_batch(picture_data: Data, stage_a_folder: st
             torch.testing.assert_close(weights[name], parameter, rtol=1e-3, atol=1e-5)
 
 
-def test_the_loss_is_the_papers(picture_data: Data, stage_a_folder: str, tmp_path: Path) -> None:
-    """An independent oracle, a sample at a time."""
-    module = fixed_norm(stage_b(stage_a_folder, zero_share=0.4, noise_share=0.5, noise_until=0.5))
+@pytest.mark.parametrize(("smallest", "largest"), [(1.0, 1.0), (0.1, 20.0)])
+def test_the_loss_is_the_papers(
+    picture_data: Data, stage_a_folder: str, tmp_path: Path, smallest: float, largest: float
+) -> None:
+    """An independent oracle, a sample at a time; and the weight 1 / snr that may be added."""
+    options: dict[str, Any] = {"max_loss_weight": largest, "min_loss_weight": smallest}
+    module = fixed_norm(stage_b(stage_a_folder, zero_share=0.4, noise_share=0.5, noise_until=0.5, **options))
     for parameter in module.unet.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape))
     run = trainer(tmp_path, max_steps=1)
@@ -114,8 +118,8 @@ def test_the_loss_is_the_papers(picture_data: Data, stage_a_folder: str, tmp_pat
         for index, seed in enumerate(batch["seed"]):
             image = batch["image"][index : index + 1] / 255
             generator = torch.Generator().manual_seed(int(seed))
-            uniform, zeroed, noised, level = torch.rand(4, generator=generator)
-            t = ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1)[None]
+            _, zeroed, noised, level = torch.rand(4, generator=generator)
+            t = torch.tensor([min((1 - batch["quantile"][index]) * 1.08 + 0.001, 1.0)], dtype=torch.float32)
             latents, z = stage_a.encode(image) / 0.8, module.compressor(image)
             noise, noise_of_z = (torch.randn(x.shape, generator=generator) for x in (latents, z))
             if zeroed < 0.4:
@@ -126,7 +130,8 @@ def test_the_loss_is_the_papers(picture_data: Data, stage_a_folder: str, tmp_pat
             kinds.append((bool(zeroed < 0.4), bool(noised < 0.5)))
             share = diffusion.alpha_bar(t)
             predicted = module.unet(share.sqrt() * latents + (1 - share).sqrt() * noise, t, z, torch.zeros(1, 3, 32))
-            losses.append((predicted - noise).square().mean())
+            weight = ((1 - share) / share).clamp(smallest, largest)
+            losses.append((predicted - noise).square().mean() * weight)
     assert len(set(kinds)) > 2, "zeroed, noised and plain embeddings are among them"
     assert column(run.logger, "train/loss") == pytest.approx([torch.stack(losses).mean().item()], rel=1e-4)
 
@@ -134,9 +139,11 @@ def test_the_loss_is_the_papers(picture_data: Data, stage_a_folder: str, tmp_pat
 def test_weights_of_the_loss() -> None:
     t = torch.tensor([0.001, 0.3, 0.5, 0.7, 0.95, 1.0])
     share = diffusion.alpha_bar(t)
-    wanted = [min(max(1.0, float((1 - a) / a)), 100.0) for a in share]
+    unbounded = [float((1 - a) / a) for a in share]
+    wanted = [min(max(1.0, weight), 100.0) for weight in unbounded]
     assert diffusion.inverse_snr_weight(t, 100.0).tolist() == pytest.approx(wanted)
     assert diffusion.inverse_snr_weight(t, 1.0).tolist() == [1.0] * 6
+    assert diffusion.inverse_snr_weight(t, 1.0, 0.2).tolist() == pytest.approx([max(0.2, min(1, w)) for w in unbounded])
 
 
 @pytest.mark.parametrize("stop", [2, 5])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from stage_runs import column, fit_six_steps, trainer
+from stage_runs import column, fit_six_steps, time_of, trainer
 
 from rewurst import UsageError
 from rewurst.callbacks import LRRewarming, WarmupCosine
@@ -120,8 +120,8 @@ def test_the_loss_is_the_papers(
     with torch.no_grad():
         for index, seed in enumerate(batch["seed"]):
             generator = torch.Generator().manual_seed(int(seed))
-            chance, other = torch.rand(2, generator=generator).tolist()
-            t = 0.85 + 0.14 * chance if other < high else min(max((1 - chance) * 1.08 + 0.001, 0.001), 1)
+            torch.rand(1, generator=generator)  # a time of its own, where nothing spreads times over the batch
+            t = time_of(float(batch["quantile"][index]), high)
             x = (module.compressor.module(batch["image"][index : index + 1] / 255) + 0.5) / 3
             noise = torch.randn(x.shape, generator=generator)
             share = float(

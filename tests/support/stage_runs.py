@@ -47,3 +47,10 @@ def column(logger: Any, key: str) -> list[float]:
     header, *lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     values = [dict(zip(header.split(","), line.split(","), strict=True))[key] for line in lines]
     return [float(value) for value in values if value]
+
+
+def time_of(quantile: float, high_noise_share: float) -> float:
+    """Training time by its quantile: 0.85 to 0.99 below the share, else 0.001 to 1, of which 7.4 % lie at 1."""
+    if quantile < high_noise_share:
+        return 0.85 + 0.14 * quantile / high_noise_share
+    return min((1 - (quantile - high_noise_share) / (1 - high_noise_share)) * 1.08 + 0.001, 1.0)

@@ -262,6 +262,16 @@ class TestEncoders:
         assert compressor(torch.rand(2, 3, 64, 96)).shape == (2, 16, 4, 6)
         assert compressor.pixels_per_latent == 16
 
+    @pytest.mark.parametrize(("depth", "seen"), [(0, 15), (1, 31), (2, 47)])
+    def test_what_a_latent_of_the_small_backbone_sees(self, depth: int, seen: int) -> None:
+        """Three convolutions of stride 2 see 1 + 2 + 4 + 8 pixels, each block of stride 1 two strides more."""
+        compressor = SemanticCompressor(4, "small", [8, 8, 8], input_scale=1.0, depth=depth).eval()
+        images = torch.rand(1, 3, 128, 128, requires_grad=True)
+        compressor(images)[0, :, 8, 8].sum().backward()
+        assert images.grad is not None
+        touched = images.grad.abs().sum((0, 1)).nonzero()
+        assert (touched.amax(0) - touched.amin(0) + 1).tolist() == [seen, seen]
+
     def test_released_compressor_turns_512_pixels_into_12(self) -> None:
         compressor = SemanticCompressor(c_latent=16).eval()
         with torch.no_grad():
