@@ -44,6 +44,7 @@ class LatentDiffusion(TextStage):
             ``lion_8bit``, or any over parameter groups.
         max_loss_weight: As in :class:`StageC`.
         high_noise_share: As in :class:`StageC`.
+        high_noise_steps: As in :class:`StageC`.
         sampling_steps: For pictures.
         guidance_scale: The same; up to 1 there is no guidance.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
@@ -61,11 +62,13 @@ class LatentDiffusion(TextStage):
         optimizer: OptimizerChoice = "adamw",
         max_loss_weight: float = 1.0,
         high_noise_share: float = 0.0,
+        high_noise_steps: int = 0,
         sampling_steps: int = 60,
         guidance_scale: float = 4.0,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(optimizer, max_grad_norm, max_loss_weight, high_noise_share, sampling_steps, guidance_scale)
+        noise = (max_loss_weight, high_noise_share, high_noise_steps)
+        super().__init__(optimizer, max_grad_norm, *noise, sampling_steps, guidance_scale)
         self.unet = build(StageBUNet, without_embedding(unet))
         if self.unet.config["c_hidden"][0] < AUTHORS_WIDTH:
             # As the prior: zero padding tells a place only where channels are not zero, so they begin with a constant.

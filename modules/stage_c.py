@@ -55,6 +55,7 @@ class StageC(TextStage):
             run a small model learns the text from this weight.
         high_noise_share: Share of the training samples that are noised to a t in [0.85, 0.99), beyond those that are
             anyhow: what only the text tells, such as the place of a thing, is learnt there or nowhere.
+        high_noise_steps: Steps at the beginning in which all training samples are: what only the text tells first.
         sampling_steps: Of Stage C, for pictures.
         guidance_scale: The same; up to 1 there is no guidance.
         stage_b_steps: Of Stage B, for pictures.
@@ -76,12 +77,14 @@ class StageC(TextStage):
         stage_a: str | None = None,
         max_loss_weight: float = 1.0,
         high_noise_share: float = 0.0,
+        high_noise_steps: int = 0,
         sampling_steps: int = 60,
         guidance_scale: float = 4.0,
         stage_b_steps: int = 12,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        super().__init__(optimizer, max_grad_norm, max_loss_weight, high_noise_share, sampling_steps, guidance_scale)
+        noise = (max_loss_weight, high_noise_share, high_noise_steps)
+        super().__init__(optimizer, max_grad_norm, *noise, sampling_steps, guidance_scale)
         self.prior = build(Prior, prior)
         self.compressor = Frozen(SemanticCompressor.from_checkpoint(stage_b, torch.float32), stage_b)
         self._set_scale(latent_mean, latent_std)

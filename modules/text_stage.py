@@ -33,11 +33,12 @@ class TextStage(DiffusionStage):
         max_grad_norm: As in :class:`WatchedModule`.
         max_loss_weight: Largest value of 1 / snr(t) that losses are weighted with.
         high_noise_share: Share of the training samples that are noised to a t in [0.85, 0.99).
+        high_noise_steps: Steps at the beginning in which all training samples are.
         sampling_steps: For pictures.
         guidance_scale: The same; up to 1 there is no guidance.
 
     Raises:
-        UsageError: A share outside of [0, 1], a weight below 1.
+        UsageError: A share outside of [0, 1], a weight below 1, a negative number of steps.
     """
 
     charts: ClassVar[dict[str, list[str]]] = {"Error by diffusion time": ["val/loss_at/.*"]}
@@ -48,13 +49,16 @@ class TextStage(DiffusionStage):
         max_grad_norm: float | None,
         max_loss_weight: float,
         high_noise_share: float,
+        high_noise_steps: int,
         sampling_steps: int,
         guidance_scale: float,
     ) -> None:
         super().__init__(optimizer, max_grad_norm, max_loss_weight)
         if not 0 <= high_noise_share <= 1:
             raise UsageError(f"high_noise_share {high_noise_share} must lie in [0, 1]")
-        self.high_noise_share = high_noise_share
+        if high_noise_steps < 0:
+            raise UsageError(f"high_noise_steps {high_noise_steps} must be at least 0, which is none")
+        self.high_noise_share, self.high_noise_steps = high_noise_share, high_noise_steps
         self.sampling_steps, self.guidance_scale = sampling_steps, guidance_scale
         self.text_encoder: Frozen[TextEncoder] | None = None
         self.text_model: TextEncoder | None = None
@@ -164,7 +168,7 @@ class TextStage(DiffusionStage):
 
     def _times(self, quantile: Tensor) -> Tensor:
         """Training times by their quantiles, (n,): the share of high noise first."""
-        share = self.high_noise_share
+        share = 1.0 if self.global_step < self.high_noise_steps else self.high_noise_share
         high = 0.85 + 0.14 * quantile / max(share, 1e-9)
         other = diffusion.training_times((quantile - share) / max(1 - share, 1e-9))
         return torch.where(quantile < share, high, other)

@@ -23,14 +23,17 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def small_backbone(widths: Sequence[int], depth: int) -> tuple[nn.Sequential, int, int]:
     """Stack stride-2 convolutions for images that EfficientNet would shrink to nothing; return width and stride too.
 
-    ``depth`` of EfficientNetV2's residual blocks follow.
+    ``depth`` of EfficientNetV2's residual blocks follow, which begin as nothing (Goyal et al. 2017, section 5.1): with
+    fresh noise in its context a latent is learnt later.
     """
     layers: list[nn.Module] = [
         Conv2dNormActivation(before, c, kernel_size=3, stride=2, activation_layer=nn.SiLU)
         for before, c in zip([3, *widths], widths, strict=False)
     ]
     block = FusedMBConvConfig(1, 3, 1, widths[-1], widths[-1], num_layers=1)
-    layers += [FusedMBConv(block, stochastic_depth_prob=0.0, norm_layer=nn.BatchNorm2d) for _ in range(depth)]
+    for _ in range(depth):
+        layers.append(FusedMBConv(block, stochastic_depth_prob=0.0, norm_layer=nn.BatchNorm2d))
+        nn.init.zeros_(layers[-1].get_parameter("block.0.1.weight"))
     return nn.Sequential(*layers), widths[-1], 2 ** len(widths)
 
 

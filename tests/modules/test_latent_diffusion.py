@@ -149,6 +149,7 @@ def test_the_unet_needs_no_embedding_where_no_level_sees_any() -> None:
         ({"unet": UNET | {"c_in": 3}}, "unet's c_in is 3 but stage_a's latent_channels is 4: set c_in to that"),
         ({"unet": UNET | {"clip_embd": 3}}, "unet's clip_embd is 3 but the text encoder's width is 16"),
         ({"high_noise_share": 1.5}, r"high_noise_share 1.5 must lie in \[0, 1\]"),
+        ({"high_noise_steps": -1}, "high_noise_steps -1 must be at least 0"),
         ({"max_loss_weight": 0.5}, "max_loss_weight 0.5 must be at least 1"),
     ],
 )

@@ -97,15 +97,16 @@ def test_accumulation_is_the_larger_batch(picture_data: Data, stage_c: Callable[
             torch.testing.assert_close(weights[name], parameter, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("largest", "high"), [(1.0, 0.0), (20.0, 0.6)])
+@pytest.mark.parametrize(("largest", "high", "first"), [(1.0, 0.0, 0), (20.0, 0.6, 0), (20.0, 0.6, 1)])
 def test_the_loss_is_the_papers(
-    picture_data: Data, stage_c: Callable[..., StageC], tmp_path: Path, largest: float, high: float
+    picture_data: Data, stage_c: Callable[..., StageC], tmp_path: Path, largest: float, high: float, first: int
 ) -> None:
     """An independent oracle, a sample at a time: t, noise, eps = (x - a) / (|1 - b| + 1e-5), p2 = 1 / (1 + snr).
 
     And what may be added to the paper's: the weight 1 / snr near t = 1, and more samples there.
     """
-    module = stage_c(latent_mean=3.0, latent_std=0.5, max_loss_weight=largest, high_noise_share=high)
+    noise: dict[str, Any] = {"max_loss_weight": largest, "high_noise_share": high, "high_noise_steps": first}
+    module = stage_c(latent_mean=3.0, latent_std=0.5, **noise)
     module.prior.get_parameter("out.1.weight").data.normal_(std=0.05)
     batch: dict[str, Any] = {}
 
@@ -121,7 +122,7 @@ def test_the_loss_is_the_papers(
         for index, seed in enumerate(batch["seed"]):
             generator = torch.Generator().manual_seed(int(seed))
             torch.rand(1, generator=generator)  # a time of its own, where nothing spreads times over the batch
-            t = time_of(float(batch["quantile"][index]), high)
+            t = time_of(float(batch["quantile"][index]), 1.0 if first else high)
             x = (module.compressor.module(batch["image"][index : index + 1] / 255) + 0.5) / 3
             noise = torch.randn(x.shape, generator=generator)
             share = float(

@@ -264,9 +264,16 @@ class TestEncoders:
 
     @pytest.mark.parametrize(("depth", "seen"), [(0, 15), (1, 31), (2, 47)])
     def test_what_a_latent_of_the_small_backbone_sees(self, depth: int, seen: int) -> None:
-        """Three convolutions of stride 2 see 1 + 2 + 4 + 8 pixels, each block of stride 1 two strides more."""
+        """Three convolutions of stride 2 see 1 + 2 + 4 + 8 pixels, each block of stride 1 two strides more.
+
+        Fresh blocks add nothing.
+        """
         compressor = SemanticCompressor(4, "small", [8, 8, 8], input_scale=1.0, depth=depth).eval()
         images = torch.rand(1, 3, 128, 128, requires_grad=True)
+        shallow = compressor.backbone[:3](images)
+        torch.testing.assert_close(compressor.backbone(images), shallow)
+        for block in compressor.backbone[3:]:
+            nn.init.ones_(block.get_parameter("block.0.1.weight"))
         compressor(images)[0, :, 8, 8].sum().backward()
         assert images.grad is not None
         touched = images.grad.abs().sum((0, 1)).nonzero()
