@@ -81,7 +81,8 @@ def slot_quantiles(seed: int, step: int, slots: Rows) -> NDArray[np.float64]:
         slots: In the global batch, ``(n,)``.
     """
     offset = float(round_keys(seed, "", step, "quantiles")[0] >> np.uint64(11)) / 2**53
-    return (offset + slots * GOLDEN_SECTION) % 1.0
+    quantiles: NDArray[np.float64] = (offset + slots.astype(np.float64) * GOLDEN_SECTION) % 1.0
+    return quantiles
 
 
 @dataclass(frozen=True)
