@@ -1,4 +1,4 @@
-"""8-bit optimizers against 32-bit ones: losses after 200 steps, and bytes of states.
+"""8-bit optimizers against 32-bit ones, and Muon against AdamW: losses after 200 steps, and bytes of states.
 
 A small GPT-NeoX on prose (the language reference of the running Python), one process each, and 8-bit AdamW under FSDP
 in two processes as well.
@@ -31,7 +31,8 @@ from rewurst.train import main as rewurst
 STEPS, LAST = 200, 20
 MODEL = {"model_type": "gpt_neox", "vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4}
 MODEL |= {"num_attention_heads": 4, "intermediate_size": 512, "max_position_embeddings": 128}
-RUNS = [("adamw", 1), ("adamw_8bit", 1), ("adamw_8bit", 2), ("lion", 1), ("lion_8bit", 1)]
+RUNS = [("adamw", 1), ("adamw_8bit", 1), ("adamw_8bit", 2), ("lion", 1), ("lion_8bit", 1), ("muon", 1)]
+PEERS = {"adamw_8bit": "adamw", "lion_8bit": "lion", "muon": "adamw"}
 
 
 class Losses(Callback):
@@ -52,7 +53,7 @@ def train(folder: str, optimizer: Any, devices: int) -> None:
     seed_everything(0, verbose=False)
     module = CausalLM(MODEL, optimizer=optimizer)
     data = TextDataModule("prose", {"prose": Corpus(f"{folder}/prose/train")}, {}, 128, 16 // devices, 16)
-    recorder, peak = Losses(), 2e-3 if optimizer.startswith("adamw") else 2e-4
+    recorder, peak = Losses(), 2e-4 if optimizer.startswith("lion") else 2e-3
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -111,7 +112,7 @@ def main() -> None:
         rewurst(["prepare", "text", "builtin:prose", *text])
         for optimizer, devices in RUNS:
             found = run(folder, optimizer, devices)
-            kind = optimizer.removesuffix("_8bit")
+            kind = PEERS.get(optimizer, optimizer)
             whole.setdefault(kind, found)
             what = f"{optimizer}, {devices} process{'es, FSDP' * (devices > 1)}"
             row = {"what": what, "peer": kind, "ours": found["end"], "theirs": whole[kind]["end"], "unit": "nats"}

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .causal_lm import CausalLM
     from .eight_bit import AdamW8bit, Lion, Lion8bit
     from .latent_diffusion import LatentDiffusion
+    from .muon import Muon
     from .pipeline import TextToImage
     from .stage_a import StageA
     from .stage_b import StageB
@@ -20,13 +21,25 @@ _MODULES = {
     "LatentDiffusion": "latent_diffusion",
     "Lion": "eight_bit",
     "Lion8bit": "eight_bit",
+    "Muon": "muon",
     "StageA": "stage_a",
     "StageB": "stage_b",
     "StageC": "stage_c",
     "TextToImage": "pipeline",
 }
 
-__all__ = ["AdamW8bit", "CausalLM", "LatentDiffusion", "Lion", "Lion8bit", "StageA", "StageB", "StageC", "TextToImage"]
+__all__ = [
+    "AdamW8bit",
+    "CausalLM",
+    "LatentDiffusion",
+    "Lion",
+    "Lion8bit",
+    "Muon",
+    "StageA",
+    "StageB",
+    "StageC",
+    "TextToImage",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,9 +48,9 @@ class CausalLM(WatchedModule):
             (architecture; initial weights as transformers draws them).
         init_from: Weights to begin with instead: a Hugging Face folder or hub name, a Lightning checkpoint, or a
             safetensors file. Neither optimizer nor step nor random state comes along.
-        optimizer: ``adamw``, ``adamw_8bit`` (states of 2 bytes a parameter instead of 8), ``lion`` or ``lion_8bit``,
-            with the papers' settings, or any optimizer over parameter groups. Weight decay acts on matrices only;
-            embeddings and small tensors keep 32-bit states.
+        optimizer: ``adamw``, ``adamw_8bit`` (states of 2 bytes a parameter instead of 8), ``lion``, ``lion_8bit`` or
+            ``muon``, with the papers' settings, or any optimizer over parameter groups. Weight decay acts on matrices
+            only; embeddings and small tensors keep 32-bit states.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
         z_loss: Factor of ``log(Z)**2`` added to every training loss, such as 1e-4; validation leaves it out.
         document_masks: Keep the documents of a row apart: attention and positions begin anew after the end token of

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
 from .block_quantisation import count_blocks, decode, encode, table
+from .shard_slices import local_part
 
 State = dict[str, Any]
 Betas = tuple[float, float]
@@ -87,7 +87,7 @@ class EightBitOptimizer(Optimizer):
                     continue
                 if not self.state[parameter]:
                     self.state[parameter] = self._fresh(parameter)
-                local, gradient, state = _local(parameter), _local(parameter.grad), self.state[parameter]
+                local, gradient, state = local_part(parameter), local_part(parameter.grad), self.state[parameter]
                 if not self.in_8_bits(parameter):
                     whole.append((local, gradient, state))
                     continue
@@ -132,7 +132,7 @@ class EightBitOptimizer(Optimizer):
         raise NotImplementedError
 
     def _fresh(self, parameter: Tensor) -> State:
-        local = _local(parameter)
+        local = local_part(parameter)
         if not self.in_8_bits(parameter):
             zeros = {name: torch.zeros_like(local) for name in self.moments}
             return {"step": torch.zeros((), device=local.device), **zeros}
@@ -168,7 +168,7 @@ class EightBitOptimizer(Optimizer):
             if value.dtype == torch.uint8:
                 value = decode(value, state[f"{name}_scales"], table(signed, value.device))
             result[name] = torch.empty_like(parameter, dtype=value.dtype, device="cpu", requires_grad=False)
-            _local(result[name]).copy_(value)
+            local_part(result[name]).copy_(value)
         return result
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class EightBitOptimizer(Optimizer):
         state, step = self._fresh(parameter), float(saved["step"])
         state["step"] = int(step) if self.in_8_bits(parameter) else state["step"] + step
         for name, signed in self.moments.items():
-            value = _local(saved[name]).to(state[name].device)
+            value = local_part(saved[name]).to(state[name].device)
             if not self.in_8_bits(parameter):
                 state[name].copy_(value)
             elif value.numel():
@@ -227,22 +227,7 @@ class AdamW8bit(EightBitOptimizer):
     def _step_32_bits(
         self, group: Mapping[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[State]
     ) -> None:
-        adamw(
-            parameters,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        adamw_step(group, parameters, gradients, states)
 
 
 class Lion8bit(EightBitOptimizer):
@@ -282,6 +267,28 @@ class Lion(Lion8bit):
     min_8bit_size = math.inf
 
 
+def adamw_step(
+    group: Mapping[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[State]
+) -> None:
+    """AdamW's step as torch's fused kernel has it, on plain tensors."""
+    adamw(
+        parameters,
+        gradients,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
 def require_states(optimizer: str, moments: Iterable[str], state: Mapping[str, Any]) -> None:
     """Refuses a parameter's state that belongs to another optimizer.
 
@@ -294,11 +301,6 @@ def require_states(optimizer: str, moments: Iterable[str], state: Mapping[str, A
             f"the checkpoint's optimizer keeps {' and '.join(held) or 'nothing'} of a parameter and {optimizer} "
             f"{' and '.join(wanted)}: keep the optimizer, or begin with the weights alone (init_from)"
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _require_bitsandbytes(name: str) -> None:

@@ -41,7 +41,7 @@ class LatentDiffusion(TextStage):
         init_from: Weights of the U-Net to begin with: a checkpoint of any layout. Where it is one of ours with a text
             encoder that was trained along, that one's too.
         optimizer: Of the U-Net, and of a text encoder that is trained along: ``adamw``, ``adamw_8bit``, ``lion``,
-            ``lion_8bit``, or any over parameter groups.
+            ``lion_8bit``, ``muon``, or any over parameter groups.
         max_loss_weight: As in :class:`StageC`.
         high_noise_share: As in :class:`StageC`.
         high_noise_steps: As in :class:`StageC`.

@@ -140,7 +140,7 @@ def state_bytes(optimizer: Optimizer) -> dict[Tensor, int]:
         except Exception as error:  # whatever a foreign optimizer meets
             raise UsageError(
                 f"the states of {type(optimizer).__name__} cannot be foreseen ({str(error).splitlines()[0]}): plan "
-                "with adamw, adamw_8bit, lion, lion_8bit or one of torch.optim"
+                "with adamw, adamw_8bit, lion, lion_8bit, muon or one of torch.optim"
             ) from error
         optimizer.zero_grad()
     return {

@@ -9,14 +9,15 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import UsageError
 from ..hints import closest
-from .eight_bit import AdamW8bit, Lion, Lion8bit, require_states
+from .eight_bit import AdamW8bit, EightBitOptimizer, Lion, Lion8bit, require_states
+from .muon import Muon
 
-OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit"]
+OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit", "muon"]
 OptimizerChoice: TypeAlias = OptimizerName | OptimizerCallable
 """A name, or an optimizer over parameter groups: ``{class_path: ..., init_args: ...}`` in YAML."""
 
@@ -45,10 +46,10 @@ class OptimizerSettings:
                 f"{closest(name, get_args(OptimizerName))}"
             )
         if name.startswith("lion"):
-            kind = Lion8bit if name == "lion_8bit" else Lion
-            return partial(kind, lr=self.lr / 10, betas=(0.9, 0.99), weight_decay=self.weight_decay * 10)
-        adamw = AdamW8bit if name == "adamw_8bit" else _fused_adamw
-        return partial(adamw, lr=self.lr, betas=self.betas, eps=1e-8, weight_decay=self.weight_decay)
+            lion = Lion8bit if name == "lion_8bit" else Lion
+            return partial(lion, lr=self.lr / 10, betas=(0.9, 0.99), weight_decay=self.weight_decay * 10)
+        kinds: dict[str, Any] = {"adamw": _fused_adamw, "adamw_8bit": AdamW8bit, "muon": Muon}
+        return partial(kinds[name], lr=self.lr, betas=self.betas, eps=1e-8, weight_decay=self.weight_decay)
 
 
 def make_optimizer(
@@ -60,7 +61,8 @@ def make_optimizer(
     """Makes a module's optimizer; where its states take 8 bits, those of embeddings do not.
 
     An embedding's rows have gradients of very different sizes, rare tokens' hardly any, so that blocks lose them
-    (Dettmers et al. 2021, section 2.3).
+    (Dettmers et al. 2021, section 2.3). Nor are embeddings and output heads matrices to :class:`Muon`: what they map
+    from or to are single tokens (Jordan et al. 2024).
 
     Args:
         choice: What the user has chosen.
@@ -70,10 +72,19 @@ def make_optimizer(
     """
     make = settings.of(choice) if isinstance(choice, str) else choice
     optimizer = make(parameter_groups(module) if groups is None else groups)
-    keep = getattr(optimizer, "keep_32_bits", None)
-    if keep is not None:
-        keep(part.weight for part in module.modules() if isinstance(part, nn.Embedding))
+    embeddings = [part.weight for part in module.modules() if isinstance(part, nn.Embedding)]
+    if isinstance(optimizer, EightBitOptimizer):
+        optimizer.keep_32_bits(embeddings)
+    elif isinstance(optimizer, Muon):
+        optimizer.keep_adamw([*embeddings, *_heads(module)])
     return optimizer
+
+
+def _heads(module: nn.Module) -> list[Tensor]:
+    """Weights of the output heads of transformers models."""
+    models: list[Any] = [part for part in module.modules() if hasattr(part, "get_output_embeddings")]
+    heads = [model.get_output_embeddings() for model in models]
+    return [head.weight for head in heads if head is not None]
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

@@ -49,7 +49,8 @@ class StageA(LightningModule):
             the latents' measured standard deviation as such, so that Stage B sees latents of deviation 1.
         discriminator: Preset or arguments of :class:`PatchDiscriminator`; none for no adversary.
         init_from: Weights of the VQGAN to begin with: a checkpoint of any layout, or a folder.
-        optimizer: Of the VQGAN: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, or any over parameter groups.
+        optimizer: Of the VQGAN: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, ``muon``, or any over
+            parameter groups.
         discriminator_optimizer: Of the discriminator, likewise.
         fast_lr_scale: Learning rate of the codebook and the blocks' scalars, as a multiple of the others'.
         perceptual_weight: Of LPIPS on VGG16.

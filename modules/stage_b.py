@@ -45,7 +45,8 @@ class StageB(DiffusionStage):
         text_length: States that it sees in the place of text then; a text encoder for it has as many.
         init_from: Weights to begin with: a checkpoint of any layout; the compressor's too, where it holds them.
         backbone_weights: torchvision's ``efficientnet_v2_s-dd5fe13b.pth`` for a fresh compressor.
-        optimizer: Of both networks: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, or any over parameter groups.
+        optimizer: Of both networks: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, ``muon``, or any over
+            parameter groups.
         zero_share: Share of the samples whose embedding is zeroed.
         noise_share: Share of the others whose embedding is noised.
         noise_until: Largest time to which it is noised.

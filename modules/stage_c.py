@@ -45,7 +45,7 @@ class StageC(TextStage):
         init_from: Weights of the prior to begin with: a checkpoint of any layout, or a folder. Where it is one of ours
             with a text encoder that was trained along, that one's too.
         optimizer: Of the prior, and of a text encoder that is trained along: ``adamw``, ``adamw_8bit``, ``lion``,
-            ``lion_8bit``, or any over parameter groups.
+            ``lion_8bit``, ``muon``, or any over parameter groups.
         latent_mean: With ``latent_std`` the scale of z (diffusers' names); the defaults are the released compressor's.
             None for numbers that bring this compressor's z to mean 0 and deviation 1, which a small one needs.
         latent_std: See ``latent_mean``.

@@ -13,15 +13,16 @@ from bitsandbytes import functional, optim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
+from optimizer_steps import steps, train
 from torch import Tensor, nn
 
 from rewurst import UsageError
-from rewurst.modules import AdamW8bit, CausalLM, Lion, Lion8bit, StageA
+from rewurst.modules import AdamW8bit, Lion, Lion8bit, StageA
 from rewurst.modules.block_quantisation import count_blocks, decode, encode, table
 from rewurst.modules.optimizers import OptimizerSettings
 
 CPU = torch.device("cpu")
-NAMES = ("adamw", "adamw_8bit", "lion", "lion_8bit")
+NAMES = ("adamw", "adamw_8bit", "lion", "lion_8bit", "muon")
 SETTINGS = OptimizerSettings(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
 
@@ -56,16 +57,6 @@ def test_blocks_of_zeros_stay_zeros() -> None:
     assert not decode(*encode(torch.zeros(300), table(True, CPU)), table(True, CPU)).any()
 
 
-def steps(optimizer: torch.optim.Optimizer, count: int, seed: int = 0) -> None:
-    """Steps with gradients that depend on the seed and the parameters' order alone."""
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.randn(parameter.shape, generator=draw)
-        optimizer.step()
-
-
 def parameters() -> list[nn.Parameter]:
     draw = torch.Generator().manual_seed(1)
     return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in [(80, 70), (300,)]]
@@ -90,33 +81,6 @@ def test_weights_in_another_memory_layout_step_the_same() -> None:
         steps(AdamW8bit([parameter]), 3)
     assert torch.equal(plain, last)
     assert last.is_contiguous(memory_format=torch.channels_last)
-
-
-def text(rows: int, length: int, vocabulary: int) -> Tensor:
-    """Tokens of which each follows from the one before, with some noise: something that can be learnt."""
-    draw = torch.Generator().manual_seed(0)
-    follows = torch.randint(vocabulary, (vocabulary, 2), generator=draw)
-    tokens = [torch.randint(vocabulary, (rows,), generator=draw)]
-    for _ in range(length - 1):
-        chosen = torch.randint(2, (rows,), generator=draw)
-        tokens.append(follows[tokens[-1], chosen])
-    return torch.stack(tokens, 1)
-
-
-def train(config: dict[str, Any], name: Any, count: int) -> tuple[list[float], torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    module = CausalLM(config | {"hidden_size": 64, "intermediate_size": 128}, optimizer=name)
-    optimizer = module.configure_optimizers()
-    for group in optimizer.param_groups:
-        group["lr"] = 3e-3 if "adamw" in name else 3e-4
-    losses, rows = [], text(8 * count, 16, 64)
-    for step in range(count):
-        loss = module.loss(rows[8 * step : 8 * step + 8])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, optimizer
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])
@@ -193,6 +157,8 @@ def test_states_cross_between_8_and_32_bits(first: Any, second: Any) -> None:
         ("lion", "adamw", "keeps exp_avg of a parameter and AdamW exp_avg and exp_avg_sq: keep the optimizer"),
         ("adamw", "lion_8bit", "keeps exp_avg and exp_avg_sq of a parameter and Lion8bit exp_avg"),
         ("lion_8bit", "adamw_8bit", "keeps exp_avg of a parameter and AdamW8bit exp_avg and exp_avg_sq"),
+        ("adamw", "muon", "keeps exp_avg and exp_avg_sq of a parameter and Muon momentum_buffer: keep the optimizer"),
+        ("muon", "adamw", "keeps momentum_buffer of a parameter and AdamW exp_avg and exp_avg_sq"),
     ],
 )
 def test_states_of_other_optimizers_are_refused(first: Any, second: Any, expected: str) -> None:

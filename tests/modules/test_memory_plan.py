@@ -124,7 +124,8 @@ def test_gradients_of_a_chain_are_counted_as_they_appear() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("adamw", 8.0), ("lion", 4.0), ("adamw_8bit", 2 + 8 / 256), ("lion_8bit", 1 + 4 / 256)]
+    ("name", "share"),
+    [("adamw", 8.0), ("lion", 4.0), ("adamw_8bit", 2 + 8 / 256), ("lion_8bit", 1 + 4 / 256), ("muon", 8.0)],
 )
 def test_bytes_of_states(name: str, share: float) -> None:
     with without_memory():
@@ -132,8 +133,10 @@ def test_bytes_of_states(name: str, share: float) -> None:
         states = state_bytes(built.optimizers[0])
         head = built.module.get_parameter("model.lm_head.weight")
         embedding = built.module.get_parameter("model.gpt_neox.embed_in.weight")
+        matrix = built.module.get_parameter("model.gpt_neox.layers.0.mlp.dense_h_to_4h.weight")
     assert states[head] == share * head.numel()
-    assert states[embedding] == (8 if "adamw" in name else 4) * embedding.numel()
+    assert states[embedding] == (4 if "lion" in name else 8) * embedding.numel()
+    assert states[matrix] == (8 if "adamw" in name else 4) * matrix.numel()
 
 
 def test_what_is_not_known_is_said() -> None:

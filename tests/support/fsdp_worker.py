@@ -319,8 +319,8 @@ def run(
         "losses": recorder.losses,
         "start": forgetting.start,
         "validation": float(trainer.callback_metrics.get("val/loss/code", 0)),
-        "counts": sorted({float(state["step"]) for state in states}),
-        "in_8_bits": sum(state["exp_avg"].dtype == torch.uint8 for state in states),
+        "counts": sorted({float(state["step"]) for state in states if "step" in state}),
+        "in_8_bits": sum(t.dtype == torch.uint8 for state in states for t in (state.get("exp_avg"),) if t is not None),
     }
 
 

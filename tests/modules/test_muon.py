@@ -1,0 +1,127 @@
+"""Muon against singular value decomposition, against torch's Muon and AdamW, and which parameters get which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optimizer_steps import steps, train
+from torch import nn
+
+from rewurst import UsageError
+from rewurst.modules import CausalLM, Muon, StageA, muon
+
+SHAPES = [(24, 40), (40, 24), (16, 16), (40, 24), (30,), (8, 4, 3, 3)]
+
+
+def parameters(shapes: list[Any] = SHAPES) -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.floats(-6, 6),
+)
+def test_singular_values_go_through_the_polynomial_and_vectors_stay(
+    seed: int, count: int, rows: int, columns: int, iterations: int, exponent: float
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(count, rows, columns, generator=draw) * 10**exponent
+    u, values, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = values / values.norm(dim=1, keepdim=True)
+    for _ in range(iterations):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    expected = u @ torch.diag_embed(values) @ v
+    torch.testing.assert_close(muon.orthogonalise(matrices, iterations).double(), expected, rtol=0, atol=2e-4)
+
+
+def test_a_gradient_of_zeros_moves_nothing() -> None:
+    [matrix] = parameters([(5, 7)])
+    before = matrix.detach().clone()
+    matrix.grad = torch.zeros_like(matrix)
+    Muon([matrix]).step()
+    assert torch.equal(matrix, before)
+
+
+def test_matrices_step_as_in_torch_and_the_rest_as_with_adamw() -> None:
+    mine, other = parameters(), parameters()
+    steps(Muon(mine, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, momentum=0.9), 10)
+    peers = [
+        torch.optim.Muon(other[:4], lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(other[4:], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+    ]
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        for parameter in other:
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        for peer in peers:
+            peer.step()
+    for number, (a, b, start) in enumerate(zip(mine, other, parameters(), strict=True)):
+        moved = (a - start).abs().max().item()
+        # torch multiplies in bfloat16, whose numbers are 1/128 apart.
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02 * moved if number < 4 else 1e-6)
+
+
+def test_steps_have_the_size_of_adamws() -> None:
+    mine, other = parameters([(200, 100)]), parameters([(200, 100)])
+    for kind, of_kind in ((Muon, mine), (torch.optim.AdamW, other)):
+        steps(kind(of_kind, lr=1e-2, weight_decay=0.0), 1)
+    sizes = [(x[0] - parameters([(200, 100)])[0]).square().mean().sqrt().item() / 1e-2 for x in (mine, other)]
+    # AdamW's first step is 1 everywhere; later ones are 0.2 to 0.4 (Liu et al. 2025), which Muon's is from the first.
+    assert 0.15 < sizes[0] < 0.25
+    assert sizes[1] == pytest.approx(1.0, abs=0.01)
+
+
+def test_matrices_have_their_own_learning_rate() -> None:
+    plain, scaled = parameters(), parameters()
+    steps(Muon(plain, lr=1e-2), 1)
+    steps(Muon(scaled, lr=1e-2, matrix_lr_scale=3.0), 1)
+    for number, (a, b, start) in enumerate(zip(plain, scaled, parameters(), strict=True)):
+        torch.testing.assert_close(b - start, (a - start) * (3 if number < 4 else 1), rtol=1e-4, atol=1e-6)
+
+
+def test_how_many_are_multiplied_at_a_time_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, apart = parameters(), parameters()
+    steps(Muon(together), 3)
+    monkeypatch.setattr(muon, "TOGETHER", 1)
+    steps(Muon(apart), 3)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
+
+
+def orthogonal(module: Any) -> set[str]:
+    """Names of the parameters that an optimizer chosen by name has one state of."""
+    optimizer = module.configure_optimizers()
+    optimizer = optimizer[0] if isinstance(optimizer, list | tuple) else optimizer
+    assert isinstance(optimizer, Muon)
+    return {name for name, parameter in module.named_parameters() if optimizer.is_orthogonal(parameter)}
+
+
+def test_embeddings_heads_codebooks_and_convolutions_are_adamws(tiny_config: dict[str, Any]) -> None:
+    of_text = orthogonal(CausalLM(tiny_config, optimizer="muon"))
+    assert len(of_text) == 2 * 4
+    assert not {name for name in of_text if "embed" in name or "lm_head" in name}
+    module = StageA("tiny", "tiny", perceptual_weight=0.0, optimizer="muon")
+    kinds = {type(module.get_submodule(name.rpartition(".")[0])) for name in orthogonal(module)}
+    assert kinds == {nn.Linear}
+
+
+def test_a_language_model_learns_in_fewer_steps_at_adamws_learning_rate(tiny_config: dict[str, Any]) -> None:
+    (with_muon, _), (with_adamw, _) = (train(tiny_config, name, 120) for name in ("muon", "adamw"))
+    reached = sum(with_adamw[-10:]) / 10
+    assert reached < 0.6 * with_adamw[0], "it learns"
+    assert sum(with_muon[70:80]) / 10 < reached
+
+
+def test_wrong_use() -> None:
+    for name, value in (("momentum", 1.0), ("iterations", 0), ("matrix_lr_scale", -1.0), ("betas", (0.9, 1.0))):
+        with pytest.raises(UsageError, match=rf"^Muon: {name} .* must be at least 0"):
+            Muon(parameters(), **{name: value})  # type: ignore[arg-type]
