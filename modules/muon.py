@@ -28,9 +28,10 @@ class Muon(Optimizer):
     """Muon (Jordan et al. 2024) for matrices and AdamW for the rest, with learning rates of AdamW's size for both.
 
     A matrix moves by its momentum with all singular values brought near 1, times 0.2 sqrt(max(rows, columns)), which is
-    the size that AdamW's steps have (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2). Matrices
-    are parameters with two dimensions. Vectors, convolutions and what is given to :meth:`keep_adamw`, which embeddings
-    and output heads should be (the modules here do it), are AdamW's. A matrix has one state instead of AdamW's two.
+    the size that AdamW's steps have (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2). Kernels of
+    convolutions are matrices too, one row an output channel. Vectors, depthwise kernels and what is given to
+    :meth:`keep_adamw` are AdamW's: embeddings and the output heads of language models should be (the modules here do
+    it). A matrix has one state instead of AdamW's two.
 
     On shards (FSDP) states stay shards, and every process computes the directions of whole matrices: correct, and as
     much arithmetic in each process as in one.
@@ -84,7 +85,7 @@ class Muon(Optimizer):
 
     def is_orthogonal(self, parameter: Tensor) -> bool:
         """Whether a parameter's steps are Muon's rather than AdamW's."""
-        return parameter.ndim == 2 and parameter not in self._adamw
+        return parameter.ndim >= 2 and min(parameter.shape[:2]) > 1 and parameter not in self._adamw
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -115,19 +116,19 @@ class Muon(Optimizer):
         for (shape, *_), alike in of_shape.items():
             count = max(1, TOGETHER // max(1, shape.numel()))
             for first in range(0, len(alike), count):
-                self._step_alike(group, alike[first : first + count], 0.2 * math.sqrt(max(shape)))
+                self._step_alike(group, alike[first : first + count])
 
-    def _step_alike(self, group: Mapping[str, Any], matrices: list[Tensor], size: float) -> None:
+    def _step_alike(self, group: Mapping[str, Any], matrices: list[Tensor]) -> None:
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        directions = orthogonalise(torch.stack([_whole(one) for one in ahead]), group["iterations"])
-        lr = float(group["lr"]) * group["matrix_lr_scale"]
+        directions = orthogonalise(torch.stack([_whole(one).flatten(1) for one in ahead]), group["iterations"])
+        lr, size = float(group["lr"]) * group["matrix_lr_scale"], 0.2 * math.sqrt(max(directions.shape[1:]))
         for matrix, direction in zip(matrices, directions, strict=True):
             held = local_part(matrix)
             held.mul_(1 - lr * group["weight_decay"])
-            held.add_(local_part(matrix, direction), alpha=-lr * size)
+            held.add_(local_part(matrix, direction.view(matrix.shape)), alpha=-lr * size)
 
     def _step_others(self, group: Mapping[str, Any], parameters: list[Tensor]) -> None:
         if parameters:
@@ -151,7 +152,7 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return (x.mT if tall else x).to(matrices.dtype).contiguous()
 
 
 def _whole(tensor: Tensor) -> Tensor:

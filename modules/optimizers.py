@@ -61,8 +61,8 @@ def make_optimizer(
     """Makes a module's optimizer; where its states take 8 bits, those of embeddings do not.
 
     An embedding's rows have gradients of very different sizes, rare tokens' hardly any, so that blocks lose them
-    (Dettmers et al. 2021, section 2.3). Nor are embeddings and output heads matrices to :class:`Muon`: what they map
-    from or to are single tokens (Jordan et al. 2024).
+    (Dettmers et al. 2021, section 2.3). Nor are embeddings and output heads matrices to :class:`Muon`
+    (Jordan et al. 2024).
 
     Args:
         choice: What the user has chosen.

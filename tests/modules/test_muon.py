@@ -14,10 +14,11 @@ from torch import nn
 from rewurst import UsageError
 from rewurst.modules import CausalLM, Muon, StageA, muon
 
-SHAPES = [(24, 40), (40, 24), (16, 16), (40, 24), (30,), (8, 4, 3, 3)]
+MATRICES: list[Any] = [(24, 40), (40, 24), (16, 16), (40, 24), (8, 4, 3, 3)]
+OTHERS: list[Any] = [(30,), (8, 1, 3, 3), (1, 1, 1, 12)]  # a vector, depthwise kernels, response norms' scales
 
 
-def parameters(shapes: list[Any] = SHAPES) -> list[nn.Parameter]:
+def parameters(shapes: list[Any] = MATRICES + OTHERS) -> list[nn.Parameter]:
     draw = torch.Generator().manual_seed(1)
     return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
 
@@ -55,20 +56,22 @@ def test_a_gradient_of_zeros_moves_nothing() -> None:
 def test_matrices_step_as_in_torch_and_the_rest_as_with_adamw() -> None:
     mine, other = parameters(), parameters()
     steps(Muon(mine, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, momentum=0.9), 10)
+    count = len(MATRICES)
+    flat = [nn.Parameter(parameter.detach().flatten(1)) for parameter in other[:count]]
     peers = [
-        torch.optim.Muon(other[:4], lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(other[4:], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+        torch.optim.Muon(flat, lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(other[count:], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
     ]
     draw = torch.Generator().manual_seed(0)
     for _ in range(10):
-        for parameter in other:
-            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        for shape, parameter in zip(MATRICES + OTHERS, flat + other[count:], strict=True):
+            parameter.grad = torch.randn(shape, generator=draw).view_as(parameter)
         for peer in peers:
             peer.step()
-    for number, (a, b, start) in enumerate(zip(mine, other, parameters(), strict=True)):
+    for number, (a, b, start) in enumerate(zip(mine, flat + other[count:], parameters(), strict=True)):
         moved = (a - start).abs().max().item()
         # torch multiplies in bfloat16, whose numbers are 1/128 apart.
-        torch.testing.assert_close(a, b, rtol=0, atol=0.02 * moved if number < 4 else 1e-6)
+        torch.testing.assert_close(a.view_as(b), b, rtol=0, atol=0.02 * moved if number < count else 1e-6)
 
 
 def test_steps_have_the_size_of_adamws() -> None:
@@ -86,7 +89,7 @@ def test_matrices_have_their_own_learning_rate() -> None:
     steps(Muon(plain, lr=1e-2), 1)
     steps(Muon(scaled, lr=1e-2, matrix_lr_scale=3.0), 1)
     for number, (a, b, start) in enumerate(zip(plain, scaled, parameters(), strict=True)):
-        torch.testing.assert_close(b - start, (a - start) * (3 if number < 4 else 1), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(b - start, (a - start) * (3 if number < len(MATRICES) else 1), rtol=1e-4, atol=1e-6)
 
 
 def test_how_many_are_multiplied_at_a_time_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,21 +100,33 @@ def test_how_many_are_multiplied_at_a_time_makes_no_difference(monkeypatch: pyte
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-6)
 
 
-def orthogonal(module: Any) -> set[str]:
-    """Names of the parameters that an optimizer chosen by name has one state of."""
-    optimizer = module.configure_optimizers()
-    optimizer = optimizer[0] if isinstance(optimizer, list | tuple) else optimizer
+def layers(module: Any, with_muon: bool) -> list[tuple[str, nn.Module]]:
+    """Names and layers of the weights that Muon, chosen by name, moves in orthogonal directions, or leaves to AdamW."""
+    chosen = module.configure_optimizers()
+    optimizer = chosen[0] if isinstance(chosen, list) else chosen
     assert isinstance(optimizer, Muon)
-    return {name for name, parameter in module.named_parameters() if optimizer.is_orthogonal(parameter)}
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    return [
+        (name, module.get_submodule(name.rpartition(".")[0]))
+        for name, parameter in module.named_parameters()
+        if parameter in held and parameter.ndim >= 2 and optimizer.is_orthogonal(parameter) == with_muon
+    ]
 
 
-def test_embeddings_heads_codebooks_and_convolutions_are_adamws(tiny_config: dict[str, Any]) -> None:
-    of_text = orthogonal(CausalLM(tiny_config, optimizer="muon"))
-    assert len(of_text) == 2 * 4
-    assert not {name for name in of_text if "embed" in name or "lm_head" in name}
+def test_embeddings_and_heads_are_adamws(tiny_config: dict[str, Any]) -> None:
+    module = CausalLM(tiny_config, optimizer="muon")
+    assert len(layers(module, True)) == 2 * 4
+    assert {name.split(".")[-2] for name, _ in layers(module, False)} == {"embed_in", "lm_head"}
+
+
+def test_codebooks_and_depthwise_kernels_are_adamws() -> None:
     module = StageA("tiny", "tiny", perceptual_weight=0.0, optimizer="muon")
-    kinds = {type(module.get_submodule(name.rpartition(".")[0])) for name in orthogonal(module)}
-    assert kinds == {nn.Linear}
+    left = layers(module, False)
+    depthwise = [layer for _, layer in left if isinstance(layer, nn.Conv2d) and layer.groups > 1]
+    assert [name for name, layer in left if layer not in depthwise] == ["vqgan.vquantizer.embedding.weight"]
+    assert len(depthwise) == 4
+    kinds = {type(layer).__name__ for _, layer in layers(module, True)}
+    assert kinds == {"Linear", "Conv", "Conv2d", "ConvTranspose", "Pointwise"}
 
 
 def test_a_language_model_learns_in_fewer_steps_at_adamws_learning_rate(tiny_config: dict[str, Any]) -> None:
