@@ -145,7 +145,6 @@ def draw(folder: Path) -> tuple[Drawn, Drawn]:
                 prior_num_inference_steps=25,
                 prior_guidance_scale=2.0,
                 num_inference_steps=12,
-                decoder_guidance_scale=1.5,
                 seed=first,
             ).images
         drawn.append(Drawn(combinations, np.stack([np.asarray(picture) for picture in pictures])))

@@ -79,6 +79,15 @@ def test_modules_and_callbacks_are_built_as_it_says(path: Path) -> None:
     assert data["global_batch_size"] % (data["micro_batch_size"] * devices) == 0
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=names)
+def test_the_last_step_is_saved(path: Path) -> None:
+    trainer = load(names(path))["trainer"]
+    saved = trainer if "callbacks" in trainer else load(names(path).removesuffix("_1024"))["trainer"]
+    [checkpoint] = [c["init_args"] for c in saved["callbacks"] if c["class_path"] == "ModelCheckpoint"]
+    assert checkpoint["save_last"]
+    assert trainer["max_steps"] % checkpoint["every_n_train_steps"] == 0
+
+
 def width_of(text_encoder: Any) -> int:
     """Width of the states: a setting of ours, or what the hub's models have."""
     if isinstance(text_encoder, dict):
