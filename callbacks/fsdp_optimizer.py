@@ -23,8 +23,8 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
         kind = type(optimizer)
         if kind.__module__.startswith("bitsandbytes") or kind.__name__ in ("LBFGS", "SparseAdam"):
             raise UsageError(
-                f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW, or AdamW8bit "
-                "or Lion8bit of rewurst.modules"
+                f"FSDP: {kind.__module__}.{kind.__name__} cannot step on shards: use torch.optim.AdamW, or AdamW8bit, "
+                "Lion8bit or Muon of rewurst.modules"
             )
 
 

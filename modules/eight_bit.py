@@ -57,6 +57,10 @@ class EightBitOptimizer(Optimizer):
         if self.min_8bit_size < math.inf:
             _require_bitsandbytes(type(self).__name__)
 
+    def __getstate__(self) -> State:
+        """What a copy is made of: what keeps 32 bits too."""
+        return super().__getstate__() | {"_kept": self._kept}
+
     def keep_32_bits(self, parameters: Iterable[Tensor]) -> None:
         """Gives these parameters ordinary states, whatever their size: before the first step."""
         self._kept |= set(parameters)

@@ -29,9 +29,9 @@ class Muon(Optimizer):
 
     A matrix moves by its momentum with all singular values brought near 1, times 0.2 sqrt(max(rows, columns)), which is
     the size that AdamW's steps have (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2). Kernels of
-    convolutions are matrices too, one row an output channel. Vectors, depthwise kernels and what is given to
-    :meth:`keep_adamw` are AdamW's: embeddings and the output heads of language models should be (the modules here do
-    it). A matrix has one state instead of AdamW's two.
+    convolutions are matrices too, one row for each index of their first dimension. Vectors, depthwise kernels, anything
+    else with a single row or column, and what is given to :meth:`keep_adamw` are AdamW's: embeddings and the output
+    heads of language models should be (the modules here do it). A matrix has one state instead of AdamW's two.
 
     On shards (FSDP) states stay shards, and every process computes the directions of whole matrices: correct, and as
     much arithmetic in each process as in one.
@@ -76,8 +76,14 @@ class Muon(Optimizer):
                 )
         self._adamw: set[Tensor] = set()
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(params, defaults | {"matrix_lr_scale": matrix_lr_scale, "iterations": iterations})
+        # torch reads "fused" where it restores a state: AdamW's step count belongs on the parameter's device then.
+        more = {"matrix_lr_scale": matrix_lr_scale, "iterations": iterations, "fused": True}
+        super().__init__(params, defaults | more)
         self.register_load_state_dict_pre_hook(_check_states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: what AdamW steps too."""
+        return super().__getstate__() | {"_adamw": self._adamw}
 
     def keep_adamw(self, parameters: Iterable[Tensor]) -> None:
         """Has AdamW step these, whatever their shape: before the first step."""

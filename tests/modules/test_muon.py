@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def test_singular_values_go_through_the_polynomial_and_vectors_stay(
     draw = torch.Generator().manual_seed(seed)
     matrices = torch.randn(count, rows, columns, generator=draw) * 10**exponent
     u, values, v = torch.linalg.svd(matrices.double(), full_matrices=False)
-    values = values / values.norm(dim=1, keepdim=True)
+    values = values / values.norm(dim=1, keepdim=True).clamp_min(1e-7)
     for _ in range(iterations):
         values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
     expected = u @ torch.diag_embed(values) @ v
@@ -72,6 +73,26 @@ def test_matrices_step_as_in_torch_and_the_rest_as_with_adamw() -> None:
         moved = (a - start).abs().max().item()
         # torch multiplies in bfloat16, whose numbers are 1/128 apart.
         torch.testing.assert_close(a.view_as(b), b, rtol=0, atol=0.02 * moved if number < count else 1e-6)
+
+
+def test_a_restored_step_count_lies_where_its_parameter_does() -> None:
+    optimizer = Muon(parameters())
+    steps(optimizer, 2)
+    there = Muon([nn.Parameter(parameter.to("meta")) for parameter in parameters()])
+    there.load_state_dict(optimizer.state_dict())
+    assert {value.device.type for state in there.state.values() for value in state.values()} == {"meta"}
+
+
+def test_a_copy_steps_as_its_original() -> None:
+    mine = parameters([(6, 5), (4, 3)])
+    optimizer = Muon(mine)
+    optimizer.keep_adamw(mine[1:])
+    steps(optimizer, 2)
+    again = copy.deepcopy(optimizer)
+    for one in (optimizer, again):
+        steps(one, 2, seed=1)
+    for a, b in zip(mine, again.param_groups[0]["params"], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_steps_have_the_size_of_adamws() -> None:
