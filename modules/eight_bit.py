@@ -19,8 +19,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
+from ..shard_slices import local_part
 from .block_quantisation import count_blocks, decode, encode, table
-from .shard_slices import local_part
 
 State = dict[str, Any]
 Betas = tuple[float, float]

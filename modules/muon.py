@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
+from ..shard_slices import local_part
 from .eight_bit import Betas, State, adamw_step, require_states
-from .shard_slices import local_part
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration (Jordan et al. 2024): steep at 0, singular values end within 0.7 and 1.2."""

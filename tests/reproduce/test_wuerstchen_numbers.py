@@ -135,9 +135,9 @@ def test_keys_tell_what_decides_an_outcome(plan: Plan, tmp_path: Path) -> None:
     logged = copy.deepcopy(plan.recipes)
     logged["stage_c"]["trainer"]["log_every_n_steps"] = 7
     assert keys(replace(plan, recipes=logged)) == known
-    of_c = keys(with_change("stage_c", high_noise_share=0.1))
+    of_c = keys(with_change("stage_c", high_noise_share=0.123))
     assert {name for name, _ in known if known[name, 0] != of_c[name, 0]} == {"stage_c", "judge_stage_c", "timing"}
-    of_b = keys(with_change("stage_b", noise_share=0.1))
+    of_b = keys(with_change("stage_b", noise_share=0.123))
     assert {"stage_b", "latents", "stage_c", "single_stage"} <= {n for n, _ in known if known[n, 0] != of_b[n, 0]}
     assert of_b["stage_a", 0] == known["stage_a", 0]
 
