@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .. import UsageError
-from ..shard_slices import like_parameter, local_part
+from ..dtensor import like_parameter, local_part
 from .fsdp_optimizer import by_names
 from .shard_files import SafeReader, Shapes, read_meta, require_files, shapes
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeGuard
 
 from .. import UsageError
+from ..files import write_atomically, writing
 from ..hints import did_you_mean
 from .storage import is_remote, join, read_whole
 
@@ -145,30 +142,6 @@ def read_index(folder: str | Path) -> tuple[str, dict[str, Any]]:
     if not _is_count(version) or not 1 <= version <= VERSION:
         raise UsageError(f"{where}: version is {version!r}, this rewurst reads versions up to {VERSION}")
     return where, content
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says while ``path`` is written (disk full, no permission) into one line that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` by bytes, or text in UTF-8, durably: temporary file in the same folder, fsync, rename."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private; a corpus is shared
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def where_absent(folder: str | Path) -> str:

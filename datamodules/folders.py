@@ -7,18 +7,10 @@ import shutil
 from pathlib import Path
 
 from .. import UsageError
-from .corpus_index import writing
+from ..files import writing
+from ..tokenizer_files import TOKENIZER_FILES
 from .targets import UNFINISHED
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # A layout is a pattern that the path of every file in the folder matches; temporary files of a killed run included.
 _TOKENIZER = rf"\.?({'|'.join(map(re.escape, TOKENIZER_FILES))})(\.\w+)?"
 TOKENIZER_LAYOUT = re.compile(_TOKENIZER)

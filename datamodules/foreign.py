@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import UsageError
-from .corpus_index import INDEX_FILE, Shard, write_atomically, writing
+from ..files import write_atomically, writing
+from .corpus_index import INDEX_FILE, Shard
 from .kinds import KINDS, Kind, kind_of
 from .storage import Bytes, is_remote, open_bytes
 from .tar_scan import scan

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .corpus_index import INDEX_FILE, Shard, writing
+from ..files import writing
+from .corpus_index import INDEX_FILE, Shard
 from .row_layout import ROWS_PER_SAMPLE, MemberBuffer, RowLayout, token_key
 from .shard_file import ShardFile
 from .token_index import TokenIndex

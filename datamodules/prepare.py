@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import UsageError
+from ..tokenizer_files import TokenizerFiles, load_tokenizer
 from .encoding import Text, encode, is_held_out, texts
 from .engines import Ray, check_engine
 from .folders import CORPUS_LAYOUT, make_folder, shard_name
@@ -29,7 +30,7 @@ from .storage import join
 from .targets import Target, local_out
 from .text_units import TextJob, prepare_text_units
 from .token_index import TokenIndex
-from .tokenizer import TokenizerFiles, load_tokenizer, train_tokenizer
+from .tokenizer import train_tokenizer
 from .units import begin
 
 __all__ = ["is_held_out", "prepare_text", "train_tokenizer", "verify"]

@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .corpus_index import Shard, writing
+from ..files import writing
+from .corpus_index import Shard
 
 
 class ShardFile:

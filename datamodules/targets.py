@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import UsageError
-from .corpus_index import write_atomically, writing
+from ..files import write_atomically, writing
 from .remote import shown
 from .remote_files import delete, find, refuse_unwritable, upload, write_object
 from .storage import is_remote, join, local_path, read_whole

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import UsageError
+from ..tokenizer_files import TokenizerFiles
 from .corpus_index import INDEX_FILE, Shard
 from .encoding import encode, start_worker, texts
 from .engines import Ray
@@ -28,7 +29,6 @@ from .sources import Skipped, SourceFile, identity
 from .storage import open_bytes
 from .targets import UNFINISHED, Target, everywhere
 from .token_index import TokenIndex
-from .tokenizer import TokenizerFiles
 from .units import READERS, Record, Stage, Unit, complete, digest_of, unit_bar
 
 UNIT_BYTES = 2**26  # small files are done together, as each unit costs a task and some requests

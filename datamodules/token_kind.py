@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import UsageError
-from .corpus_index import CorpusIndex, Shard, writing
+from ..files import writing
+from .corpus_index import CorpusIndex, Shard
 from .kind import Kind
 from .shards import TokenShards
 from .storage import Bytes, join, read_whole
@@ -135,7 +136,7 @@ class Tokens(Kind):
         largest, end_token, sha256 = max(one.largest for one in found), None, ""
         vocab_size = largest + 1
         if self.tokenizer is not None:
-            from .tokenizer import load_tokenizer
+            from ..tokenizer_files import load_tokenizer
 
             files = load_tokenizer(self.tokenizer)
             vocab_size, end_token, sha256 = files.vocab_size, files.end_token, files.sha256

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
-from ..shard_slices import local_part
+from ..dtensor import local_part
 from .block_quantisation import count_blocks, decode, encode, table
 
 State = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from .. import UsageError
-from ..datamodules.corpus_index import write_atomically
+from ..files import write_atomically
 from .weights import read_json
 
 FILE = "results.json"

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .. import UsageError
-from ..shard_slices import local_part
+from ..dtensor import local_part
 from .eight_bit import Betas, State, adamw_step, require_states
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

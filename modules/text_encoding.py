@@ -56,7 +56,7 @@ def _framed_tokenizer(folder: str, length: int) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    from ..datamodules.tokenizer import load_tokenizer
+    from ..tokenizer_files import load_tokenizer
 
     files = load_tokenizer(folder)
     tokenizer: Any = Tokenizer.from_str(files.json)

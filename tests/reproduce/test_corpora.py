@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from rewurst import UsageError
 from rewurst.datamodules.shards import TokenShards
-from rewurst.datamodules.tokenizer import load_tokenizer
 from rewurst.reproduce.corpora import prepare
 from rewurst.reproduce.scales import SCALES, Scale
+from rewurst.tokenizer_files import load_tokenizer
 from rewurst.train import main
 
 DOCUMENTS = 90

@@ -14,14 +14,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from rewurst import UsageError
-from rewurst.modules.networks import (
-    VQGAN,
-    Network,
-    PatchDiscriminator,
-    Prior,
-    SemanticCompressor,
-    StageBUNet,
-)
+from rewurst.modules.networks import VQGAN, Network, PatchDiscriminator, Prior, SemanticCompressor, StageBUNet
 from rewurst.modules.networks.conditioned import ConditionedResBlock
 from rewurst.modules.networks.layers import GlobalResponseNorm, ResBlock, TimestepBlock, timestep_embedding
 
