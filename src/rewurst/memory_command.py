@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import UsageError
-from .callbacks.fsdp_blocks import find_blocks, frozen_children, recompute
+from .callbacks.fsdp.blocks import find_blocks, frozen_children, recompute
 from .cli import parse
 from .modules.eight_bit import EightBitOptimizer
 from .modules.memory_plan import RESERVE, Layout, MemoryPlan, Weight, extrapolate, largest_micro_batch, plan

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rewurst import UsageError
-from rewurst.callbacks.fsdp_blocks import recompute
+from rewurst.callbacks.fsdp.blocks import recompute
 from rewurst.modules import CausalLM
 from rewurst.modules.memory_plan import RESERVE, Layout, Weight, extrapolate, largest_micro_batch, plan
 from rewurst.modules.memory_simulation import LiveBytes, StepBytes, simulate, state_bytes, without_memory

@@ -25,12 +25,12 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 
-from .. import UsageError
-from .fsdp_blocks import DType, compile_blocks, find_blocks, frozen_children, mixed_precision, recompute
-from .fsdp_optimizer import named_state, refuse_optimizers, restore_named_state
-from .fsdp_weights import any_rank_is_empty, hand_out, refuse_empty_frozen, share_buffers, whole_on_rank_zero
-from .shard_loading import load_checkpoint
-from .sharded_checkpoint import remove_checkpoint, save_checkpoint
+from ... import UsageError
+from ..fsdp_optimizer import named_state, refuse_optimizers, restore_named_state
+from ..shard_loading import load_checkpoint
+from ..sharded_checkpoint import remove_checkpoint, save_checkpoint
+from .blocks import DType, compile_blocks, find_blocks, frozen_children, mixed_precision, recompute
+from .weights import any_rank_is_empty, hand_out, refuse_empty_frozen, share_buffers, whole_on_rank_zero
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step", "draw_samples")
 """What is called from outside of ``forward`` and computes with the module's parameters."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
-from .. import UsageError
-from ..hints import closest
+from ... import UsageError
+from ...hints import closest
 
 DType = Literal["float32", "bfloat16", "float16"]
 

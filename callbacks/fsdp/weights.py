@@ -10,8 +10,8 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .. import UsageError
-from .fsdp_blocks import tensors_of
+from ... import UsageError
+from .blocks import tensors_of
 
 
 @contextmanager
