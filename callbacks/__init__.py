@@ -7,12 +7,8 @@ from .fsdp.strategy import FSDP
 from .fsdp.weights import construct_on_rank_zero
 from .hyperparameters import LogHyperparameters
 from .image_scores import ImageScores
-from .lr_rewarming import LRRewarming
-from .progress_bar import StepProgressBar
-from .replay import ReplayScheduler, ReplaySource
-from .samples import LogSamples
-from .save_on_signal import SaveOnSignal
-from .schedule_types import (
+from .learning_rate.rewarming import LRRewarming
+from .learning_rate.schedule_types import (
     Constant,
     InfiniteCosine,
     InfiniteInverseSqrt,
@@ -21,9 +17,10 @@ from .schedule_types import (
     WarmupInverseSqrt,
     WarmupLinear,
     WarmupStableDecay,
+    chain,
+    lambda_lr,
 )
-from .schedule_use import chain, lambda_lr
-from .schedules import (
+from .learning_rate.schedules import (
     constant,
     cosine,
     exponential,
@@ -37,6 +34,10 @@ from .schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
+from .progress_bar import StepProgressBar
+from .replay import ReplayScheduler, ReplaySource
+from .samples import LogSamples
+from .save_on_signal import SaveOnSignal
 from .tensorboard_layout import TensorBoardLayout
 from .text_samples import LogText
 from .throughput import Throughput

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from .forgetting import Forgetting
-from .lr_rewarming import LRRewarming
+from .learning_rate.rewarming import LRRewarming
 from .replay import ReplayScheduler
 
 METRICS = ("val/loss/", "val/psnr/")

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .. import UsageError
-from .lengths import in_steps, parse_length
-from .schedule_types import Schedule
+from .learning_rate.lengths import in_steps, parse_length
+from .learning_rate.schedule_types import Schedule
 
 Share = float | Callable[[int], float]
 

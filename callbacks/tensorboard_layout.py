@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from .forgetting import Forgetting
 from .image_scores import ImageScores
-from .lr_rewarming import LRRewarming
+from .learning_rate.rewarming import LRRewarming
 from .replay import ReplayScheduler
 from .throughput import Throughput
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import UsageError
-from .lengths import counted_optimizers
+from .learning_rate.lengths import counted_optimizers
 
 State = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule
 
 from . import UsageError
 from .callbacks import LRRewarming, ReplayScheduler, Schedule
-from .callbacks.lengths import in_steps
+from .callbacks.learning_rate.lengths import in_steps
 from .cli import parse
 from .tools import Parser
 

@@ -303,7 +303,7 @@ def test_a_constant_phase_may_grow_and_annealing_may_be_asked_for(tmp_path: Path
 
 
 def test_lengths_in_tokens_round_up(tmp_path: Path) -> None:
-    from rewurst.callbacks.lengths import in_steps
+    from rewurst.callbacks.learning_rate.lengths import in_steps
 
     class Counting:
         tokens_per_step = 2048

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rewurst import callbacks, cli
 from rewurst.callbacks import FSDP, InfiniteCosine, LRRewarming, ReplayScheduler, Schedule
-from rewurst.callbacks.lengths import in_steps
+from rewurst.callbacks.learning_rate.lengths import in_steps
 from rewurst.datamodules.mixture import Mixture, RunningShare
 from rewurst.datamodules.text import Corpus, TextDataModule
 from rewurst.modules.initial_weights import build

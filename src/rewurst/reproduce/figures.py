@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import callbacks
-from ..callbacks.dataset_run import DatasetRun
+from ..callbacks.learning_rate.dataset_schedule import DatasetRun
 from .jobs import Job
 from .results import Curve, Results
 from .runs import (

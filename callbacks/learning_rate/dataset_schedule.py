@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import UsageError
+from ... import UsageError
 from . import schedules
 from .schedule_types import InfiniteCosine, Schedule, describe
 

@@ -10,8 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from .. import UsageError
-from .dataset_run import DatasetRun
+from ... import UsageError
+from .dataset_schedule import DatasetRun
 from .lengths import counted_optimizers, in_steps, parse_length
 from .schedule_types import InfiniteCosine, Schedule
 
