@@ -5,7 +5,6 @@ from .exact_resume import ExactResume
 from .forgetting import Forgetting
 from .fsdp.strategy import FSDP
 from .fsdp.weights import construct_on_rank_zero
-from .hyperparameters import LogHyperparameters
 from .image_scores import ImageScores
 from .learning_rate.rewarming import LRRewarming
 from .learning_rate.schedule_types import (
@@ -34,13 +33,14 @@ from .learning_rate.schedules import (
     warmup_linear,
     warmup_stable_decay,
 )
-from .progress_bar import StepProgressBar
+from .monitoring.hyperparameters import LogHyperparameters
+from .monitoring.progress_bar import StepProgressBar
+from .monitoring.tensorboard_layout import TensorBoardLayout
+from .monitoring.throughput import Throughput
 from .replay import ReplayScheduler, ReplaySource
 from .samples import LogSamples
 from .save_on_signal import SaveOnSignal
-from .tensorboard_layout import TensorBoardLayout
 from .text_samples import LogText
-from .throughput import Throughput
 from .weight_average import WeightAverage
 
 __all__ = [

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rewurst import UsageError
-from rewurst.callbacks import StepProgressBar, Throughput, stopwatch
-from rewurst.callbacks.stopwatch import PartTimes, StepClock
-from rewurst.callbacks.throughput import samples_in, tokens_in
+from rewurst.callbacks import StepProgressBar, Throughput
+from rewurst.callbacks.monitoring import stopwatch
+from rewurst.callbacks.monitoring.stopwatch import PartTimes, StepClock
+from rewurst.callbacks.monitoring.throughput import samples_in, tokens_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*", "ignore:.*exists and is not empty")
 

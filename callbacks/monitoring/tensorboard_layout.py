@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from .forgetting import Forgetting
-from .image_scores import ImageScores
-from .learning_rate.rewarming import LRRewarming
-from .replay import ReplayScheduler
+from ..forgetting import Forgetting
+from ..image_scores import ImageScores
+from ..learning_rate.rewarming import LRRewarming
+from ..replay import ReplayScheduler
 from .throughput import Throughput
 
 Charts = dict[str, list[str]]

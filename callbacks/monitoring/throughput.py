@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from .. import UsageError
+from ... import UsageError
 from .stopwatch import PartProfiler, PartTimes, StepClock
 
 PARTS = ("step", "data", "validation", "checkpoint")

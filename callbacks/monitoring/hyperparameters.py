@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from .forgetting import Forgetting
-from .learning_rate.rewarming import LRRewarming
-from .replay import ReplayScheduler
+from ..forgetting import Forgetting
+from ..learning_rate.rewarming import LRRewarming
+from ..replay import ReplayScheduler
 
 METRICS = ("val/loss/", "val/psnr/")
 

@@ -1,0 +1,1 @@
+"""What a run shows of itself: throughput, progress, TensorBoard's layout, hyper-parameters."""
