@@ -5,7 +5,6 @@ from .exact_resume import ExactResume
 from .forgetting import Forgetting
 from .fsdp.strategy import FSDP
 from .fsdp.weights import construct_on_rank_zero
-from .image_scores import ImageScores
 from .learning_rate.rewarming import LRRewarming
 from .learning_rate.schedule_types import (
     Constant,
@@ -38,9 +37,10 @@ from .monitoring.progress_bar import StepProgressBar
 from .monitoring.tensorboard_layout import TensorBoardLayout
 from .monitoring.throughput import Throughput
 from .replay import ReplayScheduler, ReplaySource
-from .samples import LogSamples
+from .samples.image_scores import ImageScores
+from .samples.images import LogSamples
+from .samples.text import LogText
 from .save_on_signal import SaveOnSignal
-from .text_samples import LogText
 from .weight_average import WeightAverage
 
 __all__ = [

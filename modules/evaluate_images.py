@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from tqdm import tqdm
 
-from ..callbacks.image_judges import INCEPTION_FILE, Clip, ImageJudge, load_inception
+from ..callbacks.samples.image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
 from ..datamodules.batches import EvaluationRows
 from ..datamodules.image_facts import Filters
 from ..datamodules.image_reader import ImageReader, Showing

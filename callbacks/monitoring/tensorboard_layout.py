@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..forgetting import Forgetting
-from ..image_scores import ImageScores
 from ..learning_rate.rewarming import LRRewarming
 from ..replay import ReplayScheduler
+from ..samples.image_scores import ImageScores
 from .throughput import Throughput
 
 Charts = dict[str, list[str]]

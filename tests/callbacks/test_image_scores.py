@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rewurst import UsageError
-from rewurst.callbacks import ImageScores, WeightAverage, image_scores
+from rewurst.callbacks import ImageScores, WeightAverage
+from rewurst.callbacks.samples import image_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*", "ignore:.*exists and is not empty")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rewurst import UsageError
 from rewurst.callbacks import LogSamples, WeightAverage
-from rewurst.callbacks.samples import Row, grid
+from rewurst.callbacks.samples.images import Row, grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*", "ignore:.*exists and is not empty")
 

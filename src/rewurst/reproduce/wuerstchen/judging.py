@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from ...callbacks.image_judges import ImageJudge, load_inception
+from ...callbacks.samples.image_quality import ImageJudge, load_inception
 from ...datamodules import shapes
 from ...datamodules.shapes import Judge, Shape
 from ...modules import LatentDiffusion, StageB, StageC

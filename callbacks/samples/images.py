@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .. import UsageError
-from .image_judges import as_bytes
+from ... import UsageError
+from .image_quality import as_bytes
 from .validation_batches import completed_steps, corpora, length, select, valid
 
 Pixels = NDArray[np.uint8]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from .. import UsageError
+from ... import UsageError
 from .validation_batches import completed_steps
 
 

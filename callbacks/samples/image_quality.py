@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from .. import UsageError
+from ... import UsageError
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 """Name under which torch-fidelity publishes the weights."""

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from .. import UsageError
-from ..hints import closest
-from .image_judges import INCEPTION_FILE, Clip, ImageJudge, load_inception
+from ... import UsageError
+from ...hints import closest
+from .image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
 from .validation_batches import completed_steps, corpora, length, select, valid
 
 

@@ -1,0 +1,1 @@
+"""Sample pictures and texts during training, and scores of pictures."""
