@@ -1,6 +1,6 @@
 """Callbacks for any Lightning project: they import neither networks nor data."""
 
-from .atomic_checkpoint import AtomicCheckpointIO
+from ..checkpoints.atomic import AtomicCheckpointIO
 from .exact_resume import ExactResume
 from .forgetting import Forgetting
 from .fsdp.strategy import FSDP

@@ -98,7 +98,7 @@ def prepare(data: Path) -> None:
 
 def export(run: str) -> str:
     """Writes the run's model as a Hugging Face folder and has it continue the prompt."""
-    from rewurst.callbacks.checkpoints import newest_checkpoint
+    from rewurst.checkpoints.newest import newest_checkpoint
     from rewurst.modules.hugging_face import generate_text
 
     folder = OUT / "hf" / run

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import UsageError
+from ..checkpoints.sharded_files import is_sharded
 from ..hints import closest, did_you_mean
-from ..sharded import is_sharded
 from .weights import read_file
 
 State = Mapping[str, Tensor]

@@ -233,7 +233,7 @@ def survive(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, kills
 
 
 def newest_step(folder: Path) -> int:
-    from rewurst.callbacks.checkpoints import newest_checkpoint
+    from rewurst.checkpoints.newest import newest_checkpoint
 
     path = newest_checkpoint([folder])
     return 0 if path is None else int(torch.load(path, weights_only=True)["global_step"])

@@ -26,9 +26,9 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 
 from ... import UsageError
-from ..fsdp_optimizer import named_state, refuse_optimizers, restore_named_state
-from ..shard_loading import load_checkpoint
-from ..sharded_checkpoint import remove_checkpoint, save_checkpoint
+from ...checkpoints.optimizer_names import named_state, refuse_optimizers, restore_named_state
+from ...checkpoints.sharded_reading import load_checkpoint
+from ...checkpoints.sharded_writing import remove_checkpoint, save_checkpoint
 from .blocks import DType, compile_blocks, find_blocks, frozen_children, mixed_precision, recompute
 from .weights import any_rank_is_empty, hand_out, refuse_empty_frozen, share_buffers, whole_on_rank_zero
 

@@ -294,7 +294,7 @@ def _run_export_hf(args: Parsed) -> None:
 
 
 def _run_export_weights(args: Parsed) -> None:
-    from .callbacks.sharded_checkpoint import consolidate
+    from .checkpoints.sharded_writing import consolidate
 
     print(f"{args.out}: {consolidate(args.checkpoint, args.out, args.prefix)} tensors")
 

@@ -16,10 +16,10 @@ from token_corpora import write_tokens
 from torch import nn
 
 from rewurst import UsageError
-from rewurst.callbacks import shard_files
-from rewurst.callbacks.checkpoints import newest_checkpoint, remove_leftovers
-from rewurst.callbacks.shard_loading import describe_checkpoint, read_checkpoint
-from rewurst.callbacks.sharded_checkpoint import consolidate
+from rewurst.checkpoints import sharded_files as shard_files
+from rewurst.checkpoints.newest import newest_checkpoint, remove_leftovers
+from rewurst.checkpoints.sharded_reading import describe_checkpoint, read_checkpoint
+from rewurst.checkpoints.sharded_writing import consolidate
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
 from rewurst.modules.lower_stages import LowerStages

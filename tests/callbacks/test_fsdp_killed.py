@@ -13,8 +13,8 @@ import pytest
 import yaml
 from process_pool import DEADLINE_SECONDS, Pool
 
-from rewurst.callbacks.checkpoints import newest_checkpoint
-from rewurst.callbacks.shard_files import is_whole, read_meta
+from rewurst.checkpoints.newest import newest_checkpoint
+from rewurst.checkpoints.sharded_files import is_whole, read_meta
 
 STEPS = 32
 

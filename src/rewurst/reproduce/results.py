@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..callbacks.checkpoints import newest_checkpoint
+from ..checkpoints.newest import newest_checkpoint
 from .jobs import Job, write_whole
 
 Curve = list[tuple[int, float]]

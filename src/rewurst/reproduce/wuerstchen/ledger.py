@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...callbacks.checkpoints import newest_checkpoint
+from ...checkpoints.newest import newest_checkpoint
 from ...modules.weights import read_file
 from ..jobs import write_whole
 from ..results import RESULT, scalars

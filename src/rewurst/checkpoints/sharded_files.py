@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from .. import UsageError
-from ..sharded import is_sharded
 
 Shapes = dict[str, dict[str, Tensor]]
 """Tensors without values, by the checkpoint's keys and by their names."""
@@ -209,3 +208,8 @@ def _renameat2(new: Path, target: Path) -> bool:
 def _holds(folder: Path, name: str, size: int) -> bool:
     path = folder / name
     return path.parent == folder and path.is_file() and path.stat().st_size >= size
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a folder of shards that :class:`~rewurst.callbacks.FSDP` wrote, whole or not."""
+    return (path / ".metadata").is_file() and (path / "meta.pt").is_file()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from .shard_files import LEFTOVERS, is_whole, tidy
+from .sharded_files import LEFTOVERS, is_whole, tidy
 
 
 def newest_checkpoint(folders: Iterable[str | Path]) -> Path | None:

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from .. import UsageError
 from ..dtensor import like_parameter, local_part
-from .fsdp_optimizer import by_names
-from .shard_files import SafeReader, Shapes, read_meta, require_files, shapes
+from .optimizer_names import by_names
+from .sharded_files import SafeReader, Shapes, read_meta, require_files, shapes
 
 Checkpoint = dict[str, Any]
 SHARDED = "sharded"

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from .. import UsageError
-from .shard_files import LEFTOVERS, exchange, fsync, tidy
-from .shard_loading import SHARDED, Checkpoint, read_checkpoint
+from .sharded_files import LEFTOVERS, exchange, fsync, tidy
+from .sharded_reading import SHARDED, Checkpoint, read_checkpoint
 
 
 def save_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
