@@ -73,13 +73,13 @@ def _command(name: str) -> Command:
 
 
 def _lightning(args: list[str]) -> None:
-    from rewurst.cli import run
+    from rewurst.cli.lightning import run
 
     run(args)
 
 
 def _schedule(args: list[str]) -> None:
-    from rewurst.schedule_plot import run
+    from rewurst.cli.schedule_plot import run
 
     run(args)
 
@@ -91,7 +91,7 @@ def _plan(args: list[str]) -> None:
 
 
 def _evaluate(args: list[str]) -> None:
-    from rewurst.evaluate import run
+    from rewurst.cli.evaluate import run
 
     run(args)
 
@@ -103,7 +103,7 @@ def _reproduce(args: list[str]) -> None:
 
 
 def _tool(args: list[str]) -> None:
-    from rewurst.tools import run
+    from rewurst.cli.tools import run
 
     run(args)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewurst.cli import parse
+from rewurst.cli.lightning import parse
 from rewurst.memory_command import Configured
 from rewurst.modules import diffusion
 from rewurst.modules.causal_lm import CausalLM

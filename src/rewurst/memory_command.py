@@ -15,12 +15,12 @@ from torch import nn
 
 from . import UsageError
 from .callbacks.fsdp.blocks import find_blocks, frozen_children, recompute
-from .cli import parse
+from .cli.lightning import parse
+from .cli.parser import Parser
 from .modules.eight_bit import EightBitOptimizer
 from .modules.memory_plan import RESERVE, Layout, MemoryPlan, Weight, extrapolate, largest_micro_batch, plan
 from .modules.memory_simulation import StepBytes, simulate, state_bytes, without_memory
 from .modules.planned import Planned, planned
-from .tools import Parser
 
 Config = Mapping[str, Any]
 DESCRIPTION = "Says what a config takes of a device's memory, whether it fits, and the largest micro-batch that does."

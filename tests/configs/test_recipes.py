@@ -14,13 +14,14 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rewurst import callbacks, cli
+from rewurst import callbacks
 from rewurst.callbacks import FSDP, InfiniteCosine, LRRewarming, ReplayScheduler, Schedule
 from rewurst.callbacks.learning_rate.lengths import in_steps
+from rewurst.cli import lightning as cli
+from rewurst.cli.class_names import import_named
 from rewurst.datamodules.mixture import Mixture, RunningShare
 from rewurst.datamodules.text import Corpus, TextDataModule
 from rewurst.modules.initial_weights import build
-from rewurst.named_classes import import_named
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

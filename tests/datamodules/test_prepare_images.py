@@ -19,6 +19,7 @@ import webdataset as wds
 from PIL import Image
 
 from rewurst import UsageError
+from rewurst.cli.tools import run
 from rewurst.datamodules import image_work, image_writer, shapes, shard_file
 from rewurst.datamodules.corpus_index import Shard
 from rewurst.datamodules.image_facts import FACTS_DTYPE
@@ -26,7 +27,6 @@ from rewurst.datamodules.image_sources import Picture
 from rewurst.datamodules.image_work import Fault, Recoding, Sample, sample_of, work
 from rewurst.datamodules.integrity import verify
 from rewurst.datamodules.prepare_images import prepare_images
-from rewurst.tools import run
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 

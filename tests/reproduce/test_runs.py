@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rewurst.cli import parse
+from rewurst.cli.lightning import parse
 from rewurst.reproduce.corpora import Data, of_recipe
 from rewurst.reproduce.jobs import Job, config_key, interval, make_jobs
 from rewurst.reproduce.runs import PEAKS, SHARES, WARMUPS, grid, peak_name, replay_name, total_steps, warmup_name

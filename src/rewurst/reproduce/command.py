@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from .. import UsageError
-from ..tools import Parsed, Parser
+from ..cli.parser import Parsed, Parser
 from .scales import SCALES
 
 DESCRIPTION = "Runs the papers' experiments and reports which of their claims held. The same command goes on."

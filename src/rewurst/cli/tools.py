@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from . import UsageError
-
-Parsed = argparse.Namespace
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and the nearest valid name; abbreviations are not guessed."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises with the message and what it may have meant."""
-        known = [option for action in self._actions for option in action.option_strings]
-        known += [choice for action in self._actions if action.choices for choice in map(str, action.choices)]
-        words = [word.strip("':,").split("=")[0] for word in message.split()]
-        nearest = [match for word in words if word not in known for match in get_close_matches(word, known, 1)]
-        raise UsageError(message + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+from .. import UsageError
+from .parser import Parsed, Parser
 
 
 def run(args: list[str]) -> None:
@@ -201,7 +181,7 @@ def _add_engine(parser: Parser) -> None:
 
 
 def _run_prepare_tokenizer(args: Parsed) -> None:
-    from .datamodules.tokenizer import train_tokenizer
+    from ..datamodules.tokenizer import train_tokenizer
 
     size = train_tokenizer(
         args.sources, args.vocab_size, args.out, text_field=args.text_field, overwrite=args.overwrite
@@ -210,7 +190,7 @@ def _run_prepare_tokenizer(args: Parsed) -> None:
 
 
 def _run_prepare_text(args: Parsed) -> None:
-    from .datamodules.prepare import prepare_text
+    from ..datamodules.prepare import prepare_text
 
     prepare_text(
         args.sources,
@@ -228,7 +208,7 @@ def _run_prepare_text(args: Parsed) -> None:
 
 
 def _run_prepare_index(args: Parsed) -> None:
-    from .datamodules.foreign import index_shards
+    from ..datamodules.foreign import index_shards
 
     options = {name: getattr(args, name) for name in ("tokenizer", "caption_key", "max_corrupt")}
     options = {name: value for name, value in options.items() if value is not None}
@@ -240,8 +220,8 @@ def _run_prepare_index(args: Parsed) -> None:
 
 
 def _run_prepare_images(args: Parsed) -> None:
-    from .datamodules.image_work import Recoding
-    from .datamodules.prepare_images import prepare_images
+    from ..datamodules.image_work import Recoding
+    from ..datamodules.prepare_images import prepare_images
 
     prepare_images(
         args.source,
@@ -263,7 +243,7 @@ def _run_prepare_images(args: Parsed) -> None:
 
 
 def _run_prepare_latents(args: Parsed) -> None:
-    from .modules.latents import prepare_latents
+    from ..modules.latents import prepare_latents
 
     options = dict(vars(args))
     for name in ("command", "what", "run", "source", "out", "stage_b", "image_size", "shard_of", "arrays"):
@@ -276,7 +256,7 @@ def _run_prepare_latents(args: Parsed) -> None:
 
 
 def _run_prepare_verify(args: Parsed) -> None:
-    from .datamodules.integrity import verify
+    from ..datamodules.integrity import verify
 
     problems = verify(args.folder)
     for problem in problems:
@@ -287,20 +267,20 @@ def _run_prepare_verify(args: Parsed) -> None:
 
 
 def _run_export_hf(args: Parsed) -> None:
-    from .modules.hugging_face import export_hugging_face
+    from ..modules.hugging_face import export_hugging_face
 
     export_hugging_face(args.checkpoint, args.out, args.tokenizer, args.overwrite)
     print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 def _run_export_weights(args: Parsed) -> None:
-    from .checkpoints.sharded_writing import consolidate
+    from ..checkpoints.sharded_writing import consolidate
 
     print(f"{args.out}: {consolidate(args.checkpoint, args.out, args.prefix)} tensors")
 
 
 def _run_export_diffusers(args: Parsed) -> None:
-    from .modules.export import export_diffusers
+    from ..modules.export import export_diffusers
 
     texts = {"text_encoder": args.text_encoder, "prior_text_encoder": args.prior_text_encoder}
     export_diffusers(args.stage_a, args.stage_b, args.stage_c, args.out, args.stage_c_mean, **texts)
@@ -310,8 +290,8 @@ def _run_export_diffusers(args: Parsed) -> None:
 def _run_generate_image(args: Parsed) -> None:
     import torch
 
-    from .modules.pipeline import TextToImage
-    from .modules.prompts import read_prompts
+    from ..modules.pipeline import TextToImage
+    from ..modules.prompts import read_prompts
 
     prompts = read_prompts(args.prompt)
     pipeline = TextToImage.from_folder(args.folder, args.prior, getattr(torch, args.dtype), args.device)
@@ -336,7 +316,7 @@ def _run_generate_image(args: Parsed) -> None:
 def _run_reconstruct(args: Parsed) -> None:
     from PIL import Image
 
-    from .modules.pipeline import reconstruct
+    from ..modules.pipeline import reconstruct
 
     images = reconstruct(args.folder, args.image, num_inference_steps=args.steps, seed=args.seed, progress=True)
     width, height = images.original.size
@@ -356,6 +336,6 @@ def _save_image(picture: Any, out: Path) -> None:
 
 
 def _run_generate_text(args: Parsed) -> None:
-    from .modules.hugging_face import generate_text
+    from ..modules.hugging_face import generate_text
 
     print(generate_text(args.folder, args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from . import datamodules, modules
+from .. import datamodules, modules
 
 
 def import_named(args: list[str]) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule
 
-from . import UsageError
-from .callbacks import LRRewarming, ReplayScheduler, Schedule
-from .callbacks.learning_rate.lengths import in_steps
-from .cli import parse
-from .tools import Parser
+from .. import UsageError
+from ..callbacks import LRRewarming, ReplayScheduler, Schedule
+from ..callbacks.learning_rate.lengths import in_steps
+from .lightning import parse
+from .parser import Parser
 
 Line = tuple[str, Any]
 _POINTS = 2000

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
-from .callbacks import Schedule
-from .hints import closest, did_you_mean
-from .named_classes import public_names
+from ..callbacks import Schedule
+from ..hints import closest, did_you_mean
+from .class_names import public_names
 
 _BASES: tuple[type, ...] = (LightningModule, LightningDataModule, Callback, Logger, Strategy, Optimizer, Schedule)
 _LONGEST = 400

@@ -19,17 +19,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
-from . import UsageError
-from .callbacks import AtomicCheckpointIO, StepProgressBar, construct_on_rank_zero
-from .checkpoints.newest import newest_checkpoint, remove_leftovers
-from .checkpoints.sharded_files import is_sharded
-from .checkpoints.sharded_reading import describe_checkpoint
-from .datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
-from .modules import causal_lm as _causal_lm  # noqa: F401
-from .modules.initial_weights import check_weights
-from .modules.weights import read_file
-from .named_classes import import_named
-from .parser_errors import one_line
+from .. import UsageError
+from ..callbacks import AtomicCheckpointIO, StepProgressBar, construct_on_rank_zero
+from ..checkpoints.newest import newest_checkpoint, remove_leftovers
+from ..checkpoints.sharded_files import is_sharded
+from ..checkpoints.sharded_reading import describe_checkpoint
+from ..datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
+from ..modules import causal_lm as _causal_lm  # noqa: F401
+from ..modules.initial_weights import check_weights
+from ..modules.weights import read_file
+from .class_names import import_named
+from .error_messages import one_line
 
 
 def run(args: list[str]) -> None:

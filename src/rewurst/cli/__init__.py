@@ -1,0 +1,1 @@
+"""The command line: LightningCLI and the tools next to it."""
