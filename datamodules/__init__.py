@@ -7,15 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .base import Corpus
     from .image_facts import Filters
     from .images import ImageTextDataModule
     from .latents import LatentDataModule
-    from .stream import Corpus
     from .text import TextDataModule
 
 __all__ = ["Corpus", "Filters", "ImageTextDataModule", "LatentDataModule", "TextDataModule"]
 _MODULES = {
-    "Corpus": "stream",
+    "Corpus": "base",
     "Filters": "image_facts",
     "ImageTextDataModule": "images",
     "LatentDataModule": "latents",

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
 from .. import UsageError
+from .base import Corpus, StreamDataModule
 from .batches import Reader
 from .decoding import MAX_PIXELS
 from .geometry import Size, buckets
@@ -18,7 +19,6 @@ from .image_reader import ImageReader, Showing, describe_left_out
 from .image_rows import ImageRows
 from .image_shards import ImageShards
 from .picks import Batch
-from .stream import Corpus, StreamDataModule
 
 __all__ = ["Corpus", "ImageTextDataModule"]
 

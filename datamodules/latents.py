@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from .. import UsageError
+from .base import Corpus
 from .batches import Reader
 from .geometry import Crop, Size, uniform
 from .image_facts import Filters, caption_of
@@ -21,7 +22,6 @@ from .image_rows import ImageRows
 from .images import ImageTextDataModule
 from .latent_index import LatentShards
 from .picks import Batch, Picks
-from .stream import Corpus
 
 __all__ = ["Corpus", "LatentDataModule"]
 

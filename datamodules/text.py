@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from .. import UsageError
+from .base import Corpus, StreamDataModule
 from .batches import Reader
 from .picks import Batch, Picks
 from .shards import TokenShards
-from .stream import Corpus, StreamDataModule
 
 __all__ = ["Corpus", "TextDataModule"]
 
