@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rewurst.datamodules.corpus_index import Shard
-from rewurst.datamodules.shards import TokenShards, TokenWriter
-from rewurst.datamodules.token_index import TokenIndex
+from rewurst.datamodules.corpora.index import Shard
+from rewurst.datamodules.corpora.tokens import TokenIndex, TokenShards
+from rewurst.datamodules.packing import TokenWriter
 
 PYTHIA_70M = {"layers": 6, "width": 512, "heads": 8, "vocabulary": 50304, "length": 512, "rows": 8}
 PYTHIA_410M = {"layers": 24, "width": 1024, "heads": 16, "vocabulary": 50304, "length": 2048, "rows": 16}

@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rewurst.datamodules.batches import MicroBatches
+from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.lanes import Lanes
 from rewurst.datamodules.mixture import Mixture, RunningShare
 from rewurst.datamodules.order import CorpusOrder
+from rewurst.datamodules.packing import TokenWriter
 from rewurst.datamodules.picks import as_is
-from rewurst.datamodules.shards import TokenShards, TokenWriter
 from rewurst.datamodules.text import TokenReader
 
 LAYOUTS = {"litdata": "TokensLoader", "mosaicml-streaming": "one row a sample"}

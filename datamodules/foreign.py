@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import multiprocessing
 from collections import Counter
@@ -27,12 +26,10 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..files import write_atomically, writing
-from .corpus_index import INDEX_FILE, Shard
+from .corpora.index import INDEX_FILE, Shard
+from .corpora.tar import scan, sha256_of
 from .kinds import KINDS, Kind, kind_of
-from .storage import Bytes, is_remote, open_bytes
-from .tar_scan import scan
-
-CHUNK_BYTES = 1 << 22
+from .storage import is_remote, open_bytes
 
 
 @dataclass(frozen=True)
@@ -206,11 +203,3 @@ def _check_neighbours(scanned: Sequence[Scanned]) -> None:
                 f"{after.shard.name} begins with key {after.keys[0]!r}, with which {before.shard.name} ends: "
                 "webdataset would make one sample of them; rename one"
             )
-
-
-def sha256_of(content: Bytes) -> str:
-    """SHA-256, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for begin in range(0, content.size, CHUNK_BYTES):
-        digest.update(content.read(begin, min(begin + CHUNK_BYTES, content.size)))
-    return digest.hexdigest()

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .corpus_index import Shard
+from .corpora.images import ImageIndex, ImageShards
+from .corpora.index import Shard
+from .corpora.tar import Member, Sample
 from .image_facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
 from .image_header import DecodeError
-from .image_index import ImageIndex, image_index
-from .image_shards import ImageShards
+from .image_index import image_index
 from .kind import Kind
 from .storage import Bytes
-from .tar_scan import Member, Sample
 
 NAMED = 5  # unreadable samples that are named; the others are counted
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from .. import UsageError
+from .corpora.images import ImageRows
 from .decoding import MAX_PIXELS, DecodeError, decode
 from .geometry import Crop, Size, crop, resample, size_to_decode, uniform
 from .image_facts import caption_of, image_suffix
-from .image_rows import ImageRows
 from .order import slot_seeds
 from .picks import Batch, Picks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import UsageError
 from ..files import writing
-from .corpus_index import Shard
+from .corpora.index import Shard
 from .image_facts import Facts, facts_array
 from .image_index import write_image_index
 from .image_work import Sample

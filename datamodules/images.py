@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from .. import UsageError
 from .base import Corpus, StreamDataModule
 from .batches import Reader
+from .corpora.images import ImageRows, ImageShards
 from .decoding import MAX_PIXELS
 from .geometry import Size, buckets
 from .image_facts import Filters
 from .image_reader import ImageReader, Showing, describe_left_out
-from .image_rows import ImageRows
-from .image_shards import ImageShards
 from .picks import Batch
 
 __all__ = ["Corpus", "ImageTextDataModule"]

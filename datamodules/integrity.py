@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from .. import UsageError
-from .corpus_index import INDEX_FILE, Shard, read_index
-from .foreign import sha256_of
+from .corpora.index import INDEX_FILE, Shard, read_index
+from .corpora.open_shards import OpenShard
+from .corpora.tar import scan, sha256_of
 from .kinds import KINDS, Kind
-from .shard_reading import OpenShard
 from .storage import is_remote
-from .tar_scan import scan
 
 
 def verify(folder: str | Path) -> list[str]:

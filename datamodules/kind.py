@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .corpus_index import CorpusIndex, Shard
+from .corpora.index import CorpusIndex, Shard
+from .corpora.tar import Sample
 from .storage import Bytes
-from .tar_scan import Sample
 
 
 class Kind(ABC):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .. import UsageError
+from .corpora.latents import Latents
+from .corpora.tar import Sample
 from .image_facts import IMAGE_SUFFIXES
 from .image_kind import Images, has_image
 from .kind import Kind
-from .latent_index import Latents
-from .tar_scan import Sample
 from .token_kind import Tokens
 
 __all__ = ["KINDS", "Kind", "kind_of"]

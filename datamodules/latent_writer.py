@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import UsageError
-from .corpus_index import INDEX_FILE, Shard
-from .foreign import sha256_of
+from .corpora.images import ImageShards
+from .corpora.index import INDEX_FILE, Shard
+from .corpora.latents import EMPTY_TEXT_FILE, LatentIndex
+from .corpora.tar import sha256_of
 from .image_index import write_facts
-from .image_shards import ImageShards
-from .latent_index import EMPTY_TEXT_FILE, LatentIndex
 from .shard_file import ShardFile
 from .storage import open_bytes
 from .targets import UNFINISHED, Target

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from .. import UsageError
 from .base import Corpus
 from .batches import Reader
+from .corpora.images import ImageRows
+from .corpora.latents import LatentShards
 from .geometry import Crop, Size, uniform
 from .image_facts import Filters, caption_of
 from .image_reader import ReplacingReader, describe_left_out
-from .image_rows import ImageRows
 from .images import ImageTextDataModule
-from .latent_index import LatentShards
 from .picks import Batch, Picks
 
 __all__ = ["Corpus", "LatentDataModule"]

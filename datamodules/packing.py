@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from .. import UsageError
 from ..files import writing
-from .corpus_index import INDEX_FILE, Shard
+from .corpora.index import INDEX_FILE, Shard
+from .corpora.tokens import TokenIndex
 from .row_layout import ROWS_PER_SAMPLE, MemberBuffer, RowLayout, token_key
 from .shard_file import ShardFile
-from .token_index import TokenIndex
 
 
 class TokenWriter:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..tokenizer_files import TokenizerFiles, load_tokenizer
+from .corpora.tokens import TokenIndex
 from .encoding import Text, encode, is_held_out, texts
 from .engines import Ray, check_engine
 from .folders import CORPUS_LAYOUT, make_folder, shard_name
@@ -29,7 +30,6 @@ from .sources import Skipped, expand
 from .storage import join
 from .targets import Target, local_out
 from .text_units import TextJob, prepare_text_units
-from .token_index import TokenIndex
 from .tokenizer import train_tokenizer
 from .units import begin
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import UsageError
-from .corpus_index import Shard
-from .token_index import TokenIndex
+from .corpora.index import Shard
+from .corpora.tokens import TokenIndex
 
 SHARD_BYTES = 256 * 2**20
 ROWS_PER_SAMPLE = 256

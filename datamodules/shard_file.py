@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import writing
-from .corpus_index import Shard
+from .corpora.index import Shard
 
 
 class ShardFile:

@@ -16,10 +16,10 @@ from typing import Any
 from .. import UsageError
 from ..hints import did_you_mean
 from . import builtin
+from .corpora.tar import scan
 from .remote_files import Place, Url, find, place, seekable
 from .storage import is_remote, open_bytes
 from .streams import COMPRESSIONS, lines, text_pieces
-from .tar_scan import scan
 
 PIECE_CHARS = 2**16  # an encoding takes about 150 bytes a token, and a character can be four tokens
 LINE_BYTES = 2**25  # a line of JSON is parsed whole, and takes up to eight times its size while it is

@@ -11,8 +11,8 @@ import torch
 from .. import UsageError
 from .base import Corpus, StreamDataModule
 from .batches import Reader
+from .corpora.tokens import TokenShards
 from .picks import Batch, Picks
-from .shards import TokenShards
 
 __all__ = ["Corpus", "TextDataModule"]
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from .. import UsageError
 from ..tokenizer_files import TokenizerFiles
-from .corpus_index import INDEX_FILE, Shard
+from .corpora.index import INDEX_FILE, Shard
+from .corpora.tokens import TokenIndex
 from .encoding import encode, start_worker, texts
 from .engines import Ray
 from .row_layout import MemberBuffer, RowLayout, token_key
@@ -28,7 +29,6 @@ from .shard_file import ShardFile
 from .sources import Skipped, SourceFile, identity
 from .storage import open_bytes
 from .targets import UNFINISHED, Target, everywhere
-from .token_index import TokenIndex
 from .units import READERS, Record, Stage, Unit, complete, digest_of, unit_bar
 
 UNIT_BYTES = 2**26  # small files are done together, as each unit costs a task and some requests

@@ -11,13 +11,11 @@ import numpy as np
 
 from .. import UsageError
 from ..files import writing
-from .corpus_index import CorpusIndex, Shard
+from .corpora.index import CorpusIndex, Shard
+from .corpora.tar import BLOCK_BYTES, Member, Sample
+from .corpora.tokens import DTYPES, HEADER_BYTES, RowsHeader, TokenIndex, TokenShards, read_header
 from .kind import Kind
-from .shards import TokenShards
 from .storage import Bytes, join, read_whole
-from .tar_scan import BLOCK_BYTES, Member, Sample
-from .token_index import TokenIndex
-from .token_member import DTYPES, HEADER_BYTES, RowsHeader, read_header
 
 ROWS_AT_ONCE = 1024
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..datamodules.batches import EvaluationRows
+from ..datamodules.corpora.tokens import TokenShards
 from ..datamodules.picks import as_is
-from ..datamodules.shards import TokenShards
 from ..datamodules.text import TokenReader
 from ..hints import closest
 from .causal_lm import CausalLM

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import UsageError
+from ..datamodules.corpora.latents import MAKERS, array_bytes
 from ..datamodules.geometry import Size
-from ..datamodules.latent_index import MAKERS, array_bytes
 from .networks import VQGAN, SemanticCompressor, TextEncoder
 from .stage_parts import Frozen
 from .weights import is_one_file, read_file

@@ -19,8 +19,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from .. import UsageError
+from ..datamodules.corpora.latents import LatentIndex
 from ..datamodules.engines import Ray, check_engine
-from ..datamodules.latent_index import LatentIndex
 from .latent_work import Faults, LatentOptions, LatentWork
 
 

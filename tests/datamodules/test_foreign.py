@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewurst import UsageError
+from rewurst.datamodules.corpora.tar import scan
+from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.foreign import index_shards
 from rewurst.datamodules.integrity import verify
-from rewurst.datamodules.shards import TokenShards
 from rewurst.datamodules.storage import open_bytes
-from rewurst.datamodules.tar_scan import scan
 
 TOKENS = np.random.default_rng(0).integers(0, 500, size=(24, 9))
 

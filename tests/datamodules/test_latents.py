@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from rewurst import UsageError
 from rewurst.callbacks import ReplayScheduler
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
+from rewurst.datamodules.corpora.images import ImageShards
+from rewurst.datamodules.corpora.latents import array_bytes
 from rewurst.datamodules.foreign import index_shards
 from rewurst.datamodules.geometry import buckets
-from rewurst.datamodules.image_shards import ImageShards
 from rewurst.datamodules.integrity import verify
-from rewurst.datamodules.latent_index import array_bytes
 from rewurst.datamodules.latent_writer import LatentFolder
 from rewurst.datamodules.targets import Target
 

@@ -21,7 +21,7 @@ from PIL import Image
 from rewurst import UsageError
 from rewurst.cli.tools import run
 from rewurst.datamodules import image_work, image_writer, shapes, shard_file
-from rewurst.datamodules.corpus_index import Shard
+from rewurst.datamodules.corpora.index import Shard
 from rewurst.datamodules.image_facts import FACTS_DTYPE
 from rewurst.datamodules.image_sources import Picture
 from rewurst.datamodules.image_work import Fault, Recoding, Sample, sample_of, work

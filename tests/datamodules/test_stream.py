@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from rewurst.callbacks import linear
 from rewurst.datamodules import order as order_module
 from rewurst.datamodules.batches import MicroBatches, Positions
+from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.lanes import Lanes
 from rewurst.datamodules.mixture import Mixture, RunningShare
 from rewurst.datamodules.order import CorpusOrder
 from rewurst.datamodules.picks import Picks, as_is
 from rewurst.datamodules.progress import Progress
-from rewurst.datamodules.shards import TokenShards
 from rewurst.datamodules.text import TokenReader
 
 

@@ -20,7 +20,7 @@ from rewurst import UsageError
 from rewurst.callbacks import ReplayScheduler
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.datamodules.batches import EvaluationRows
-from rewurst.datamodules.shards import TokenShards
+from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.text import TokenReader
 
 Batch = dict[str, Tensor]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewurst import UsageError
+from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.prepare import prepare_text
 from rewurst.datamodules.prepare_images import prepare_images
-from rewurst.datamodules.shards import TokenShards
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM, evaluate_images
 from rewurst.modules.evaluation import Results

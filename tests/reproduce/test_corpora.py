@@ -13,7 +13,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from rewurst import UsageError
-from rewurst.datamodules.shards import TokenShards
+from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.reproduce.corpora import prepare
 from rewurst.reproduce.scales import SCALES, Scale
 from rewurst.tokenizer_files import load_tokenizer

@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import UsageError
-from .corpus_index import CorpusIndex, Shard
-from .geometry import Size
-from .image_header import DecodeError
-from .image_index import ImageIndex
-from .image_shards import ImageShards
-from .kind import Kind
-from .storage import Bytes, join, read_whole
-from .tar_scan import Sample
+from ... import UsageError
+from ..geometry import Size
+from ..image_header import DecodeError
+from ..kind import Kind
+from ..storage import Bytes, join, read_whole
+from .images import ImageIndex, ImageShards
+from .index import CorpusIndex, Shard
+from .tar import Sample
 
 EMPTY_TEXT_FILE = "empty_text.npy"
 MAKERS = {"z": "compressor", "a": "stage_a", "text": "text_encoder"}

@@ -6,14 +6,15 @@ extension, links.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .. import UsageError
-from .seekable import SeekableFile
-from .storage import Bytes
+from ... import UsageError
+from ..seekable import SeekableFile
+from ..storage import Bytes
 
 BLOCK_BYTES = 512
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's: the key ends at the first dot of the file name
@@ -136,3 +137,14 @@ def _check_end(content: Bytes, end: int, where: str) -> None:
         raise UsageError(f"{where}: {state} at byte {end}; copy it again")
     if len(rest) < 2 * BLOCK_BYTES:
         raise UsageError(f"{where}: ends at byte {content.size} without the two zero blocks of a tar; copy it again")
+
+
+CHUNK_BYTES = 1 << 22
+
+
+def sha256_of(content: Bytes) -> str:
+    """SHA-256, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for begin in range(0, content.size, CHUNK_BYTES):
+        digest.update(content.read(begin, min(begin + CHUNK_BYTES, content.size)))
+    return digest.hexdigest()

@@ -12,24 +12,77 @@ then: size, sidecar, and each member's header.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import UsageError
-from .corpus_index import Shard
-from .packing import TokenWriter
-from .shard_reading import OpenShard, Shards, ends_of, places
-from .storage import is_remote
-from .tar_scan import BLOCK_BYTES
-from .token_index import TokenIndex
-from .token_member import HEADER_BYTES, read_header
+from ... import UsageError
+from ..storage import is_remote
+from .index import CorpusIndex, Shard
+from .open_shards import OpenShard, Shards, ends_of, places
+from .tar import BLOCK_BYTES
 
-__all__ = ["Shard", "TokenIndex", "TokenShards", "TokenWriter"]
+HEADER_BYTES = 4096  # more than the header of any array of numbers
+DTYPES = ("uint16", "uint32", "int32", "int64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIndex(CorpusIndex):
+    """The contents of ``index.json``; of each shard ``rows`` counts rows and ``samples`` tar members.
+
+    Attributes:
+        dtype: ``uint16`` for vocabularies of up to 65,536 tokens, else ``uint32``; foreign shards may have others.
+        sequence_length: Predicted tokens a row; a row holds one token more.
+        rows_per_sample: Rows of every tar member but the last one of a shard, which may hold fewer.
+        tokens: Predicted tokens, ``rows * sequence_length``.
+        documents: Documents in the stream, the dropped tail included; 0 where that is not known.
+        dropped_tokens: Tokens at the end of the stream that fill no row.
+        vocab_size: Every token is below it.
+        end_token: The token after each document, none where that is not known.
+        tokenizer_sha256: SHA-256 of the ``tokenizer.json`` that made the tokens, empty where that is not known.
+    """
+
+    dtype: str
+    sequence_length: int
+    rows_per_sample: int
+    tokens: int
+    documents: int
+    dropped_tokens: int
+    vocab_size: int
+    end_token: int | None
+    tokenizer_sha256: str
+    kind: str = "text"
+
+    def check(self, where: str) -> None:
+        """Raise where the index at ``where`` contradicts itself."""
+        super().check(where)
+        if self.dtype not in DTYPES:
+            raise UsageError(f"{where}: dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        expected = {
+            "sequence_length": max(1, self.sequence_length),
+            "rows_per_sample": max(1, self.rows_per_sample),
+            "tokens": self.rows * self.sequence_length,
+        }
+        for name, right in expected.items():
+            if (value := getattr(self, name)) != right:
+                raise UsageError(f"{where}: {name} is {value}, expected {right}; prepare the corpus again")
+        for shard in self.shards:
+            if shard.samples != -(-shard.rows // self.rows_per_sample):
+                raise UsageError(
+                    f"{where}: {shard.name} has {shard.rows} rows in {shard.samples} members, expected "
+                    f"{self.rows_per_sample} in each but the last; prepare the corpus again"
+                )
+
+    @classmethod
+    def not_in_fingerprint(cls) -> tuple[str, ...]:
+        """Counts that follow from the shards or decide nothing."""
+        return ("tokens", "documents", "dropped_tokens")
 
 
 class TokenShards:
@@ -174,3 +227,38 @@ class TokenShard(OpenShard):
         if start + header.end > end:
             raise UsageError(f"{member} ends before its rows do")
         return start + header.begin
+
+
+class RowsHeader(NamedTuple):
+    """What a ``.npy`` member says of its rows.
+
+    Attributes:
+        begin: Offset of the first row in the member, in bytes.
+        shape: (rows, sequence_length + 1); an array of one dimension is one row.
+        dtype: Of the tokens.
+        fortran_order: Whether columns lie together.
+    """
+
+    begin: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran_order: bool
+
+    @property
+    def end(self) -> int:
+        """Offset after the last row, in bytes."""
+        return self.begin + int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def read_header(content: memoryview) -> RowsHeader:
+    """The header of a ``.npy`` member, from its first ``HEADER_BYTES``.
+
+    Raises:
+        ValueError: No such header. A pickled array has none that would be followed: only literals are parsed.
+    """
+    header = io.BytesIO(content)
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError("npy version is not 1.0")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+    shape = (1, *shape) if len(shape) == 1 else shape
+    return RowsHeader(header.tell(), shape, dtype, fortran_order and min(shape, default=0) > 1)

@@ -9,10 +9,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeGuard
 
-from .. import UsageError
-from ..files import write_atomically, writing
-from ..hints import did_you_mean
-from .storage import is_remote, join, read_whole
+from ... import UsageError
+from ...files import write_atomically, writing
+from ...hints import did_you_mean
+from ..storage import is_remote, join, read_whole
 
 INDEX_FILE = "index.json"
 VERSION = 1

@@ -1,0 +1,1 @@
+"""What a folder of shards contains, and its rows by position."""
