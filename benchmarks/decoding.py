@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from rewurst.datamodules import decoding
-from rewurst.datamodules.decoding import decode, read_header
-from rewurst.datamodules.geometry import crop, resample, size_to_decode
+from rewurst.datamodules.imaging import decoding
+from rewurst.datamodules.imaging.decoding import decode, read_header
+from rewurst.datamodules.imaging.geometry import crop, resample, size_to_decode
 
 Contender = Callable[[bytes, int], Any]
 

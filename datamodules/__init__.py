@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .base import Corpus
-    from .image_facts import Filters
     from .images import ImageTextDataModule
+    from .imaging.filters import Filters
     from .latents import LatentDataModule
     from .text import TextDataModule
 
 __all__ = ["Corpus", "Filters", "ImageTextDataModule", "LatentDataModule", "TextDataModule"]
 _MODULES = {
     "Corpus": "base",
-    "Filters": "image_facts",
+    "Filters": "imaging.filters",
     "ImageTextDataModule": "images",
     "LatentDataModule": "latents",
     "TextDataModule": "text",

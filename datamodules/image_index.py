@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .corpora.images import FACTS_FILE, ImageIndex
 from .corpora.index import Shard
-from .image_facts import FACTS_DTYPE
+from .imaging.facts import FACTS_DTYPE
 from .targets import Target
 
 

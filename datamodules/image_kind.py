@@ -14,9 +14,9 @@ from .. import UsageError
 from .corpora.images import ImageIndex, ImageShards
 from .corpora.index import Shard
 from .corpora.tar import Member, Sample
-from .image_facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
-from .image_header import DecodeError
 from .image_index import image_index
+from .imaging.facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
+from .imaging.header import DecodeError
 from .kind import Kind
 from .storage import Bytes
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from .. import UsageError
 from .corpora.images import ImageRows
-from .decoding import MAX_PIXELS, DecodeError, decode
-from .geometry import Crop, Size, crop, resample, size_to_decode, uniform
-from .image_facts import caption_of, image_suffix
+from .imaging.decoding import MAX_PIXELS, DecodeError, decode
+from .imaging.facts import caption_of, image_suffix
+from .imaging.geometry import Crop, Size, crop, resample, size_to_decode, uniform
 from .order import slot_seeds
 from .picks import Batch, Picks
 

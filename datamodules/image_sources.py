@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .. import UsageError
 from ..hints import did_you_mean, nearest
 from . import shapes
-from .image_facts import IMAGE_SUFFIXES
+from .imaging.facts import IMAGE_SUFFIXES
 from .remote_files import Place, Url, find, place, seekable
 from .sources import LINE_BYTES, PARQUET_BATCH_ROWS, walk
 from .storage import is_remote

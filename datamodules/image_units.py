@@ -22,12 +22,12 @@ from .corpora.images import sample_members
 from .corpora.index import INDEX_FILE, Shard
 from .corpora.open_shards import OpenShard
 from .engines import Ray
-from .image_facts import FACTS_DTYPE, facts_array
 from .image_faults import Faults, without_caption
 from .image_index import image_index
 from .image_sources import Listing, Picture
 from .image_work import Fault, Recoding, Sample, sample_of, side_of
 from .image_writer import image_key, image_shard_name, is_full, no_picture
+from .imaging.facts import FACTS_DTYPE, facts_array
 from .shard_file import ShardFile
 from .targets import UNFINISHED, Target
 from .units import Record, Stage, Unit, complete, digest_of, unit_bar

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import UsageError
-from .decoding import decode, read_header
-from .geometry import Crop, resample, size_to_decode
-from .image_facts import Facts, facts_of
-from .image_header import MAX_PIXELS, DecodeError
 from .image_sources import Drawing, Picture
+from .imaging.decoding import decode, read_header
+from .imaging.facts import Facts, facts_of
+from .imaging.geometry import Crop, resample, size_to_decode
+from .imaging.header import MAX_PIXELS, DecodeError
 from .remote_files import Place, Url
 from .shapes import draw
 

@@ -13,10 +13,10 @@ from .. import UsageError
 from .base import Corpus, StreamDataModule
 from .batches import Reader
 from .corpora.images import ImageRows, ImageShards
-from .decoding import MAX_PIXELS
-from .geometry import Size, buckets
-from .image_facts import Filters
 from .image_reader import ImageReader, Showing, describe_left_out
+from .imaging.decoding import MAX_PIXELS
+from .imaging.filters import Filters
+from .imaging.geometry import Size, buckets
 from .picks import Batch
 
 __all__ = ["Corpus", "ImageTextDataModule"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from .. import UsageError
 from .corpora.latents import Latents
 from .corpora.tar import Sample
-from .image_facts import IMAGE_SUFFIXES
 from .image_kind import Images, has_image
+from .imaging.facts import IMAGE_SUFFIXES
 from .kind import Kind
 from .token_kind import Tokens
 

@@ -17,10 +17,11 @@ from .base import Corpus
 from .batches import Reader
 from .corpora.images import ImageRows
 from .corpora.latents import LatentShards
-from .geometry import Crop, Size, uniform
-from .image_facts import Filters, caption_of
 from .image_reader import ReplacingReader, describe_left_out
 from .images import ImageTextDataModule
+from .imaging.facts import caption_of
+from .imaging.filters import Filters
+from .imaging.geometry import Crop, Size, uniform
 from .picks import Batch, Picks
 
 __all__ = ["Corpus", "LatentDataModule"]

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ..callbacks.samples.image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
 from ..datamodules.batches import EvaluationRows
 from ..datamodules.corpora.images import ImageRows, ImageShards
-from ..datamodules.image_facts import Filters
 from ..datamodules.image_reader import ImageReader, Showing
+from ..datamodules.imaging.filters import Filters
 from ..datamodules.picks import as_is
 from . import diffusion
 from .image_metrics import psnr, ssim

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import UsageError
 from ..datamodules.corpora.latents import MAKERS, array_bytes
-from ..datamodules.geometry import Size
+from ..datamodules.imaging.geometry import Size
 from .networks import VQGAN, SemanticCompressor, TextEncoder
 from .stage_parts import Frozen
 from .weights import is_one_file, read_file

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from .. import UsageError
 from ..datamodules.corpora.images import ImageRows, ImageShards
 from ..datamodules.corpora.latents import array_bytes
-from ..datamodules.geometry import Size, buckets, nearest_bucket
-from ..datamodules.image_facts import Filters
-from ..datamodules.image_header import DecodeError
 from ..datamodules.image_reader import ImageReader, Showing
+from ..datamodules.imaging.filters import Filters
+from ..datamodules.imaging.geometry import Size, buckets, nearest_bucket
+from ..datamodules.imaging.header import DecodeError
 from ..datamodules.latent_writer import LatentFolder
 from ..datamodules.picks import Picks, as_is
 from ..datamodules.targets import Target, everywhere

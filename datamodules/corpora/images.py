@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import UsageError
-from ..geometry import Size, nearest_bucket
-from ..image_facts import FACTS_DTYPE, Filters
+from ..imaging.facts import FACTS_DTYPE
+from ..imaging.filters import Filters
+from ..imaging.geometry import Size, nearest_bucket
 from ..storage import join, open_bytes
 from .index import CorpusIndex
 from .open_shards import OpenShard, Shards, ends_of, places

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import UsageError
-from ..geometry import Size
-from ..image_header import DecodeError
+from ..imaging.geometry import Size
+from ..imaging.header import DecodeError
 from ..kind import Kind
 from ..storage import Bytes, join, read_whole
 from .images import ImageIndex, ImageShards

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
-from rewurst.datamodules import decoding
-from rewurst.datamodules.decoding import DecodeError, decode, read_header, reduction_for
-from rewurst.datamodules.image_header import MAX_SCANS, exif_orientation
+from rewurst.datamodules.imaging import decoding
+from rewurst.datamodules.imaging.decoding import DecodeError, decode, read_header, reduction_for
+from rewurst.datamodules.imaging.header import MAX_SCANS, exif_orientation
 
 WITH_SIMPLEJPEG = pytest.param(
     True, marks=pytest.mark.skipif(decoding._simplejpeg is None, reason="simplejpeg is not installed")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rewurst import UsageError
-from rewurst.datamodules.decoding import decode
-from rewurst.datamodules.geometry import (
+from rewurst.datamodules.imaging.decoding import decode
+from rewurst.datamodules.imaging.geometry import (
     NO_BUCKET,
     Crop,
     buckets,

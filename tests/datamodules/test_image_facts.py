@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rewurst import UsageError
-from rewurst.datamodules.image_facts import (
+from rewurst.datamodules.imaging.facts import (
     FACTS_DTYPE,
     UNREADABLE,
     Facts,
-    Filters,
     caption_of,
     facts_array,
     facts_of,
     image_suffix,
     no_caption,
 )
-from rewurst.datamodules.image_header import DecodeError
+from rewurst.datamodules.imaging.filters import Filters
+from rewurst.datamodules.imaging.header import DecodeError
 
 PAPER = Filters(min_size=512, max_size=4096, max_watermark=0.5, min_aesthetic=5, max_unsafe=0.99)
 

@@ -22,7 +22,7 @@ from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
 from rewurst.datamodules.corpora.images import ImageShards
 from rewurst.datamodules.corpora.latents import array_bytes
 from rewurst.datamodules.foreign import index_shards
-from rewurst.datamodules.geometry import buckets
+from rewurst.datamodules.imaging.geometry import buckets
 from rewurst.datamodules.integrity import verify
 from rewurst.datamodules.latent_writer import LatentFolder
 from rewurst.datamodules.targets import Target

@@ -22,9 +22,9 @@ from rewurst import UsageError
 from rewurst.cli.tools import run
 from rewurst.datamodules import image_work, image_writer, shapes, shard_file
 from rewurst.datamodules.corpora.index import Shard
-from rewurst.datamodules.image_facts import FACTS_DTYPE
 from rewurst.datamodules.image_sources import Picture
 from rewurst.datamodules.image_work import Fault, Recoding, Sample, sample_of, work
+from rewurst.datamodules.imaging.facts import FACTS_DTYPE
 from rewurst.datamodules.integrity import verify
 from rewurst.datamodules.prepare_images import prepare_images
 

@@ -22,10 +22,10 @@ from PIL import Image
 
 from rewurst import UsageError
 from rewurst.datamodules import image_writer, remote
-from rewurst.datamodules.image_facts import Facts
 from rewurst.datamodules.image_units import _cut, _text
 from rewurst.datamodules.image_work import Sample
 from rewurst.datamodules.image_writer import ImageWriter
+from rewurst.datamodules.imaging.facts import Facts
 from rewurst.datamodules.prepare import prepare_text, train_tokenizer
 from rewurst.datamodules.prepare_images import prepare_images
 from rewurst.datamodules.remote_files import Url

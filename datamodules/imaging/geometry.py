@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .. import UsageError
+from ... import UsageError
 
 Size = tuple[int, int]
 Pixels = NDArray[np.uint8]

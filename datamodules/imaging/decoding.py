@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from .image_header import MAX_PIXELS, DecodeError, Header, read_header
+from .header import MAX_PIXELS, DecodeError, Header, read_header
 
 __all__ = ["MAX_PIXELS", "DecodeError", "Header", "decode", "read_header", "reduction_for"]
 
