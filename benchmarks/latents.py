@@ -29,7 +29,7 @@ from wuerstchen import peak_bytes, reset_peak, twin
 
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
 from rewurst.datamodules.foreign import index_shards
-from rewurst.datamodules.picks import Picks
+from rewurst.datamodules.sampling.micro_batches import Picks
 from rewurst.modules import StageC, diffusion
 from rewurst.modules.latents import prepare_latents
 from rewurst.modules.networks import Prior, SemanticCompressor

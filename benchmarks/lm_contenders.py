@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rewurst.callbacks import ExactResume, LRRewarming, WarmupCosine
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.order import CorpusOrder
+from rewurst.datamodules.sampling.permutation import CorpusOrder
 from rewurst.modules import CausalLM
 from rewurst.modules.causal_lm import PAPERS
 

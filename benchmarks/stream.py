@@ -28,13 +28,12 @@ from stream_peer import BATCH, LENGTH, PACKAGES, ROWS, Contender, environment, m
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rewurst.datamodules.batches import MicroBatches
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.lanes import Lanes
-from rewurst.datamodules.mixture import Mixture, RunningShare
-from rewurst.datamodules.order import CorpusOrder
 from rewurst.datamodules.packing import TokenWriter
-from rewurst.datamodules.picks import as_is
+from rewurst.datamodules.sampling.buckets import Lanes
+from rewurst.datamodules.sampling.micro_batches import MicroBatches, as_is
+from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
+from rewurst.datamodules.sampling.permutation import CorpusOrder
 from rewurst.datamodules.text import TokenReader
 
 LAYOUTS = {"litdata": "TokensLoader", "mosaicml-streaming": "one row a sample"}

@@ -28,13 +28,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from .. import UsageError
-from .batches import EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
-from .lanes import Lanes
-from .ledger import Ledger, Reading
-from .mixture import Mixture, RunningShare
-from .order import CorpusOrder
-from .picks import Batch
-from .progress import Progress
+from .sampling.buckets import Lanes
+from .sampling.micro_batches import Batch, EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
+from .sampling.mixture import Mixture, RunningShare
+from .sampling.permutation import CorpusOrder
+from .sampling.progress import Progress
+from .sampling.replay_history import Ledger, Reading
 
 R = TypeVar("R", bound=Rows)
 

@@ -16,8 +16,8 @@ from .corpora.images import ImageRows
 from .imaging.decoding import MAX_PIXELS, DecodeError, decode
 from .imaging.facts import caption_of, image_suffix
 from .imaging.geometry import Crop, Size, crop, resample, size_to_decode, uniform
-from .order import slot_seeds
-from .picks import Batch, Picks
+from .sampling.micro_batches import Batch, Picks
+from .sampling.permutation import slot_seeds
 
 REPLACEMENTS = 32  # tried for one slot; with half of the images corrupt all of them fail once in 4 billion slots
 

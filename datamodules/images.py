@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from .. import UsageError
 from .base import Corpus, StreamDataModule
-from .batches import Reader
 from .corpora.images import ImageRows, ImageShards
 from .image_reader import ImageReader, Showing, describe_left_out
 from .imaging.decoding import MAX_PIXELS
 from .imaging.filters import Filters
 from .imaging.geometry import Size, buckets
-from .picks import Batch
+from .sampling.micro_batches import Batch, Reader
 
 __all__ = ["Corpus", "ImageTextDataModule"]
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from .. import UsageError
 from .base import Corpus
-from .batches import Reader
 from .corpora.images import ImageRows
 from .corpora.latents import LatentShards
 from .image_reader import ReplacingReader, describe_left_out
@@ -22,7 +21,7 @@ from .images import ImageTextDataModule
 from .imaging.facts import caption_of
 from .imaging.filters import Filters
 from .imaging.geometry import Crop, Size, uniform
-from .picks import Batch, Picks
+from .sampling.micro_batches import Batch, Picks, Reader
 
 __all__ = ["Corpus", "LatentDataModule"]
 

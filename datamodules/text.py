@@ -10,9 +10,8 @@ import torch
 
 from .. import UsageError
 from .base import Corpus, StreamDataModule
-from .batches import Reader
 from .corpora.tokens import TokenShards
-from .picks import Batch, Picks
+from .sampling.micro_batches import Batch, Picks, Reader
 
 __all__ = ["Corpus", "TextDataModule"]
 

@@ -14,11 +14,10 @@ from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from ..callbacks.samples.image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
-from ..datamodules.batches import EvaluationRows
 from ..datamodules.corpora.images import ImageRows, ImageShards
 from ..datamodules.image_reader import ImageReader, Showing
 from ..datamodules.imaging.filters import Filters
-from ..datamodules.picks import as_is
+from ..datamodules.sampling.micro_batches import EvaluationRows, as_is
 from . import diffusion
 from .image_metrics import psnr, ssim
 from .pipeline import TextToImage

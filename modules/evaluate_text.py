@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import UsageError
-from ..datamodules.batches import EvaluationRows
 from ..datamodules.corpora.tokens import TokenShards
-from ..datamodules.picks import as_is
+from ..datamodules.sampling.micro_batches import EvaluationRows, as_is
 from ..datamodules.text import TokenReader
 from ..hints import closest
 from .causal_lm import CausalLM

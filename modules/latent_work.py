@@ -23,7 +23,7 @@ from ..datamodules.imaging.filters import Filters
 from ..datamodules.imaging.geometry import Size, buckets, nearest_bucket
 from ..datamodules.imaging.header import DecodeError
 from ..datamodules.latent_writer import LatentFolder
-from ..datamodules.picks import Picks, as_is
+from ..datamodules.sampling.micro_batches import Picks, as_is
 from ..datamodules.targets import Target, everywhere
 from .latent_makers import Makers
 

@@ -19,7 +19,7 @@ from rewurst.callbacks import FSDP, InfiniteCosine, LRRewarming, ReplayScheduler
 from rewurst.callbacks.learning_rate.lengths import in_steps
 from rewurst.cli import lightning as cli
 from rewurst.cli.class_names import import_named
-from rewurst.datamodules.mixture import Mixture, RunningShare
+from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
 from rewurst.datamodules.text import Corpus, TextDataModule
 from rewurst.modules.initial_weights import build
 

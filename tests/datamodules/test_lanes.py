@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewurst.datamodules.lanes import Lanes
-from rewurst.datamodules.mixture import Mixture, RunningShare
-from rewurst.datamodules.order import slot_quantiles, slot_seeds
+from rewurst.datamodules.sampling.buckets import Lanes
+from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
+from rewurst.datamodules.sampling.permutation import slot_quantiles, slot_seeds
 
 LANE_OF = np.array([[0, 1, 2], [0, 1, 1], [2, 2, 2]])
 

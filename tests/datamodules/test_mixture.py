@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rewurst import UsageError
 from rewurst.callbacks import WarmupCosine, linear
-from rewurst.datamodules.mixture import UNIT, Mixture, RunningShare
+from rewurst.datamodules.sampling.mixture import UNIT, Mixture, RunningShare
 
 NEW = {"code": 1.0}
 OLD = {"prose": 1.0}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewurst.datamodules.order import CorpusOrder, permute, round_keys
+from rewurst.datamodules.sampling.permutation import CorpusOrder, permute, round_keys
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rewurst.callbacks import linear
-from rewurst.datamodules import order as order_module
-from rewurst.datamodules.batches import MicroBatches, Positions
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.lanes import Lanes
-from rewurst.datamodules.mixture import Mixture, RunningShare
-from rewurst.datamodules.order import CorpusOrder
-from rewurst.datamodules.picks import Picks, as_is
-from rewurst.datamodules.progress import Progress
+from rewurst.datamodules.sampling import permutation as order_module
+from rewurst.datamodules.sampling.buckets import Lanes
+from rewurst.datamodules.sampling.micro_batches import MicroBatches, Picks, Positions, as_is
+from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
+from rewurst.datamodules.sampling.permutation import CorpusOrder
+from rewurst.datamodules.sampling.progress import Progress
 from rewurst.datamodules.text import TokenReader
 
 

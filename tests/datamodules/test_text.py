@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from rewurst import UsageError
 from rewurst.callbacks import ReplayScheduler
 from rewurst.datamodules import Corpus, TextDataModule
-from rewurst.datamodules.batches import EvaluationRows
 from rewurst.datamodules.corpora.tokens import TokenShards
+from rewurst.datamodules.sampling.micro_batches import EvaluationRows
 from rewurst.datamodules.text import TokenReader
 
 Batch = dict[str, Tensor]

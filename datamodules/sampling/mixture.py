@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import UsageError
+from ... import UsageError
 
 UNIT = 1 << 40
 _CHUNK = 1024

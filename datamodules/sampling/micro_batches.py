@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .lanes import Lanes
-from .order import CorpusOrder, slot_quantiles, slot_seeds
-from .picks import Batch, Numbers, Picks, as_is
+from .buckets import Lanes
+from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
 BLOCK = 4096  # counters that are permuted together
+
+Batch = dict[str, Any]
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The samples of a micro-batch.
+
+    Attributes:
+        corpus: Of each sample, new corpora first, ``(n,)``.
+        row: In its corpus, ``(n,)``.
+        seed: Of all that is random about it, ``(n,)``.
+        lane: Of the batch.
+        training: Whether the model learns from it, rather than being evaluated on it.
+        quantile: Of each sample in training, ``(n,)`` in [0, 1): see :func:`.permutation.slot_quantiles`.
+    """
+
+    corpus: Numbers
+    row: Numbers
+    seed: Numbers
+    lane: int
+    training: bool
+    quantile: NDArray[np.float64] | None = None
+
+
+def as_is(batch: Batch) -> Batch:
+    """The loader's own conversion would make a tensor, and so a shared memory file, of every array."""
+    return batch
 
 
 class Rows(Protocol):

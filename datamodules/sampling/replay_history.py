@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .. import UsageError
+from ... import UsageError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Which sample fills which slot of a global batch: pure functions of the step."""
