@@ -29,7 +29,7 @@ from ..files import write_atomically, writing
 from .corpora.index import INDEX_FILE, Shard
 from .corpora.tar import scan, sha256_of
 from .kinds import KINDS, Kind, kind_of
-from .storage import is_remote, open_bytes
+from .storage.random_access import is_remote, open_bytes
 
 
 @dataclass(frozen=True)

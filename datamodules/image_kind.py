@@ -18,7 +18,7 @@ from .image_index import image_index
 from .imaging.facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
 from .imaging.header import DecodeError
 from .kind import Kind
-from .storage import Bytes
+from .storage.random_access import Bytes
 
 NAMED = 5  # unreadable samples that are named; the others are counted
 

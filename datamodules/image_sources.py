@@ -16,9 +16,9 @@ from .. import UsageError
 from ..hints import did_you_mean, nearest
 from . import shapes
 from .imaging.facts import IMAGE_SUFFIXES
-from .remote_files import Place, Url, find, place, seekable
 from .sources import LINE_BYTES, PARQUET_BATCH_ROWS, walk
-from .storage import is_remote
+from .storage.random_access import is_remote
+from .storage.url import Place, Url, find, place, seekable
 from .streams import COMPRESSIONS, lines
 
 IMAGE_FIELDS = ("file_name", "image", "path")  # the first is that of Hugging Face's imagefolder

@@ -29,8 +29,8 @@ from .imaging.decoding import decode, read_header
 from .imaging.facts import Facts, facts_of
 from .imaging.geometry import Crop, resample, size_to_decode
 from .imaging.header import MAX_PIXELS, DecodeError
-from .remote_files import Place, Url
 from .shapes import draw
+from .storage.url import Place, Url
 
 FORMATS = ("jpg", "png", "webp")
 TASK_PICTURES = 32

@@ -13,7 +13,7 @@ from .corpora.index import INDEX_FILE, Shard, read_index
 from .corpora.open_shards import OpenShard
 from .corpora.tar import scan, sha256_of
 from .kinds import KINDS, Kind
-from .storage import is_remote
+from .storage.random_access import is_remote
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .corpora.index import CorpusIndex, Shard
 from .corpora.tar import Sample
-from .storage import Bytes
+from .storage.random_access import Bytes
 
 
 class Kind(ABC):

@@ -20,7 +20,7 @@ from .corpora.latents import EMPTY_TEXT_FILE, LatentIndex
 from .corpora.tar import sha256_of
 from .image_index import write_facts
 from .shard_file import ShardFile
-from .storage import open_bytes
+from .storage.random_access import open_bytes
 from .targets import UNFINISHED, Target
 
 READERS = 16  # threads that read entries, which waits for a server

@@ -27,7 +27,7 @@ from .integrity import verify
 from .packing import TokenWriter
 from .row_layout import RowLayout
 from .sources import Skipped, expand
-from .storage import join
+from .storage.random_access import join
 from .targets import Target, local_out
 from .text_units import TextJob, prepare_text_units
 from .tokenizer import train_tokenizer

@@ -25,7 +25,7 @@ from .image_units import ImageJob, prepare_image_units
 from .image_work import Fault, Recoding, Sample, side_of, work
 from .image_writer import ImageWriter
 from .shapes import PICTURES
-from .storage import join
+from .storage.random_access import join
 from .targets import Target, everywhere, local_out
 from .units import begin
 

@@ -18,7 +18,7 @@ from webdataset import shardlists, tariterators, utils
 from webdataset.gopen import gopen_pipe
 
 from .. import UsageError
-from .storage import is_remote
+from .storage.random_access import is_remote
 
 Sample = dict[str, Any]
 

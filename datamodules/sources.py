@@ -17,8 +17,8 @@ from .. import UsageError
 from ..hints import did_you_mean
 from . import builtin
 from .corpora.tar import scan
-from .remote_files import Place, Url, find, place, seekable
-from .storage import is_remote, open_bytes
+from .storage.random_access import is_remote, open_bytes
+from .storage.url import Place, Url, find, place, seekable
 from .streams import COMPRESSIONS, lines, text_pieces
 
 PIECE_CHARS = 2**16  # an encoding takes about 150 bytes a token, and a character can be four tokens

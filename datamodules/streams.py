@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from .. import UsageError
-from .remote_files import Place
+from .storage.url import Place
 
 COMPRESSIONS = (".gz", ".zst")
 BLOCK_BYTES = 2**18

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from .. import UsageError
 from ..files import write_atomically, writing
-from .remote import shown
-from .remote_files import delete, find, refuse_unwritable, upload, write_object
-from .storage import is_remote, join, local_path, read_whole
+from .storage.random_access import is_remote, join, local_path, read_whole
+from .storage.remote import shown
+from .storage.url import delete, find, refuse_unwritable, upload, write_object
 
 UNFINISHED = ".preparing"
 """Folder within a target that holds what goes when all is done."""

@@ -27,7 +27,7 @@ from .engines import Ray
 from .row_layout import MemberBuffer, RowLayout, token_key
 from .shard_file import ShardFile
 from .sources import Skipped, SourceFile, identity
-from .storage import open_bytes
+from .storage.random_access import open_bytes
 from .targets import UNFINISHED, Target, everywhere
 from .units import READERS, Record, Stage, Unit, complete, digest_of, unit_bar
 

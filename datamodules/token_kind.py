@@ -15,7 +15,7 @@ from .corpora.index import CorpusIndex, Shard
 from .corpora.tar import BLOCK_BYTES, Member, Sample
 from .corpora.tokens import DTYPES, HEADER_BYTES, RowsHeader, TokenIndex, TokenShards, read_header
 from .kind import Kind
-from .storage import Bytes, join, read_whole
+from .storage.random_access import Bytes, join, read_whole
 
 ROWS_AT_ONCE = 1024
 

@@ -19,7 +19,7 @@ from ... import UsageError
 from ..imaging.facts import FACTS_DTYPE
 from ..imaging.filters import Filters
 from ..imaging.geometry import Size, nearest_bucket
-from ..storage import join, open_bytes
+from ..storage.random_access import join, open_bytes
 from .index import CorpusIndex
 from .open_shards import OpenShard, Shards, ends_of, places
 

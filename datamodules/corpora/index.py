@@ -12,7 +12,7 @@ from typing import Any, Self, TypeGuard
 from ... import UsageError
 from ...files import write_atomically, writing
 from ...hints import did_you_mean
-from ..storage import is_remote, join, read_whole
+from ..storage.random_access import is_remote, join, read_whole
 
 INDEX_FILE = "index.json"
 VERSION = 1

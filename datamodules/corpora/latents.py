@@ -16,7 +16,7 @@ from ... import UsageError
 from ..imaging.geometry import Size
 from ..imaging.header import DecodeError
 from ..kind import Kind
-from ..storage import Bytes, join, read_whole
+from ..storage.random_access import Bytes, join, read_whole
 from .images import ImageIndex, ImageShards
 from .index import CorpusIndex, Shard
 from .tar import Sample

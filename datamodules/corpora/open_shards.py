@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import UsageError
-from ..storage import join as join_path
-from ..storage import open_bytes, read_whole
+from ..storage.random_access import join as join_path
+from ..storage.random_access import open_bytes, read_whole
 from .index import CorpusIndex, Shard
 
 MAX_OPEN = 128  # a process often has 1,024 file descriptors; a map keeps address space

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ... import UsageError
-from ..seekable import SeekableFile
-from ..storage import Bytes
+from ..storage.random_access import Bytes, SeekableFile
 
 BLOCK_BYTES = 512
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's: the key ends at the first dot of the file name

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import UsageError
-from ..storage import is_remote
+from ..storage.random_access import is_remote
 from .index import CorpusIndex, Shard
 from .open_shards import OpenShard, Shards, ends_of, places
 from .tar import BLOCK_BYTES

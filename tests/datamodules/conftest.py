@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rewurst.datamodules import remote
+from rewurst.datamodules.storage import remote
 
 
 @dataclass

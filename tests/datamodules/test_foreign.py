@@ -20,7 +20,7 @@ from rewurst.datamodules.corpora.tar import scan
 from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.foreign import index_shards
 from rewurst.datamodules.integrity import verify
-from rewurst.datamodules.storage import open_bytes
+from rewurst.datamodules.storage.random_access import open_bytes
 
 TOKENS = np.random.default_rng(0).integers(0, 500, size=(24, 9))
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rewurst import UsageError
-from rewurst.datamodules import block_cache, remote, storage
-from rewurst.datamodules.block_cache import BlockCache, ReadStats
-from rewurst.datamodules.storage import CachedBytes, LocalBytes, is_remote, join, open_bytes, read_whole
+from rewurst.datamodules.storage import block_cache, remote
+from rewurst.datamodules.storage import random_access as storage
+from rewurst.datamodules.storage.block_cache import BlockCache, ReadStats
+from rewurst.datamodules.storage.random_access import CachedBytes, LocalBytes, is_remote, join, open_bytes, read_whole
 
 CONTENT = np.random.default_rng(0).bytes(10_000)
 BLOCK = 1024

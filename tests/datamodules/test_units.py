@@ -21,16 +21,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rewurst import UsageError
-from rewurst.datamodules import image_writer, remote
+from rewurst.datamodules import image_writer
 from rewurst.datamodules.image_units import _cut, _text
 from rewurst.datamodules.image_work import Sample
 from rewurst.datamodules.image_writer import ImageWriter
 from rewurst.datamodules.imaging.facts import Facts
 from rewurst.datamodules.prepare import prepare_text, train_tokenizer
 from rewurst.datamodules.prepare_images import prepare_images
-from rewurst.datamodules.remote_files import Url
 from rewurst.datamodules.row_layout import MemberBuffer, RowLayout
 from rewurst.datamodules.sources import Skipped, expand, identity, read
+from rewurst.datamodules.storage import remote
+from rewurst.datamodules.storage.url import Url
 from rewurst.datamodules.targets import Target
 from rewurst.datamodules.text_units import spans
 from rewurst.train import main

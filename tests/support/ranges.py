@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.utils.data import Dataset
 
-from rewurst.datamodules import storage
+from rewurst.datamodules.storage import random_access as storage
 
 
 class Ranges(Dataset[bytes]):

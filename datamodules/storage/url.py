@@ -13,11 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-from .. import UsageError
+from ... import UsageError
 from .block_cache import ReadStats
+from .random_access import SeekableFile, is_remote, join, local_path, read_whole
 from .remote import FSSPEC_ATTEMPTS, file_system, fsspec_errors, open_remote, persistently, shown
-from .seekable import SeekableFile
-from .storage import is_remote, join, local_path, read_whole
 
 READ_BYTES = 8 << 20
 

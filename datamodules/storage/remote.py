@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from .. import UsageError
+from ... import UsageError
 from .block_cache import ReadStats
 
 TIMEOUT_SECONDS = 60.0

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import UsageError
+from ... import UsageError
 
 BLOCK_BYTES = 4 << 20
 DEFAULT_CACHE_BYTES = 32 << 30

@@ -7,6 +7,7 @@ the node's block cache; only blocks that hold what is asked for are fetched. Env
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
-from .. import UsageError
+from ... import UsageError
 from .block_cache import BlockCache, ReadStats, process_stats
 from .remote import open_remote, persistently, shown
 
@@ -241,3 +242,27 @@ def _check_range(where: str, begin: int, end: int, size: int, closed: bool) -> N
         raise UsageError(f"{where}, bytes {begin} to {end}: already closed")
     if not 0 <= begin <= end <= size:
         raise UsageError(f"{where}, bytes {begin} to {end}: no such range, it has {size} bytes")
+
+
+class SeekableFile(io.RawIOBase):
+    """A position in ``size`` bytes; subclasses read from it and move it."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._position = size, 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Offset of the next byte."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to an offset from the beginning, the position or the end, past the end too."""
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position

@@ -1,0 +1,1 @@
+"""Bytes by position, from local files and from remote ones through a block cache."""
