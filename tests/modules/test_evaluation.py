@@ -22,8 +22,9 @@ from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.prepare import prepare_text
 from rewurst.datamodules.prepare_images import prepare_images
 from rewurst.datamodules.tokenizer import train_tokenizer
-from rewurst.modules import CausalLM, evaluate_images
-from rewurst.modules.evaluation import Results
+from rewurst.evaluation import images as evaluate_images
+from rewurst.evaluation.results import Results
+from rewurst.modules import CausalLM
 from rewurst.modules.export import export_diffusers
 from rewurst.modules.image_metrics import psnr
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe

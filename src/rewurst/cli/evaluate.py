@@ -10,7 +10,7 @@ from .. import UsageError
 from .parser import Parser
 
 if TYPE_CHECKING:
-    from ..modules.evaluation import Results
+    from ..evaluation.results import Results
 
 Parsed = argparse.Namespace
 DESCRIPTION = "Evaluates an exported model: --tasks and --corpus of a language model, --images of a cascade."
@@ -18,7 +18,7 @@ DESCRIPTION = "Evaluates an exported model: --tasks and --corpus of a language m
 
 def run(args: list[str]) -> None:
     """``evaluate FOLDER ...``: writes OUT/results.json and TensorBoard's events, and prints what was found."""
-    from ..modules.evaluation import Results
+    from ..evaluation.results import Results
 
     parsed = _parser().parse_args(args[1:])
     if not (parsed.tasks or parsed.corpus or parsed.images):
@@ -77,7 +77,7 @@ def _named(folders: list[str]) -> dict[str, str]:
 
 
 def _corpora(args: Parsed, results: Results) -> None:
-    from ..modules.evaluate_text import evaluate_corpora
+    from ..evaluation.text import evaluate_corpora
 
     found = evaluate_corpora(args.folder, _named(args.corpus), args.batch_size, args.device, args.dtype)
     results.add("corpora", found)
@@ -86,7 +86,7 @@ def _corpora(args: Parsed, results: Results) -> None:
 
 
 def _tasks(args: Parsed, results: Results) -> None:
-    from ..modules.evaluate_text import evaluate_tasks
+    from ..evaluation.text import evaluate_tasks
 
     options = {name: getattr(args, name) for name in ("task_folder", "num_fewshot", "limit", "batch_size", "device")}
     found = evaluate_tasks(args.folder, args.tasks, dtype=args.dtype, **options)
@@ -96,7 +96,7 @@ def _tasks(args: Parsed, results: Results) -> None:
 
 
 def _images(args: Parsed, results: Results) -> None:
-    from ..modules.evaluate_images import Drawing, evaluate_images, table
+    from ..evaluation.images import Drawing, evaluate_images, table
 
     drawing = Drawing(args.prior_steps, args.guidance, args.steps)
     options = {name: getattr(args, name) for name in ("prior", "limit", "batch_size", "inception", "clip", "device")}

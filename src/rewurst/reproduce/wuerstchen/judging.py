@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 from ...callbacks.samples.image_quality import ImageJudge, load_inception
 from ...datamodules import shapes
 from ...datamodules.shapes import Judge, Shape
+from ...evaluation.images import validation_images
 from ...modules import LatentDiffusion, StageB, StageC
-from ...modules.evaluate_images import validation_images
 from ...modules.image_metrics import psnr, ssim
 from ...modules.stage_parts import generators, pixels
 

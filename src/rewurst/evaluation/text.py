@@ -16,7 +16,7 @@ from ..datamodules.corpora.tokens import TokenShards
 from ..datamodules.sampling.micro_batches import EvaluationRows, as_is
 from ..datamodules.text import TokenReader
 from ..hints import closest
-from .causal_lm import CausalLM
+from ..modules.causal_lm import CausalLM
 
 Scores = dict[str, dict[str, Any]]
 

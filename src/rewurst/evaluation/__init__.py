@@ -1,0 +1,1 @@
+"""Evaluation of trained models: language models and cascades."""
