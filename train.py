@@ -85,7 +85,7 @@ def _schedule(args: list[str]) -> None:
 
 
 def _plan(args: list[str]) -> None:
-    from rewurst.memory_command import run
+    from rewurst.memory.command import run
 
     run(args)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from rewurst.cli.lightning import parse
-from rewurst.memory_command import Configured
+from rewurst.memory.command import Configured
 from rewurst.modules import diffusion
 from rewurst.modules.causal_lm import CausalLM
 from rewurst.modules.networks import Prior

@@ -10,10 +10,10 @@ from torch import nn
 
 from rewurst import UsageError
 from rewurst.callbacks.fsdp.blocks import recompute
+from rewurst.memory.arithmetic import RESERVE, Layout, Weight, extrapolate, largest_micro_batch, plan
+from rewurst.memory.simulation import LiveBytes, StepBytes, simulate, state_bytes, without_memory
+from rewurst.memory.steps import planned
 from rewurst.modules import CausalLM
-from rewurst.modules.memory_plan import RESERVE, Layout, Weight, extrapolate, largest_micro_batch, plan
-from rewurst.modules.memory_simulation import LiveBytes, StepBytes, simulate, state_bytes, without_memory
-from rewurst.modules.planned import planned
 
 STEP = StepBytes(forward=500, kept=400, backward=450, with_gradients=600, gradients=100)
 WEIGHTS = [

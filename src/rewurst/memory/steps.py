@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import UsageError
-from . import diffusion
-from .causal_lm import CausalLM
-from .losses import chunk_size
-from .networks import VQGAN, Prior, SemanticCompressor, StageBUNet
-from .networks.base import Network
-from .optimizers import OptimizerName, make_optimizer
-from .stage_parts import STAGES, build
+from ..modules import diffusion
+from ..modules.causal_lm import CausalLM
+from ..modules.losses import chunk_size
+from ..modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet
+from ..modules.networks.base import Network
+from ..modules.optimizers import OptimizerName, make_optimizer
+from ..modules.stage_parts import STAGES, build
 
 Settings = Mapping[str, Any]
 CLIP_LAYERS = {768: 12, 1024: 24, 1280: 32}
@@ -131,9 +131,9 @@ def _rows_of_one_sequence() -> Iterator[None]:
 def _stage_a(model: Settings, data: Settings, mixed: bool) -> Planned:
     from torchvision.models import vgg16
 
-    from .perceptual import LPIPS
-    from .stage_a import StageA
-    from .stage_parts import Frozen
+    from ..modules.perceptual import LPIPS
+    from ..modules.stage_a import StageA
+    from ..modules.stage_parts import Frozen
 
     drop = ("init_from", "perceptual_weight", "download_vgg16", "vgg16", "optimizer", "discriminator_optimizer")
     options = {key: value for key, value in model.items() if key not in drop}

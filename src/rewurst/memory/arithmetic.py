@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from math import ceil, prod
 from typing import Literal
 
-from .memory_simulation import StepBytes
+from .simulation import StepBytes
 
 RESERVE = 0.1
 """Share left free: what allocators lose between tensors, kernels' workspaces, a GPU's own context."""

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import UsageError
-from .callbacks.fsdp.blocks import find_blocks, frozen_children, recompute
-from .cli.lightning import parse
-from .cli.parser import Parser
-from .modules.eight_bit import EightBitOptimizer
-from .modules.memory_plan import RESERVE, Layout, MemoryPlan, Weight, extrapolate, largest_micro_batch, plan
-from .modules.memory_simulation import StepBytes, simulate, state_bytes, without_memory
-from .modules.planned import Planned, planned
+from .. import UsageError
+from ..callbacks.fsdp.blocks import find_blocks, frozen_children, recompute
+from ..cli.lightning import parse
+from ..cli.parser import Parser
+from ..modules.eight_bit import EightBitOptimizer
+from .arithmetic import RESERVE, Layout, MemoryPlan, Weight, extrapolate, largest_micro_batch, plan
+from .simulation import StepBytes, simulate, state_bytes, without_memory
+from .steps import Planned, planned
 
 Config = Mapping[str, Any]
 DESCRIPTION = "Says what a config takes of a device's memory, whether it fits, and the largest micro-batch that does."
