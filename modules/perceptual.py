@@ -6,12 +6,10 @@ from typing import Self
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from .. import UsageError
-from .stage_parts import Frozen
 from .weights import read_file
 
 SLICES = (4, 9, 16, 23, 30)
@@ -103,19 +101,3 @@ class LPIPS(nn.Module):
 def cached_vgg16() -> Path:
     """Return where torchvision keeps VGG16's weights, there or not."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
-
-
-def frozen_lpips(path: str | None, download: bool) -> Frozen[LPIPS] | None:
-    """Load LPIPS for training, or say once that there is none.
-
-    Raises:
-        UsageError: A file that is given is missing, cannot be read, or holds another network.
-    """
-    lpips = LPIPS.from_files(path, download)
-    if lpips is not None:
-        return Frozen(lpips, str(path or cached_vgg16()))
-    rank_zero_warn(
-        f"there is no {cached_vgg16()}: training goes without the perceptual loss; give vgg16, or set download_vgg16 "
-        "to fetch it, or perceptual_weight to 0"
-    )
-    return None

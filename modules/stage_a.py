@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -22,8 +23,8 @@ from .flops import stage_a_flops
 from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .networks import VQGAN, PatchDiscriminator, describe
 from .optimizers import OptimizerChoice, make_optimizer
-from .perceptual import frozen_lpips
-from .stage_parts import STAGES, Batch, Settings, build, generators, initialise, pixels, uniforms, widened
+from .perceptual import LPIPS, cached_vgg16
+from .stage_parts import STAGES, Batch, Frozen, Settings, build, generators, initialise, pixels, uniforms, widened
 from .watched import check_max_grad_norm, logs_now, look, place_of, scales_losses
 
 Losses = dict[str, Tensor]
@@ -348,3 +349,19 @@ class StageA(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the step over."""
         self.step = checkpoint.get("completed_steps", 0)
+
+
+def frozen_lpips(path: str | None, download: bool) -> Frozen[LPIPS] | None:
+    """Load LPIPS for training, or say once that there is none.
+
+    Raises:
+        UsageError: A file that is given is missing, cannot be read, or holds another network.
+    """
+    lpips = LPIPS.from_files(path, download)
+    if lpips is not None:
+        return Frozen(lpips, str(path or cached_vgg16()))
+    rank_zero_warn(
+        f"there is no {cached_vgg16()}: training goes without the perceptual loss; give vgg16, or set download_vgg16 "
+        "to fetch it, or perceptual_weight to 0"
+    )
+    return None

@@ -22,8 +22,8 @@ from rewurst.checkpoints.sharded_reading import describe_checkpoint, read_checkp
 from rewurst.checkpoints.sharded_writing import consolidate
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
-from rewurst.modules.lower_stages import LowerStages
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor
+from rewurst.modules.stage_c import LowerStages
 from rewurst.modules.text_encoding import checkpoint_text_encoder
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shard_your_own.py"
