@@ -187,7 +187,7 @@ def check_exports(path: Path, gathered: dict[str, torch.Tensor], tmp_path: Path)
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from rewurst.modules.hugging_face import export_hugging_face
+    from rewurst.modules.language.hugging_face import export_hugging_face
     from rewurst.modules.weights import read_file
 
     own = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}

@@ -23,7 +23,7 @@ from rewurst import UsageError
 from rewurst.callbacks import ExactResume, LRRewarming, StepProgressBar, Throughput, WarmupCosine
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.modules import CausalLM
-from rewurst.modules.head import is_plain_head
+from rewurst.modules.language.head import is_plain_head
 
 LLAMA = {
     "model_type": "llama",

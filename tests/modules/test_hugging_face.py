@@ -13,7 +13,7 @@ from rewurst import UsageError
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.datamodules.prepare import prepare_text, train_tokenizer
 from rewurst.modules import CausalLM
-from rewurst.modules.hugging_face import export_hugging_face, generate_text
+from rewurst.modules.language.hugging_face import export_hugging_face, generate_text
 
 
 @pytest.fixture(scope="module")

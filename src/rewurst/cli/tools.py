@@ -267,7 +267,7 @@ def _run_prepare_verify(args: Parsed) -> None:
 
 
 def _run_export_hf(args: Parsed) -> None:
-    from ..modules.hugging_face import export_hugging_face
+    from ..modules.language.hugging_face import export_hugging_face
 
     export_hugging_face(args.checkpoint, args.out, args.tokenizer, args.overwrite)
     print(f"{args.out}: load it with AutoModelForCausalLM.from_pretrained")
@@ -336,6 +336,6 @@ def _save_image(picture: Any, out: Path) -> None:
 
 
 def _run_generate_text(args: Parsed) -> None:
-    from ..modules.hugging_face import generate_text
+    from ..modules.language.hugging_face import generate_text
 
     print(generate_text(args.folder, args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed))

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .. import UsageError
+from ... import UsageError
+from ..weights import read_file
 from .initial_weights import build, lightning_state
-from .weights import read_file
 
 
 def export_hugging_face(checkpoint: Path, out: Path, tokenizer: Path | None = None, overwrite: bool = False) -> None:

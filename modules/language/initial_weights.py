@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import UsageError
-from ..checkpoints.sharded_files import is_sharded
-from ..hints import closest, did_you_mean
-from .weights import read_file
+from ... import UsageError
+from ...checkpoints.sharded_files import is_sharded
+from ...hints import closest, did_you_mean
+from ..weights import read_file
 
 State = Mapping[str, Tensor]
 

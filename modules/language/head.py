@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import UsageError
+from ... import UsageError
 
 
 @contextmanager

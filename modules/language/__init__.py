@@ -1,0 +1,1 @@
+"""What the causal language model needs of transformers."""
