@@ -17,7 +17,7 @@ from .language.document_masks import IGNORED, document_arguments, document_targe
 from .language.head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
 from .language.hugging_face import continuations
 from .language.initial_weights import build, load_initial_weights
-from .losses import cross_entropy, linear_cross_entropy
+from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .optimizers import OptimizerChoice, OptimizerSettings, make_optimizer
 from .watched import WatchedModule
 
@@ -34,8 +34,8 @@ class CausalLM(WatchedModule):
 
     Batches are dicts with ``input_ids`` (rows, sequence_length + 1): the model sees all but the last token and
     predicts all but the first. The loss is the mean over tokens, in nats. Where the head is an ordinary linear layer
-    the logits of all tokens never exist (:func:`~rewurst.modules.losses.linear_cross_entropy`); models that cap or
-    scale theirs get them, and one line says so.
+    the logits of all tokens never exist (:func:`~rewurst.modules.losses.cross_entropy.linear_cross_entropy`); models
+    that cap or scale theirs get them, and one line says so.
 
     Logs ``train/loss`` (mean over the global batch), ``train/grad_norm``, ``tokens`` (predicted so far, over all
     datasets), ``val/loss/<corpus>``, ``val/perplexity/<corpus>`` and ``val/loss/average``; validation corpora are the

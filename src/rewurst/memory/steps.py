@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from .. import UsageError
 from ..modules import diffusion
 from ..modules.causal_lm import CausalLM
-from ..modules.losses import chunk_size
+from ..modules.losses.cross_entropy import chunk_size
 from ..modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet
 from ..modules.networks.base import Network
 from ..modules.optimizers import OptimizerName, make_optimizer
@@ -131,7 +131,7 @@ def _rows_of_one_sequence() -> Iterator[None]:
 def _stage_a(model: Settings, data: Settings, mixed: bool) -> Planned:
     from torchvision.models import vgg16
 
-    from ..modules.perceptual import LPIPS
+    from ..modules.losses.perceptual import LPIPS
     from ..modules.stage_a import StageA
     from ..modules.stage_parts import Frozen
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import UsageError
+from ... import UsageError
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -1,0 +1,1 @@
+"""Losses: chunked cross-entropy, perceptual, adversarial."""
