@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from rewurst.cli.lightning import parse
 from rewurst.memory.command import Configured
-from rewurst.modules import diffusion
 from rewurst.modules.causal_lm import CausalLM
-from rewurst.modules.networks import Prior
+from rewurst.modules.networks import Prior, diffusion
+from rewurst.modules.networks.base import build
 from rewurst.modules.optimizers import make_optimizer
-from rewurst.modules.stage_parts import STAGES, build
+from rewurst.modules.shared.batches import STAGES
 
 Result = dict[str, Any]
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -24,8 +24,7 @@ from diffusers import DDPMWuerstchenScheduler
 from diffusers.pipelines.deprecated.wuerstchen import WuerstchenDiffNeXt, WuerstchenPrior
 from torch import Tensor, nn
 
-from rewurst.modules import diffusion
-from rewurst.modules.networks import ConditionCache, Network, Prior, StageBUNet
+from rewurst.modules.networks import ConditionCache, Network, Prior, StageBUNet, diffusion
 
 
 @dataclass(frozen=True)

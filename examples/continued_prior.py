@@ -102,7 +102,7 @@ def prepare() -> None:
 
 def captions_cut(tokenizer: Path) -> float:
     """Share of the new captions that are longer than what the text encoder sees; says so where there are any."""
-    from rewurst.modules.text_encoding import fresh_text_encoder
+    from rewurst.modules.shared.text_encoder import fresh_text_encoder
 
     settings = _load(CONFIG)["model"]["init_args"]["text_encoder"]
     encoder = fresh_text_encoder(settings | {"tokenizer": str(tokenizer)})

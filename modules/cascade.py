@@ -11,9 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from .. import UsageError
-from . import diffusion
 from .folders import read_cascade
-from .networks import VQGAN, ConditionCache, Prior, SemanticCompressor, StageBUNet, TextEncoder, compile_blocks
+from .networks import (
+    VQGAN,
+    ConditionCache,
+    Prior,
+    SemanticCompressor,
+    StageBUNet,
+    TextEncoder,
+    compile_blocks,
+    diffusion,
+)
 
 
 class Cascade:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import UsageError
-from . import weights
 from .folders import check_widths
-from .networks import VQGAN, Prior, SemanticCompressor, StageBUNet, TextEncoder
-from .text_encoding import checkpoint_text_encoder
+from .networks import VQGAN, Prior, SemanticCompressor, StageBUNet, TextEncoder, weight_files
+from .shared.text_encoder import checkpoint_text_encoder
 
 CLASSES = "from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior\n"
 """What diffusers executes when it is allowed to: its own loader looks for the classes where they no longer are."""
@@ -76,8 +75,8 @@ def export_diffusers(
     prior = Prior.from_checkpoint(stage_c)
     if stage_c_mean is not None:
         other = Prior.from_checkpoint(stage_c_mean)
-        weights.check(other.state_dict(), prior.state_dict(), "Prior", str(stage_c_mean))
-        prior.load_state_dict(weights.mean([prior.state_dict(), other.state_dict()]))
+        weight_files.check(other.state_dict(), prior.state_dict(), "Prior", str(stage_c_mean))
+        prior.load_state_dict(weight_files.mean([prior.state_dict(), other.state_dict()]))
     lower = text_encoder or checkpoint_text_encoder(stage_b)
     upper = prior_text_encoder or checkpoint_text_encoder(stage_c) or lower
     decoder = StageBUNet.from_checkpoint(stage_b)
@@ -115,7 +114,7 @@ def _for_states(decoder: StageBUNet, encoder: TextEncoder, stage_b: str | Path) 
     Raises:
         UsageError: It was trained with more or fewer.
     """
-    length = weights.read_file(stage_b).get("text_length") if weights.is_one_file(stage_b) else None
+    length = weight_files.read_file(stage_b).get("text_length") if weight_files.is_one_file(stage_b) else None
     if length is not None and length != encoder.length:
         raise UsageError(
             f"{stage_b} was trained without text, with text_length {length}, and the text encoder gives "
@@ -128,18 +127,18 @@ def _for_states(decoder: StageBUNet, encoder: TextEncoder, stage_b: str | Path) 
 
 def _set_scale(prior: Prior, stage_c: str | Path) -> None:
     """Take over the scale of z that Stage C was trained with, where its checkpoint says it."""
-    scale = weights.read_file(stage_c).get("latent_scale", {}) if weights.is_one_file(stage_c) else {}
+    scale = weight_files.read_file(stage_c).get("latent_scale", {}) if weight_files.is_one_file(stage_c) else {}
     prior.latent_mean = scale.get("latent_mean", prior.latent_mean)
     prior.latent_std = scale.get("latent_std", prior.latent_std)
 
 
 def _compressor(checkpoint: str | Path) -> SemanticCompressor | None:
     """Return the compressor that was trained with Stage B, if the checkpoint holds it."""
-    if not weights.is_one_file(checkpoint):
+    if not weight_files.is_one_file(checkpoint):
         return None
-    content = weights.read_file(checkpoint)
+    content = weight_files.read_file(checkpoint)
     held = [entry["class"] for entry in content.get("networks", {}).values()]
-    if "SemanticCompressor" in held or weights.AUTHORS_FILES["SemanticCompressor"] in content:
+    if "SemanticCompressor" in held or weight_files.AUTHORS_FILES["SemanticCompressor"] in content:
         return SemanticCompressor.from_checkpoint(checkpoint)
     return None
 

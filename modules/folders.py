@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from .. import UsageError
-from . import weights
-from .networks import VQGAN, Network, Prior, SemanticCompressor, StageBUNet, TextEncoder
+from .networks import VQGAN, Network, Prior, SemanticCompressor, StageBUNet, TextEncoder, weight_files
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -29,7 +28,7 @@ def read_cascade(folder: str | Path, prior: str | Path | None, dtype: torch.dtyp
     """
     root = Path(folder)
     below, above, stem = _pipelines(root, prior)
-    lower, upper = (weights.read_json(pipeline / "model_index.json") for pipeline in (below, above))
+    lower, upper = (weight_files.read_json(pipeline / "model_index.json") for pipeline in (below, above))
     if below == above and lower.get("_class_name") != "WuerstchenCombinedPipeline":
         raise UsageError(f"{root} holds a {lower.get('_class_name')} only: give the prior pipeline's folder as prior")
     _check_scheduler(below / "scheduler")
@@ -58,7 +57,7 @@ def _pipelines(root: Path, prior: str | Path | None) -> tuple[Path, Path, str]:
 def _check_scheduler(folder: Path) -> None:
     """Refuse other schedules than ours."""
     path = folder / "scheduler_config.json"
-    settings = weights.read_json(path) if path.is_file() else {}
+    settings = weight_files.read_json(path) if path.is_file() else {}
     scaler, s = settings.get("scaler", 1.0), settings.get("s", 0.008)
     if (scaler, s) != (1.0, 0.008):
         raise UsageError(f"{path} asks for scaler {scaler} and s {s}: only 1.0 and 0.008 are supported")

@@ -9,13 +9,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import UsageError
-from .flops import FROZEN, TRAINED, forward_flops
-from .image_metrics import valid_samples
 from .networks import VQGAN, ConditionCache, StageBUNet
+from .networks.base import Settings, build, initialise
 from .networks.layers import AUTHORS_WIDTH
 from .optimizers import OptimizerChoice
-from .stage_parts import Batch, Frozen, Settings, build, generators, initialise, pixels
-from .text_stage import TextStage
+from .shared.batches import Batch, generators, pixels
+from .shared.flops import FROZEN, TRAINED, forward_flops
+from .shared.frozen import Frozen
+from .shared.image_metrics import valid_samples
+from .shared.text_diffusion import TextStage
 
 
 class LatentDiffusion(TextStage):

@@ -14,8 +14,8 @@ from .. import UsageError
 from ..datamodules.corpora.latents import MAKERS, array_bytes
 from ..datamodules.imaging.geometry import Size
 from .networks import VQGAN, SemanticCompressor, TextEncoder
-from .stage_parts import Frozen
-from .weights import is_one_file, read_file
+from .networks.weight_files import is_one_file, read_file
+from .shared.frozen import Frozen
 
 
 class Makers:

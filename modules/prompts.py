@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from .. import UsageError
-from . import diffusion
-from .networks import TextEncoder
+from .networks import TextEncoder, diffusion
 
 
 def read_prompts(argument: str) -> list[str]:

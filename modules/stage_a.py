@@ -16,16 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .. import UsageError
-from .codebook import CodebookUse, drawn_rows, snap
-from .finite import FiniteWatch
-from .flops import stage_a_flops
-from .image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
 from .losses.adversarial import ADVERSARIAL, AdversarialLoss, without_gradients
 from .losses.perceptual import LPIPS, cached_vgg16
 from .networks import VQGAN, PatchDiscriminator, describe
+from .networks.base import Settings, build, initialise
 from .optimizers import OptimizerChoice, make_optimizer
-from .stage_parts import STAGES, Batch, Frozen, Settings, build, generators, initialise, pixels, uniforms, widened
-from .watched import check_max_grad_norm, logs_now, look, place_of, scales_losses
+from .shared.batches import STAGES, Batch, generators, pixels, uniforms, widened
+from .shared.codebook import CodebookUse, drawn_rows, snap
+from .shared.flops import stage_a_flops
+from .shared.frozen import Frozen
+from .shared.image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
+from .shared.monitored import FiniteWatch, check_max_grad_norm, logs_now, look, place_of, scales_losses
 
 Losses = dict[str, Tensor]
 

@@ -10,14 +10,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import UsageError
-from . import diffusion
-from .diffusion_stage import DiffusionStage
-from .flops import FROZEN, TRAINED, forward_flops, text_flops
-from .image_metrics import psnr, ssim, valid_samples
-from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder
+from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder, diffusion
+from .networks.base import Settings, build, holds, initialise
+from .networks.weight_files import read_file
 from .optimizers import OptimizerChoice
-from .stage_parts import Batch, Frozen, Settings, build, generators, holds, initialise, pixels, uniforms
-from .weights import read_file
+from .shared.batches import Batch, generators, pixels, uniforms
+from .shared.diffusion import DiffusionStage
+from .shared.flops import FROZEN, TRAINED, forward_flops, text_flops
+from .shared.frozen import Frozen
+from .shared.image_metrics import psnr, ssim, valid_samples
 
 
 class StageB(DiffusionStage):

@@ -10,14 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
 
 from .. import UsageError
-from . import diffusion
-from .flops import FROZEN, TRAINED, forward_flops
-from .image_metrics import valid_samples
-from .networks import VQGAN, ConditionCache, Prior, SemanticCompressor, StageBUNet, TextEncoder
+from .networks import VQGAN, ConditionCache, Prior, SemanticCompressor, StageBUNet, TextEncoder, diffusion
+from .networks.base import Settings, build, holds, initialise
+from .networks.weight_files import read_file
 from .optimizers import OptimizerChoice
-from .stage_parts import Batch, Frozen, Settings, build, generators, holds, initialise, pixels
-from .text_stage import TextStage
-from .weights import read_file
+from .shared.batches import Batch, generators, pixels
+from .shared.flops import FROZEN, TRAINED, forward_flops
+from .shared.frozen import Frozen
+from .shared.image_metrics import valid_samples
+from .shared.text_diffusion import TextStage
 
 
 class StageC(TextStage):

@@ -12,9 +12,10 @@ from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked. Here, before any test imports the modules: those that are collected first too.
 # (Beartype cannot check `Self`, which base and cascade use.)
-NETWORKS = [f"networks.{name}" for name in ("layers", "conditioned", "vqgan", "unet", "prior", "encoders")]
+NETWORKS = ("layers", "conditioned", "vqgan", "unet", "prior", "encoders", "diffusion")
 install_import_hook(
-    [f"rewurst.modules.{name}" for name in (*NETWORKS, "diffusion", "prompts", "pipeline")], "beartype.beartype"
+    [*(f"rewurst.modules.networks.{name}" for name in NETWORKS), "rewurst.modules.prompts", "rewurst.modules.pipeline"],
+    "beartype.beartype",
 )
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ... import UsageError
-from ..weights import read_file
+from ..networks.weight_files import read_file
 from .initial_weights import build, lightning_state
 
 

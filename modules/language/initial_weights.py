@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ... import UsageError
 from ...checkpoints.sharded_files import is_sharded
 from ...hints import closest, did_you_mean
-from ..weights import read_file
+from ..networks.weight_files import read_file
 
 State = Mapping[str, Tensor]
 

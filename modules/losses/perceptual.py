@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from ... import UsageError
-from ..weights import read_file
+from ..networks.weight_files import read_file
 
 SLICES = (4, 9, 16, 23, 30)
 """Where VGG16's features are cut: behind the last ReLU of each of its five resolutions."""

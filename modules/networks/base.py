@@ -3,13 +3,13 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
 from ... import UsageError
-from .. import weights
+from . import weight_files
 
 Presets: TypeAlias = dict[str, dict[str, Any]]
 """Arguments by name of the preset."""
@@ -68,10 +68,10 @@ class Network(nn.Module):
             UsageError: A file is missing, the folder holds another network, or a weight is not finite.
         """
         path = Path(folder) / "config.json"
-        config = weights.read_json(path)
+        config = weight_files.read_json(path)
         if config.get("_class_name", cls.diffusers_class) not in (cls.diffusers_class, cls.__name__):
             raise UsageError(f"{path} describes a {config['_class_name']}: {cls.__name__} needs {cls.diffusers_class}")
-        return cls.from_weights(config, weights.read_folder(folder), str(folder), dtype)
+        return cls.from_weights(config, weight_files.read_folder(folder), str(folder), dtype)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, dtype: torch.dtype | None = None) -> Self:
@@ -83,9 +83,9 @@ class Network(nn.Module):
         Raises:
             UsageError: The file cannot be read or does not hold this network.
         """
-        if Path(path).is_dir() and not weights.is_one_file(path):
+        if Path(path).is_dir() and not weight_files.is_one_file(path):
             return cls.from_folder(path, dtype)
-        content = weights.read_file(path)
+        content = weight_files.read_file(path)
         if "networks" in content:
             for attribute, entry in content["networks"].items():
                 if entry["class"] == cls.__name__:
@@ -94,10 +94,10 @@ class Network(nn.Module):
                     return cls.from_weights(entry["config"], own, str(path), dtype)
             held = ", ".join(entry["class"] for entry in content["networks"].values())
             raise UsageError(f"{path} holds {held}: give a checkpoint with a {cls.__name__}")
-        key = weights.AUTHORS_FILES.get(cls.__name__, "state_dict")
+        key = weight_files.AUTHORS_FILES.get(cls.__name__, "state_dict")
         nested = content.get(key, content.get("state_dict", content))
         tensors = {name: value for name, value in nested.items() if isinstance(value, torch.Tensor)}
-        state = weights.from_authors(tensors)
+        state = weight_files.from_authors(tensors)
         return cls.from_weights(cls._fitting_preset(state), state, str(path), dtype)
 
     @classmethod
@@ -127,14 +127,14 @@ class Network(nn.Module):
         """
         with torch.device("meta"):
             network = cls.from_config(config)
-        weights.check(state, network.state_dict(), cls.__name__, where)
+        weight_files.check(state, network.state_dict(), cls.__name__, where)
         network.load_state_dict(state, assign=True)
         return network.to(dtype=dtype).eval()
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and the weights as diffusers does."""
         config = {"_class_name": self.diffusers_class, **self.config}
-        weights.write_folder(folder, config, self.state_dict())
+        weight_files.write_folder(folder, config, self.state_dict())
 
 
 def describe(module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -152,3 +152,40 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     for module in network.modules():
         if type(module).__name__ in names:
             module.compile(**options)
+
+
+Settings: TypeAlias = str | dict[str, Any]
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
+
+
+def build(network: type[AnyNetwork], settings: Settings) -> AnyNetwork:
+    """Build a fresh network from what a config says.
+
+    Raises:
+        UsageError: No preset or argument has that name.
+    """
+    if isinstance(settings, str):
+        return network.from_preset(settings)
+    arguments = dict(settings)
+    preset = arguments.pop("preset", None)
+    return network.from_config(arguments) if preset is None else network.from_preset(preset, **arguments)
+
+
+def initialise(network: Network, path: str) -> None:
+    """Take a network's weights from any layout that ``Network.from_checkpoint`` reads.
+
+    Raises:
+        UsageError: The file holds another network, or one of another size.
+    """
+    state = type(network).from_checkpoint(path).state_dict()
+    weight_files.check(state, network.state_dict(), type(network).__name__, path)
+    network.load_state_dict(state)
+
+
+def holds(path: str, network: type[Network]) -> bool:
+    """Say whether a checkpoint file, beside what else it holds, has a network of a class."""
+    if not weight_files.is_one_file(path):
+        return False
+    content = weight_files.read_file(path)
+    classes = [entry["class"] for entry in content.get("networks", {}).values()]
+    return network.__name__ in classes or weight_files.AUTHORS_FILES.get(network.__name__, "networks") in content

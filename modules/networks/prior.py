@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ... import UsageError
-from .. import diffusion
+from . import diffusion
 from .base import Network, Presets
 from .layers import (
     AUTHORS_WIDTH,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import UsageError
-from .. import diffusion
+from . import diffusion
 from .base import Network, Presets
 from .conditioned import ConditionedResBlock
 from .layers import (

@@ -23,8 +23,8 @@ from rewurst.checkpoints.sharded_writing import consolidate
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor
+from rewurst.modules.shared.text_encoder import checkpoint_text_encoder
 from rewurst.modules.stage_c import LowerStages
-from rewurst.modules.text_encoding import checkpoint_text_encoder
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shard_your_own.py"
 
@@ -188,7 +188,7 @@ def check_exports(path: Path, gathered: dict[str, torch.Tensor], tmp_path: Path)
     from transformers import AutoModelForCausalLM
 
     from rewurst.modules.language.hugging_face import export_hugging_face
-    from rewurst.modules.weights import read_file
+    from rewurst.modules.networks.weight_files import read_file
 
     own = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
     assert consolidate(path, tmp_path / "weights.safetensors", "model.") == len(own)

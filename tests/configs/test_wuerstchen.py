@@ -15,7 +15,7 @@ from rewurst import callbacks, modules
 from rewurst.callbacks import LRRewarming
 from rewurst.modules.latent_diffusion import without_embedding
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet
-from rewurst.modules.stage_parts import build
+from rewurst.modules.networks.base import build
 
 FOLDER = Path(__file__).parents[2] / "configs" / "wuerstchen"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "scale")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from rewurst.modules.codebook import RECENT_STEPS, CodebookUse, drawn_rows, snap
+from rewurst.modules.shared.codebook import RECENT_STEPS, CodebookUse, drawn_rows, snap
 
 
 def test_ages_are_steps_since_a_code_was_taken() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from rewurst import UsageError
-from rewurst.modules import diffusion
+from rewurst.modules.networks import diffusion
 
 times = st.floats(0, 1, width=32)
 

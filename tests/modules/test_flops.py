@@ -11,19 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewurst.datamodules.tokenizer import train_tokenizer
-from rewurst.modules import (
-    CausalLM,
-    LatentDiffusion,
-    StageA,
-    StageB,
-    StageC,
-    flops,
-    latent_diffusion,
-    stage_b,
-    stage_c,
-    text_stage,
-)
+from rewurst.modules import CausalLM, LatentDiffusion, StageA, StageB, StageC, latent_diffusion, stage_b, stage_c
 from rewurst.modules.networks import VQGAN, SemanticCompressor
+from rewurst.modules.shared import flops
+from rewurst.modules.shared import text_diffusion as text_stage
 
 
 def counted(step: Any, backward: bool = False) -> float:

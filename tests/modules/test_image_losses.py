@@ -14,10 +14,10 @@ from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import vgg16
 
 from rewurst import UsageError
-from rewurst.modules.image_metrics import psnr, ssim
 from rewurst.modules.losses import perceptual
 from rewurst.modules.losses.adversarial import ADVERSARIAL
 from rewurst.modules.losses.perceptual import LPIPS
+from rewurst.modules.shared.image_metrics import psnr, ssim
 
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=8), st.lists(st.floats(-30, 30), min_size=1, max_size=8))

@@ -16,7 +16,7 @@ from rewurst.callbacks import LRRewarming, WarmupCosine
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import LatentDiffusion
 from rewurst.modules.networks import VQGAN, StageBUNet
-from rewurst.modules.text_encoding import checkpoint_text_encoder
+from rewurst.modules.shared.text_encoder import checkpoint_text_encoder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*dataloader is not resumable.*",

@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Generator, nn
 
 from rewurst import UsageError
-from rewurst.modules import weights
 from rewurst.modules.export import export_diffusers
-from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe
+from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe, weight_files
 from rewurst.modules.pipeline import TextToImage, reconstruct
 from rewurst.modules.prompts import read_prompts
 from rewurst.train import main
@@ -175,7 +174,7 @@ class TestDiffusers:
         paths = [checkpoints[name] for name in ("a", "b", "c")]
         export_diffusers(*paths, tmp_path / "out", stage_c_mean=checkpoints["c2"])
         one, two = (Prior.from_checkpoint(checkpoints[name]).state_dict() for name in ("c", "c2"))
-        mean = weights.read_folder(tmp_path / "out" / "prior" / "prior")
+        mean = weight_files.read_folder(tmp_path / "out" / "prior" / "prior")
         torch.testing.assert_close(mean, {name: (one[name] + two[name]) / 2 for name in mean})
 
 

@@ -23,7 +23,7 @@ from rewurst import UsageError
 from rewurst.callbacks import ExactResume, LRRewarming, WarmupCosine, WeightAverage
 from rewurst.modules import StageA
 from rewurst.modules.networks import VQGAN
-from rewurst.modules.stage_parts import uniforms
+from rewurst.modules.shared.batches import uniforms
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*dataloader is not resumable.*",

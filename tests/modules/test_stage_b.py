@@ -20,9 +20,9 @@ from torchvision.models import efficientnet_v2_s
 
 from rewurst import UsageError
 from rewurst.callbacks import LRRewarming, WarmupCosine
-from rewurst.modules import StageB, diffusion
-from rewurst.modules.networks import VQGAN, SemanticCompressor, StageBUNet
-from rewurst.modules.stage_parts import generators
+from rewurst.modules import StageB
+from rewurst.modules.networks import VQGAN, SemanticCompressor, StageBUNet, diffusion
+from rewurst.modules.shared.batches import generators
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*dataloader is not resumable.*",

@@ -19,7 +19,7 @@ from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import StageB, StageC, TextToImage
 from rewurst.modules.export import export_diffusers
 from rewurst.modules.networks import VQGAN, Prior
-from rewurst.modules.text_encoding import checkpoint_text_encoder
+from rewurst.modules.shared.text_encoder import checkpoint_text_encoder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*dataloader is not resumable.*",

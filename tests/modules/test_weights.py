@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rewurst import UsageError
-from rewurst.modules import weights
-from rewurst.modules.networks import VQGAN, Network, Prior, SemanticCompressor, StageBUNet, describe
+from rewurst.modules.networks import VQGAN, Network, Prior, SemanticCompressor, StageBUNet, describe, weight_files
 
 PAIRS = [(VQGAN, PaellaVQModel), (StageBUNet, WuerstchenDiffNeXt), (Prior, WuerstchenPrior)]
 
@@ -55,7 +54,7 @@ class AuthorsBlock(nn.Module):
 def test_authors_layout_of_attention() -> None:
     """The split projections compute what the authors' fused ones do."""
     authors = AuthorsBlock(32, 32, 4)
-    state = weights.from_authors({f"blocks.2.{name}": tensor for name, tensor in authors.state_dict().items()})
+    state = weight_files.from_authors({f"blocks.2.{name}": tensor for name, tensor in authors.state_dict().items()})
     prior = Prior.from_preset("tiny", c=32, depth=1).eval()
     expected = {name for name in prior.state_dict() if name.startswith("blocks.2.")}
     assert set(state) == expected
@@ -72,14 +71,14 @@ def test_authors_layout_of_attention() -> None:
 @pytest.mark.parametrize("network", [VQGAN, StageBUNet, Prior, SemanticCompressor])
 def test_authors_to_ours_is_bit_equal(network: type[Network], tmp_path: Path, randomize: Any) -> None:
     one = randomize(network.from_preset("tiny"))
-    authors = weights.to_authors(one.state_dict())
-    assert same(weights.from_authors(authors), one.state_dict())
+    authors = weight_files.to_authors(one.state_dict())
+    assert same(weight_files.from_authors(authors), one.state_dict())
     if network is VQGAN:
         assert "vquantizer.codebook.weight" in authors
     if network is Prior:
         assert authors["blocks.2.attention.attn.in_proj_weight"].shape == (192, 64)
         assert "blocks.2.attention.attn.out_proj.bias" in authors
-    torch.save({weights.AUTHORS_FILES[network.__name__]: authors, "iter": 5}, tmp_path / "stage.pt")
+    torch.save({weight_files.AUTHORS_FILES[network.__name__]: authors, "iter": 5}, tmp_path / "stage.pt")
     back = network.from_checkpoint(tmp_path / "stage.pt")
     assert same(back.state_dict(), one.state_dict())
     assert back.config == one.config
@@ -89,7 +88,7 @@ def test_full_size_names_survive_the_authors_layout() -> None:
     for network in (VQGAN, StageBUNet, Prior):
         with torch.device("meta"):
             state = network.from_preset("released").state_dict()
-        there_and_back = weights.from_authors(weights.to_authors(state))
+        there_and_back = weight_files.from_authors(weight_files.to_authors(state))
         assert {name: tensor.shape for name, tensor in state.items()} == {
             name: tensor.shape for name, tensor in there_and_back.items()
         }
@@ -115,7 +114,7 @@ def test_mean() -> None:
         {"w": torch.tensor([1.0, 2.0]).half(), "n": torch.tensor(3)},
         {"w": torch.tensor([2.0, 4.0]).half(), "n": torch.tensor(3)},
     )
-    mean = weights.mean([one, two])
+    mean = weight_files.mean([one, two])
     assert mean["w"].tolist() == [1.5, 3.0]
     assert mean["w"].dtype == torch.float16
     assert mean["n"] == 3

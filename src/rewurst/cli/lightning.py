@@ -27,7 +27,7 @@ from ..checkpoints.sharded_reading import describe_checkpoint
 from ..datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
 from ..modules import causal_lm as _causal_lm  # noqa: F401
 from ..modules.language.initial_weights import check_weights
-from ..modules.weights import read_file
+from ..modules.networks.weight_files import read_file
 from .class_names import import_named
 from .error_messages import one_line
 

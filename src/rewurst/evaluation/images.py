@@ -18,10 +18,10 @@ from ..datamodules.corpora.images import ImageRows, ImageShards
 from ..datamodules.image_reader import ImageReader, Showing
 from ..datamodules.imaging.filters import Filters
 from ..datamodules.sampling.micro_batches import EvaluationRows, as_is
-from ..modules import diffusion
-from ..modules.image_metrics import psnr, ssim
+from ..modules.networks import diffusion
 from ..modules.pipeline import TextToImage
-from ..modules.stage_parts import Batch, generators, pixels
+from ..modules.shared.batches import Batch, generators, pixels
+from ..modules.shared.image_metrics import psnr, ssim
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from .. import UsageError
 from ..files import write_atomically
-from ..modules.weights import read_json
+from ..modules.networks.weight_files import read_json
 
 FILE = "results.json"
 Found = Mapping[str, Any]

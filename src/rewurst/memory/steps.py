@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import UsageError
-from ..modules import diffusion
 from ..modules.causal_lm import CausalLM
 from ..modules.losses.cross_entropy import chunk_size
-from ..modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet
-from ..modules.networks.base import Network
+from ..modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, diffusion
+from ..modules.networks.base import Network, build
 from ..modules.optimizers import OptimizerName, make_optimizer
-from ..modules.stage_parts import STAGES, build
+from ..modules.shared.batches import STAGES
 
 Settings = Mapping[str, Any]
 CLIP_LAYERS = {768: 12, 1024: 24, 1280: 32}
@@ -132,8 +131,8 @@ def _stage_a(model: Settings, data: Settings, mixed: bool) -> Planned:
     from torchvision.models import vgg16
 
     from ..modules.losses.perceptual import LPIPS
+    from ..modules.shared.frozen import Frozen
     from ..modules.stage_a import StageA
-    from ..modules.stage_parts import Frozen
 
     drop = ("init_from", "perceptual_weight", "download_vgg16", "vgg16", "optimizer", "discriminator_optimizer")
     options = {key: value for key, value in model.items() if key not in drop}

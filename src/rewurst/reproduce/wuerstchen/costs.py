@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ...modules import LatentDiffusion, StageB, StageC
-from ...modules.flops import TRAINED, forward_flops, stage_a_flops, text_flops
 from ...modules.networks import VQGAN, Network, PatchDiscriminator, Prior, SemanticCompressor, StageBUNet
-from ...modules.stage_parts import build
-from ...modules.text_stage import TextStage
+from ...modules.networks.base import build
+from ...modules.shared.flops import TRAINED, forward_flops, stage_a_flops, text_flops
+from ...modules.shared.text_diffusion import TextStage
 from .recipes import Recipes, image_size_of, shape_of
 
 A100_HOURS = 24_602

@@ -16,8 +16,8 @@ from ...datamodules import shapes
 from ...datamodules.shapes import Judge, Shape
 from ...evaluation.images import validation_images
 from ...modules import LatentDiffusion, StageB, StageC
-from ...modules.image_metrics import psnr, ssim
-from ...modules.stage_parts import generators, pixels
+from ...modules.shared.batches import generators, pixels
+from ...modules.shared.image_metrics import psnr, ssim
 
 BATCH = 48
 Pixels = NDArray[np.uint8]

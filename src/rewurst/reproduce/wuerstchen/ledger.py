@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...checkpoints.newest import newest_checkpoint
-from ...modules.weights import read_file
+from ...modules.networks.weight_files import read_file
 from ..jobs import write_whole
 from ..results import RESULT, scalars
 from .jobs import DONE, PictureJob

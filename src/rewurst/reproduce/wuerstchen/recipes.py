@@ -11,7 +11,7 @@ import torch
 
 from ... import UsageError
 from ...modules.networks import SemanticCompressor
-from ...modules.stage_parts import build
+from ...modules.networks.base import build
 from ..runs import named
 from ..scales import Config, load
 

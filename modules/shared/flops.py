@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
-from .losses.perceptual import LPIPS
-from .networks import VQGAN, PatchDiscriminator, TextEncoder
-from .networks.base import Network
+from ..losses.perceptual import LPIPS
+from ..networks import VQGAN, PatchDiscriminator, TextEncoder
+from ..networks.base import Network
 
 Shape = tuple[int, ...]
 TRAINED = 3  # forward, and backward to inputs and weights

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import UsageError
-from ..checkpoints.sharded_files import is_sharded
-from ..hints import did_you_mean
+from ... import UsageError
+from ...checkpoints.sharded_files import is_sharded
+from ...hints import did_you_mean
 
 WEIGHTS = "diffusion_pytorch_model"
 """Stem of diffusers' weight files."""
@@ -98,7 +98,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if is_sharded(path):
-        from ..checkpoints.sharded_reading import read_checkpoint  # networks alone need no Lightning
+        from ...checkpoints.sharded_reading import read_checkpoint  # networks alone need no Lightning
 
         return read_checkpoint(path)
     if not path.is_file():

@@ -9,12 +9,13 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
-from .. import UsageError
+from ... import UsageError
+from ..networks import describe
+from ..optimizers import OptimizerChoice, make_optimizer
+from .batches import STAGES, Batch, uniforms
+from .frozen import Frozen
 from .image_metrics import CorpusMeans, log_means
-from .networks import describe
-from .optimizers import OptimizerChoice, make_optimizer
-from .stage_parts import STAGES, Batch, Frozen, uniforms
-from .watched import WatchedModule
+from .monitored import WatchedModule
 
 BUCKETS = 5
 """Intervals of t that the validation loss is told apart by."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .. import UsageError
-from ..hints import closest
-from .networks import TextEncoder
-from .weights import is_one_file, read_file
+from ... import UsageError
+from ...hints import closest
+from ..networks import TextEncoder
+from ..networks.weight_files import is_one_file, read_file
 
 
 def fresh_text_encoder(settings: Mapping[str, Any]) -> TextEncoder:
@@ -56,7 +56,7 @@ def _framed_tokenizer(folder: str, length: int) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    from ..tokenizer_files import load_tokenizer
+    from ...tokenizer_files import load_tokenizer
 
     files = load_tokenizer(folder)
     tokenizer: Any = Tokenizer.from_str(files.json)

@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from .. import UsageError
-from . import diffusion
-from .diffusion_stage import DiffusionStage
+from ... import UsageError
+from ..networks import ConditionCache, TextEncoder, diffusion
+from ..optimizers import OptimizerChoice
+from .batches import Batch, generators, uniforms
+from .diffusion import DiffusionStage
 from .flops import FROZEN, TRAINED, text_flops
+from .frozen import Frozen
 from .image_metrics import valid_samples
-from .networks import ConditionCache, TextEncoder
-from .optimizers import OptimizerChoice
-from .stage_parts import Batch, Frozen, generators, uniforms
-from .text_encoding import checkpoint_text_encoder, fresh_text_encoder, text_encoder_state
+from .text_encoder import checkpoint_text_encoder, fresh_text_encoder, text_encoder_state
 
 
 class TextStage(DiffusionStage):

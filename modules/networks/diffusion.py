@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from .. import UsageError
+from ... import UsageError
 
 Images: TypeAlias = Float[Tensor, "batch c h w"]
 Times: TypeAlias = Float[Tensor, " batch"]

@@ -1,0 +1,46 @@
+"""What the Würstchen stages share: networks from settings, parts that are not trained, randomness by sample."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from .. import optimizers
+
+Batch: TypeAlias = dict[str, Any]
+"""A preset's name, or a network's arguments; with "preset" among them, that preset with the others changed."""
+
+STAGES = optimizers.OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)
+"""Of the optimizers of all stages (arXiv 2306.00637)."""
+
+
+def pixels(batch: Batch) -> Float[Tensor, "batch 3 h w"]:
+    """Return a batch's images in [0, 1]: data modules send bytes."""
+    images: Tensor = batch["image"]
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in at least float32: what losses are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def generators(batch: Batch) -> list[Generator] | None:
+    """Return a generator for each sample of a batch, seeded with its ``seed``; none where it has none.
+
+    They are the CPU's: what is drawn depends neither on the device nor on ranks, workers or micro-batches.
+    """
+    if "seed" not in batch:
+        return None
+    return [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+
+
+def uniforms(
+    randomness: Sequence[Generator] | None, batch_size: int, count: int, device: torch.device
+) -> Float[Tensor, "count batch"]:
+    """Draw ``count`` numbers in [0, 1) for each sample, from its own generator."""
+    if randomness is None:
+        return torch.rand(count, batch_size, device=device)
+    return torch.stack([torch.rand(count, generator=one) for one in randomness], dim=1).to(device)
