@@ -31,8 +31,7 @@ from rewurst.memory.command import Configured
 from rewurst.modules.causal_lm import CausalLM
 from rewurst.modules.networks import Prior, diffusion
 from rewurst.modules.networks.base import build
-from rewurst.modules.optimizers import make_optimizer
-from rewurst.modules.shared.batches import STAGES
+from rewurst.modules.optimizers.choice import STAGES, make_optimizer
 
 Result = dict[str, Any]
 CONFIGS = Path(__file__).parents[1] / "configs"

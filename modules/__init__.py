@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .causal_lm import CausalLM
-    from .eight_bit import AdamW8bit, Lion, Lion8bit
     from .latent_diffusion import LatentDiffusion
-    from .muon import Muon
+    from .optimizers.eight_bit import AdamW8bit, Lion, Lion8bit
+    from .optimizers.muon import Muon
     from .pipeline import TextToImage
     from .stage_a import StageA
     from .stage_b import StageB
     from .stage_c import StageC
 
 _MODULES = {
-    "AdamW8bit": "eight_bit",
+    "AdamW8bit": "optimizers.eight_bit",
     "CausalLM": "causal_lm",
     "LatentDiffusion": "latent_diffusion",
-    "Lion": "eight_bit",
-    "Lion8bit": "eight_bit",
-    "Muon": "muon",
+    "Lion": "optimizers.eight_bit",
+    "Lion8bit": "optimizers.eight_bit",
+    "Muon": "optimizers.muon",
     "StageA": "stage_a",
     "StageB": "stage_b",
     "StageC": "stage_c",

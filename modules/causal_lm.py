@@ -17,7 +17,7 @@ from .language.head import blocks, checkpoint_activations, head_computes, is_pla
 from .language.hugging_face import continuations
 from .language.initial_weights import build, load_initial_weights
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
-from .optimizers import OptimizerChoice, OptimizerSettings, make_optimizer
+from .optimizers.choice import OptimizerChoice, OptimizerSettings, make_optimizer
 from .shared.flops import flops_a_token
 from .shared.monitored import WatchedModule
 

@@ -12,7 +12,7 @@ from .. import UsageError
 from .networks import VQGAN, ConditionCache, StageBUNet
 from .networks.base import Settings, build, initialise
 from .networks.layers import AUTHORS_WIDTH
-from .optimizers import OptimizerChoice
+from .optimizers.choice import OptimizerChoice
 from .shared.batches import Batch, generators, pixels
 from .shared.flops import FROZEN, TRAINED, forward_flops
 from .shared.frozen import Frozen

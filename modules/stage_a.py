@@ -20,8 +20,8 @@ from .losses.adversarial import ADVERSARIAL, AdversarialLoss, without_gradients
 from .losses.perceptual import LPIPS, cached_vgg16
 from .networks import VQGAN, PatchDiscriminator, describe
 from .networks.base import Settings, build, initialise
-from .optimizers import OptimizerChoice, make_optimizer
-from .shared.batches import STAGES, Batch, generators, pixels, uniforms, widened
+from .optimizers.choice import STAGES, OptimizerChoice, make_optimizer
+from .shared.batches import Batch, generators, pixels, uniforms, widened
 from .shared.codebook import CodebookUse, drawn_rows, snap
 from .shared.flops import stage_a_flops
 from .shared.frozen import Frozen

@@ -13,7 +13,7 @@ from .. import UsageError
 from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder, diffusion
 from .networks.base import Settings, build, holds, initialise
 from .networks.weight_files import read_file
-from .optimizers import OptimizerChoice
+from .optimizers.choice import OptimizerChoice
 from .shared.batches import Batch, generators, pixels, uniforms
 from .shared.diffusion import DiffusionStage
 from .shared.flops import FROZEN, TRAINED, forward_flops, text_flops

@@ -13,7 +13,7 @@ from .. import UsageError
 from .networks import VQGAN, ConditionCache, Prior, SemanticCompressor, StageBUNet, TextEncoder, diffusion
 from .networks.base import Settings, build, holds, initialise
 from .networks.weight_files import read_file
-from .optimizers import OptimizerChoice
+from .optimizers.choice import OptimizerChoice
 from .shared.batches import Batch, generators, pixels
 from .shared.flops import FROZEN, TRAINED, forward_flops
 from .shared.frozen import Frozen

@@ -7,12 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from .. import optimizers
-
 Batch: TypeAlias = dict[str, Any]
 """A preset's name, or a network's arguments; with "preset" among them, that preset with the others changed."""
 
-STAGES = optimizers.OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)
 """Of the optimizers of all stages (arXiv 2306.00637)."""
 
 

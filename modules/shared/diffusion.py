@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ... import UsageError
 from ..networks import describe
-from ..optimizers import OptimizerChoice, make_optimizer
-from .batches import STAGES, Batch, uniforms
+from ..optimizers.choice import STAGES, OptimizerChoice, make_optimizer
+from .batches import Batch, uniforms
 from .frozen import Frozen
 from .image_metrics import CorpusMeans, log_means
 from .monitored import WatchedModule

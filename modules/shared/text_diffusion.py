@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from ... import UsageError
 from ..networks import ConditionCache, TextEncoder, diffusion
-from ..optimizers import OptimizerChoice
+from ..optimizers.choice import OptimizerChoice
 from .batches import Batch, generators, uniforms
 from .diffusion import DiffusionStage
 from .flops import FROZEN, TRAINED, text_flops

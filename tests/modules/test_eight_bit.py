@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from rewurst import UsageError
 from rewurst.modules import AdamW8bit, Lion, Lion8bit, StageA
-from rewurst.modules.block_quantisation import count_blocks, decode, encode, table
-from rewurst.modules.optimizers import OptimizerSettings
+from rewurst.modules.optimizers.block_quantisation import count_blocks, decode, encode, table
+from rewurst.modules.optimizers.choice import OptimizerSettings
 
 CPU = torch.device("cpu")
 NAMES = ("adamw", "adamw_8bit", "lion", "lion_8bit", "muon")

@@ -13,7 +13,8 @@ from optimizer_steps import steps, train
 from torch import nn
 
 from rewurst import UsageError
-from rewurst.modules import CausalLM, Muon, StageA, muon
+from rewurst.modules import CausalLM, Muon, StageA
+from rewurst.modules.optimizers import muon
 
 MATRICES: list[Any] = [(24, 40), (40, 24), (16, 16), (40, 24), (8, 4, 3, 3)]
 OTHERS: list[Any] = [(30,), (8, 1, 3, 3), (1, 1, 1, 12)]  # a vector, depthwise kernels, response norms' scales

@@ -17,7 +17,7 @@ from .. import UsageError
 from ..callbacks.fsdp.blocks import find_blocks, frozen_children, recompute
 from ..cli.lightning import parse
 from ..cli.parser import Parser
-from ..modules.eight_bit import EightBitOptimizer
+from ..modules.optimizers.eight_bit import EightBitOptimizer
 from .arithmetic import RESERVE, Layout, MemoryPlan, Weight, extrapolate, largest_micro_batch, plan
 from .simulation import StepBytes, simulate, state_bytes, without_memory
 from .steps import Planned, planned

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .. import UsageError
-from ..modules.eight_bit import EightBitOptimizer
+from ..modules.optimizers.eight_bit import EightBitOptimizer
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from ..modules.causal_lm import CausalLM
 from ..modules.losses.cross_entropy import chunk_size
 from ..modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, diffusion
 from ..modules.networks.base import Network, build
-from ..modules.optimizers import OptimizerName, make_optimizer
-from ..modules.shared.batches import STAGES
+from ..modules.optimizers.choice import STAGES, OptimizerName, make_optimizer
 
 Settings = Mapping[str, Any]
 CLIP_LAYERS = {768: 12, 1024: 24, 1280: 32}

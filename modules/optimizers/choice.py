@@ -12,8 +12,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import UsageError
-from ..hints import closest
+from ... import UsageError
+from ...hints import closest
+from . import choice as optimizers
 from .eight_bit import AdamW8bit, EightBitOptimizer, Lion, Lion8bit, require_states
 from .muon import Muon
 
@@ -105,3 +106,6 @@ def _fused_adamw(params: Any, **settings: Any) -> Optimizer:
 def _check_states(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     for state in saved["state"].values():
         require_states("AdamW", ("exp_avg", "exp_avg_sq"), state)
+
+
+STAGES = optimizers.OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)

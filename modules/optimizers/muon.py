@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .. import UsageError
-from ..dtensor import local_part
+from ... import UsageError
+from ...dtensor import local_part
 from .eight_bit import Betas, State, adamw_step, require_states
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from .. import UsageError
-from ..dtensor import local_part
+from ... import UsageError
+from ...dtensor import local_part
 from .block_quantisation import count_blocks, decode, encode, table
 
 State = dict[str, Any]
