@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .latent_diffusion import LatentDiffusion
     from .optimizers.eight_bit import AdamW8bit, Lion, Lion8bit
     from .optimizers.muon import Muon
-    from .pipeline import TextToImage
+    from .pipeline.text_to_image import TextToImage
     from .stage_a import StageA
     from .stage_b import StageB
     from .stage_c import StageC
@@ -25,7 +25,7 @@ _MODULES = {
     "StageA": "stage_a",
     "StageB": "stage_b",
     "StageC": "stage_c",
-    "TextToImage": "pipeline",
+    "TextToImage": "pipeline.text_to_image",
 }
 
 __all__ = [

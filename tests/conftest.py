@@ -14,7 +14,11 @@ from jaxtyping import install_import_hook
 # (Beartype cannot check `Self`, which base and cascade use.)
 NETWORKS = ("layers", "conditioned", "vqgan", "unet", "prior", "encoders", "diffusion")
 install_import_hook(
-    [*(f"rewurst.modules.networks.{name}" for name in NETWORKS), "rewurst.modules.prompts", "rewurst.modules.pipeline"],
+    [
+        *(f"rewurst.modules.networks.{name}" for name in NETWORKS),
+        "rewurst.modules.pipeline.prompts",
+        "rewurst.modules.pipeline.text_to_image",
+    ],
     "beartype.beartype",
 )
 

@@ -25,9 +25,9 @@ from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.evaluation import images as evaluate_images
 from rewurst.evaluation.results import Results
 from rewurst.modules import CausalLM
-from rewurst.modules.export import export_diffusers
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe
-from rewurst.modules.pipeline import TextToImage
+from rewurst.modules.pipeline.export import export_diffusers
+from rewurst.modules.pipeline.text_to_image import TextToImage
 from rewurst.modules.shared.image_metrics import psnr
 from rewurst.train import main
 

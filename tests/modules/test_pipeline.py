@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Generator, nn
 
 from rewurst import UsageError
-from rewurst.modules.export import export_diffusers
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe, weight_files
-from rewurst.modules.pipeline import TextToImage, reconstruct
-from rewurst.modules.prompts import read_prompts
+from rewurst.modules.pipeline.export import export_diffusers
+from rewurst.modules.pipeline.prompts import read_prompts
+from rewurst.modules.pipeline.text_to_image import TextToImage, reconstruct
 from rewurst.train import main
 
 FAST: dict[str, Any] = {"prior_num_inference_steps": 3, "num_inference_steps": 2}

@@ -17,8 +17,8 @@ from rewurst import UsageError
 from rewurst.callbacks import LRRewarming, WarmupCosine
 from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import StageB, StageC, TextToImage
-from rewurst.modules.export import export_diffusers
 from rewurst.modules.networks import VQGAN, Prior
+from rewurst.modules.pipeline.export import export_diffusers
 from rewurst.modules.shared.text_encoder import checkpoint_text_encoder
 
 pytestmark = pytest.mark.filterwarnings(

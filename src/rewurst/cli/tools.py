@@ -280,7 +280,7 @@ def _run_export_weights(args: Parsed) -> None:
 
 
 def _run_export_diffusers(args: Parsed) -> None:
-    from ..modules.export import export_diffusers
+    from ..modules.pipeline.export import export_diffusers
 
     texts = {"text_encoder": args.text_encoder, "prior_text_encoder": args.prior_text_encoder}
     export_diffusers(args.stage_a, args.stage_b, args.stage_c, args.out, args.stage_c_mean, **texts)
@@ -290,8 +290,8 @@ def _run_export_diffusers(args: Parsed) -> None:
 def _run_generate_image(args: Parsed) -> None:
     import torch
 
-    from ..modules.pipeline import TextToImage
-    from ..modules.prompts import read_prompts
+    from ..modules.pipeline.prompts import read_prompts
+    from ..modules.pipeline.text_to_image import TextToImage
 
     prompts = read_prompts(args.prompt)
     pipeline = TextToImage.from_folder(args.folder, args.prior, getattr(torch, args.dtype), args.device)
@@ -316,7 +316,7 @@ def _run_generate_image(args: Parsed) -> None:
 def _run_reconstruct(args: Parsed) -> None:
     from PIL import Image
 
-    from ..modules.pipeline import reconstruct
+    from ..modules.pipeline.text_to_image import reconstruct
 
     images = reconstruct(args.folder, args.image, num_inference_steps=args.steps, seed=args.seed, progress=True)
     width, height = images.original.size

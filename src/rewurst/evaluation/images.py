@@ -19,7 +19,7 @@ from ..datamodules.image_reader import ImageReader, Showing
 from ..datamodules.imaging.filters import Filters
 from ..datamodules.sampling.micro_batches import EvaluationRows, as_is
 from ..modules.networks import diffusion
-from ..modules.pipeline import TextToImage
+from ..modules.pipeline.text_to_image import TextToImage
 from ..modules.shared.batches import Batch, generators, pixels
 from ..modules.shared.image_metrics import psnr, ssim
 

@@ -10,9 +10,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from .. import UsageError
-from .folders import read_cascade
-from .networks import (
+from ... import UsageError
+from ..networks import (
     VQGAN,
     ConditionCache,
     Prior,
@@ -22,6 +21,7 @@ from .networks import (
     compile_blocks,
     diffusion,
 )
+from .folders import read_cascade
 
 
 class Cascade:

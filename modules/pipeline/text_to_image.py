@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from .. import UsageError
+from ... import UsageError
 from .cascade import Cascade
 from .prompts import checked_times, paired, randomness_of, text_states
 

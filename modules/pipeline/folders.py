@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .. import UsageError
-from .networks import VQGAN, Network, Prior, SemanticCompressor, StageBUNet, TextEncoder, weight_files
+from ... import UsageError
+from ..networks import VQGAN, Network, Prior, SemanticCompressor, StageBUNet, TextEncoder, weight_files
 
 
 def _part(folder: Path, name: str) -> Path:

@@ -5,10 +5,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import UsageError
+from ... import UsageError
+from ..networks import VQGAN, Prior, SemanticCompressor, StageBUNet, TextEncoder, weight_files
+from ..shared.text_encoder import checkpoint_text_encoder
 from .folders import check_widths
-from .networks import VQGAN, Prior, SemanticCompressor, StageBUNet, TextEncoder, weight_files
-from .shared.text_encoder import checkpoint_text_encoder
 
 CLASSES = "from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior\n"
 """What diffusers executes when it is allowed to: its own loader looks for the classes where they no longer are."""

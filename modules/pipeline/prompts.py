@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from .. import UsageError
-from .networks import TextEncoder, diffusion
+from ... import UsageError
+from ..networks import TextEncoder, diffusion
 
 
 def read_prompts(argument: str) -> list[str]:

@@ -1,0 +1,1 @@
+"""From a prompt to pictures with trained stages, and their exchange with diffusers."""
