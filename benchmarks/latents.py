@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from wuerstchen import peak_bytes, reset_peak, twin
 
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
-from rewurst.datamodules.foreign import index_shards
 from rewurst.datamodules.sampling.micro_batches import Picks
 from rewurst.modules import StageC
-from rewurst.modules.latents import prepare_latents
 from rewurst.modules.networks import Prior, SemanticCompressor, diffusion
+from rewurst.preparation.index import index_shards
+from rewurst.preparation.latents import prepare_latents
 
 WIDTH = 1280  # of the released text encoder
 STEP, DATA = "Stage C training step 24x24", "images delivered to the prior"

@@ -62,7 +62,7 @@ def language_model(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
 def write_shapes(tmp_path: Path) -> None:
     """Drawn shapes, old and new ones."""
     from rewurst.datamodules.image_work import Recoding
-    from rewurst.datamodules.prepare_images import prepare_images
+    from rewurst.preparation.images import prepare_images
 
     for name in ("shapes", "shapes-new"):
         out = tmp_path / name
@@ -109,9 +109,9 @@ def stage_b(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
 
 def stage_c(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
     """Latents made beforehand, a text encoder that is trained along, dropout in both networks, averaged weights."""
-    from rewurst.datamodules.tokenizer import train_tokenizer
-    from rewurst.modules.latents import prepare_latents
     from rewurst.modules.networks import SemanticCompressor
+    from rewurst.preparation.latents import prepare_latents
+    from rewurst.preparation.tokenizer import train_tokenizer
 
     write_shapes(tmp_path)
     compressor, tokenizer = tmp_path / "compressor", tmp_path / "tokenizer"

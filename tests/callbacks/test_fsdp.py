@@ -20,11 +20,11 @@ from rewurst.checkpoints import sharded_files as shard_files
 from rewurst.checkpoints.newest import newest_checkpoint, remove_leftovers
 from rewurst.checkpoints.sharded_reading import describe_checkpoint, read_checkpoint
 from rewurst.checkpoints.sharded_writing import consolidate
-from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor
 from rewurst.modules.shared.text_encoder import checkpoint_text_encoder
 from rewurst.modules.stage_c import LowerStages
+from rewurst.preparation.tokenizer import train_tokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shard_your_own.py"
 

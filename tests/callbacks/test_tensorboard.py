@@ -29,8 +29,8 @@ from rewurst.callbacks import (
     WarmupCosine,
 )
 from rewurst.datamodules import Corpus, TextDataModule
-from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM, StageA
+from rewurst.preparation.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from rewurst import UsageError
 from rewurst.datamodules.corpora.tar import scan
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.foreign import index_shards
-from rewurst.datamodules.integrity import verify
 from rewurst.datamodules.storage.random_access import open_bytes
+from rewurst.preparation.index import index_shards
+from rewurst.preparation.verify import verify
 
 TOKENS = np.random.default_rng(0).integers(0, 500, size=(24, 9))
 
@@ -245,7 +245,7 @@ def test_a_tokenizer_is_copied_and_compared(tmp_path: Path, tokenizer: Path) -> 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rewurst.datamodules.tokenizer import train_tokenizer
+    from rewurst.preparation.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 50)

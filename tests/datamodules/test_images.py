@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from rewurst import UsageError
 from rewurst.callbacks import ReplayScheduler
 from rewurst.datamodules import Corpus, Filters, ImageTextDataModule
-from rewurst.datamodules.foreign import index_shards
 from rewurst.datamodules.image_reader import ImageReader
 from rewurst.datamodules.sampling.micro_batches import EvaluationRows, MicroBatches, Picks
+from rewurst.preparation.index import index_shards
 
 _QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1}
 _QUIET |= {"logger": False, "num_sanity_val_steps": 0}

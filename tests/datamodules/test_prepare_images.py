@@ -25,8 +25,8 @@ from rewurst.datamodules.corpora.index import Shard
 from rewurst.datamodules.image_sources import Picture
 from rewurst.datamodules.image_work import Fault, Recoding, Sample, sample_of, work
 from rewurst.datamodules.imaging.facts import FACTS_DTYPE
-from rewurst.datamodules.integrity import verify
-from rewurst.datamodules.prepare_images import prepare_images
+from rewurst.preparation.images import prepare_images
+from rewurst.preparation.verify import verify
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 

@@ -23,12 +23,12 @@ from PIL import Image
 
 from rewurst import UsageError
 from rewurst.datamodules import engines, image_units, text_units
-from rewurst.datamodules.integrity import verify
-from rewurst.datamodules.prepare import prepare_text, train_tokenizer
-from rewurst.datamodules.prepare_images import prepare_images
 from rewurst.datamodules.storage import remote
-from rewurst.modules.latents import prepare_latents
 from rewurst.modules.networks import SemanticCompressor
+from rewurst.preparation.images import prepare_images
+from rewurst.preparation.latents import prepare_latents
+from rewurst.preparation.text import prepare_text, train_tokenizer
+from rewurst.preparation.verify import verify
 from rewurst.train import main
 
 ray = pytest.importorskip("ray")

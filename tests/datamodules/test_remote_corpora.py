@@ -17,10 +17,10 @@ from rewurst import UsageError
 from rewurst.callbacks import ReplayScheduler
 from rewurst.datamodules import Corpus, ImageTextDataModule, TextDataModule
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.foreign import index_shards
-from rewurst.datamodules.integrity import verify
-from rewurst.datamodules.prepare_images import prepare_images
 from rewurst.datamodules.storage import remote as remote_module
+from rewurst.preparation.images import prepare_images
+from rewurst.preparation.index import index_shards
+from rewurst.preparation.verify import verify
 
 _QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1}
 

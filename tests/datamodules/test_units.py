@@ -26,14 +26,14 @@ from rewurst.datamodules.image_units import _cut, _text
 from rewurst.datamodules.image_work import Sample
 from rewurst.datamodules.image_writer import ImageWriter
 from rewurst.datamodules.imaging.facts import Facts
-from rewurst.datamodules.prepare import prepare_text, train_tokenizer
-from rewurst.datamodules.prepare_images import prepare_images
 from rewurst.datamodules.row_layout import MemberBuffer, RowLayout
 from rewurst.datamodules.sources import Skipped, expand, identity, read
 from rewurst.datamodules.storage import remote
 from rewurst.datamodules.storage.url import Url
 from rewurst.datamodules.targets import Target
 from rewurst.datamodules.text_units import spans
+from rewurst.preparation.images import prepare_images
+from rewurst.preparation.text import prepare_text, train_tokenizer
 from rewurst.train import main
 
 

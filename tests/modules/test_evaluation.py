@@ -19,9 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rewurst import UsageError
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.prepare import prepare_text
-from rewurst.datamodules.prepare_images import prepare_images
-from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.evaluation import images as evaluate_images
 from rewurst.evaluation.results import Results
 from rewurst.modules import CausalLM
@@ -29,6 +26,9 @@ from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNe
 from rewurst.modules.pipeline.export import export_diffusers
 from rewurst.modules.pipeline.text_to_image import TextToImage
 from rewurst.modules.shared.image_metrics import psnr
+from rewurst.preparation.images import prepare_images
+from rewurst.preparation.text import prepare_text
+from rewurst.preparation.tokenizer import train_tokenizer
 from rewurst.train import main
 
 

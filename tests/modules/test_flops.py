@@ -10,11 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import CausalLM, LatentDiffusion, StageA, StageB, StageC, latent_diffusion, stage_b, stage_c
 from rewurst.modules.networks import VQGAN, SemanticCompressor
 from rewurst.modules.shared import flops
 from rewurst.modules.shared import text_diffusion as text_stage
+from rewurst.preparation.tokenizer import train_tokenizer
 
 
 def counted(step: Any, backward: bool = False) -> float:

@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer
 
 from rewurst import UsageError
 from rewurst.datamodules import Corpus, TextDataModule
-from rewurst.datamodules.prepare import prepare_text, train_tokenizer
 from rewurst.modules import CausalLM
 from rewurst.modules.language.hugging_face import export_hugging_face, generate_text
+from rewurst.preparation.text import prepare_text, train_tokenizer
 
 
 @pytest.fixture(scope="module")

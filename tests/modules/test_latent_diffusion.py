@@ -13,10 +13,10 @@ from stage_runs import fit_six_steps, time_of, trainer
 
 from rewurst import UsageError
 from rewurst.callbacks import LRRewarming, WarmupCosine
-from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import LatentDiffusion
 from rewurst.modules.networks import VQGAN, StageBUNet
 from rewurst.modules.shared.text_encoder import checkpoint_text_encoder
+from rewurst.preparation.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*dataloader is not resumable.*",

@@ -15,11 +15,11 @@ from stage_runs import column, fit_six_steps, time_of, trainer
 
 from rewurst import UsageError
 from rewurst.callbacks import LRRewarming, WarmupCosine
-from rewurst.datamodules.tokenizer import train_tokenizer
 from rewurst.modules import StageB, StageC, TextToImage
 from rewurst.modules.networks import VQGAN, Prior
 from rewurst.modules.pipeline.export import export_diffusers
 from rewurst.modules.shared.text_encoder import checkpoint_text_encoder
+from rewurst.preparation.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*dataloader is not resumable.*",

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from torch import Tensor, nn
 
-from rewurst.datamodules.prepare_images import prepare_images
+from rewurst.preparation.images import prepare_images
 from rewurst.reproduce.wuerstchen import work
 from rewurst.reproduce.wuerstchen.jobs import PictureJob
 from rewurst.reproduce.wuerstchen.study import Options, reproduce

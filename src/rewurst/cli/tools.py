@@ -181,7 +181,7 @@ def _add_engine(parser: Parser) -> None:
 
 
 def _run_prepare_tokenizer(args: Parsed) -> None:
-    from ..datamodules.tokenizer import train_tokenizer
+    from ..preparation.tokenizer import train_tokenizer
 
     size = train_tokenizer(
         args.sources, args.vocab_size, args.out, text_field=args.text_field, overwrite=args.overwrite
@@ -190,7 +190,7 @@ def _run_prepare_tokenizer(args: Parsed) -> None:
 
 
 def _run_prepare_text(args: Parsed) -> None:
-    from ..datamodules.prepare import prepare_text
+    from ..preparation.text import prepare_text
 
     prepare_text(
         args.sources,
@@ -208,7 +208,7 @@ def _run_prepare_text(args: Parsed) -> None:
 
 
 def _run_prepare_index(args: Parsed) -> None:
-    from ..datamodules.foreign import index_shards
+    from ..preparation.index import index_shards
 
     options = {name: getattr(args, name) for name in ("tokenizer", "caption_key", "max_corrupt")}
     options = {name: value for name, value in options.items() if value is not None}
@@ -221,7 +221,7 @@ def _run_prepare_index(args: Parsed) -> None:
 
 def _run_prepare_images(args: Parsed) -> None:
     from ..datamodules.image_work import Recoding
-    from ..datamodules.prepare_images import prepare_images
+    from ..preparation.images import prepare_images
 
     prepare_images(
         args.source,
@@ -243,7 +243,7 @@ def _run_prepare_images(args: Parsed) -> None:
 
 
 def _run_prepare_latents(args: Parsed) -> None:
-    from ..modules.latents import prepare_latents
+    from ..preparation.latents import prepare_latents
 
     options = dict(vars(args))
     for name in ("command", "what", "run", "source", "out", "stage_b", "image_size", "shard_of", "arrays"):
@@ -256,7 +256,7 @@ def _run_prepare_latents(args: Parsed) -> None:
 
 
 def _run_prepare_verify(args: Parsed) -> None:
-    from ..datamodules.integrity import verify
+    from ..preparation.verify import verify
 
     problems = verify(args.folder)
     for problem in problems:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ... import UsageError
-from ...datamodules.prepare_images import prepare_images
 from ...datamodules.shapes import PICTURES
-from ...datamodules.tokenizer import train_tokenizer
+from ...preparation.images import prepare_images
+from ...preparation.tokenizer import train_tokenizer
 from ..runner import Runner, Stopped, results_of
 from .costs import Cost, costs_of
 from .evidence import Evidence

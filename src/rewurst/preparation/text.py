@@ -18,20 +18,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import UsageError
+from ..datamodules.corpora.tokens import TokenIndex
+from ..datamodules.encoding import Text, encode, is_held_out, texts
+from ..datamodules.engines import Ray, check_engine
+from ..datamodules.folders import CORPUS_LAYOUT, make_folder, shard_name
+from ..datamodules.packing import TokenWriter
+from ..datamodules.row_layout import RowLayout
+from ..datamodules.sources import Skipped, expand
+from ..datamodules.storage.random_access import join
+from ..datamodules.targets import Target, local_out
+from ..datamodules.text_units import TextJob, prepare_text_units
+from ..datamodules.units import begin
 from ..tokenizer_files import TokenizerFiles, load_tokenizer
-from .corpora.tokens import TokenIndex
-from .encoding import Text, encode, is_held_out, texts
-from .engines import Ray, check_engine
-from .folders import CORPUS_LAYOUT, make_folder, shard_name
-from .integrity import verify
-from .packing import TokenWriter
-from .row_layout import RowLayout
-from .sources import Skipped, expand
-from .storage.random_access import join
-from .targets import Target, local_out
-from .text_units import TextJob, prepare_text_units
 from .tokenizer import train_tokenizer
-from .units import begin
+from .verify import verify
 
 __all__ = ["is_held_out", "prepare_text", "train_tokenizer", "verify"]
 

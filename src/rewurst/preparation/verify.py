@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from .. import UsageError
-from .corpora.index import INDEX_FILE, Shard, read_index
-from .corpora.open_shards import OpenShard
-from .corpora.tar import scan, sha256_of
-from .kinds import KINDS, Kind
-from .storage.random_access import is_remote
+from ..datamodules.corpora.index import INDEX_FILE, Shard, read_index
+from ..datamodules.corpora.open_shards import OpenShard
+from ..datamodules.corpora.tar import scan, sha256_of
+from ..datamodules.kinds import KINDS, Kind
+from ..datamodules.storage.random_access import is_remote
 
 
 def verify(folder: str | Path) -> list[str]:

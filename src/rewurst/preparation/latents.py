@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .. import UsageError
 from ..datamodules.corpora.latents import LatentIndex
 from ..datamodules.engines import Ray, check_engine
-from .latent_work import Faults, LatentOptions, LatentWork
+from ..modules.latent_work import Faults, LatentOptions, LatentWork
 
 
 def prepare_latents(

@@ -1,0 +1,1 @@
+"""Preparation of corpora: text, images and latents into shards."""
