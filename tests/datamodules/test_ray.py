@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 
 from rewurst import UsageError
-from rewurst.datamodules import engines, image_units, text_units
 from rewurst.datamodules.storage import remote
 from rewurst.modules.networks import SemanticCompressor
+from rewurst.preparation.cluster import image_units, text_units
+from rewurst.preparation.cluster import ray_tasks as engines
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.latents import prepare_latents
 from rewurst.preparation.text import prepare_text, train_tokenizer

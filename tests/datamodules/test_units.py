@@ -22,7 +22,6 @@ from PIL import Image
 
 from rewurst import UsageError
 from rewurst.datamodules import image_writer
-from rewurst.datamodules.image_units import _cut, _text
 from rewurst.datamodules.image_work import Sample
 from rewurst.datamodules.image_writer import ImageWriter
 from rewurst.datamodules.imaging.facts import Facts
@@ -31,7 +30,8 @@ from rewurst.datamodules.sources import Skipped, expand, identity, read
 from rewurst.datamodules.storage import remote
 from rewurst.datamodules.storage.url import Url
 from rewurst.datamodules.targets import Target
-from rewurst.datamodules.text_units import spans
+from rewurst.preparation.cluster.image_units import _cut, _text
+from rewurst.preparation.cluster.text_units import spans
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.text import prepare_text, train_tokenizer
 from rewurst.train import main

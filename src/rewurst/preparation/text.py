@@ -20,16 +20,16 @@ from tqdm import tqdm
 from .. import UsageError
 from ..datamodules.corpora.tokens import TokenIndex
 from ..datamodules.encoding import Text, encode, is_held_out, texts
-from ..datamodules.engines import Ray, check_engine
 from ..datamodules.folders import CORPUS_LAYOUT, make_folder, shard_name
 from ..datamodules.packing import TokenWriter
 from ..datamodules.row_layout import RowLayout
 from ..datamodules.sources import Skipped, expand
 from ..datamodules.storage.random_access import join
 from ..datamodules.targets import Target, local_out
-from ..datamodules.text_units import TextJob, prepare_text_units
-from ..datamodules.units import begin
 from ..tokenizer_files import TokenizerFiles, load_tokenizer
+from .cluster.ray_tasks import Ray, check_engine
+from .cluster.resumable_units import begin
+from .cluster.text_units import TextJob, prepare_text_units
 from .tokenizer import train_tokenizer
 from .verify import verify
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from .. import UsageError
+from ... import UsageError
 
 ENGINES = ("local", "ray")
 RETRIES = 4

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import UsageError
-from ..tokenizer_files import TokenizerFiles
-from .corpora.index import INDEX_FILE, Shard
-from .corpora.tokens import TokenIndex
-from .encoding import encode, start_worker, texts
-from .engines import Ray
-from .row_layout import MemberBuffer, RowLayout, token_key
-from .shard_file import ShardFile
-from .sources import Skipped, SourceFile, identity
-from .storage.random_access import open_bytes
-from .targets import UNFINISHED, Target, everywhere
-from .units import READERS, Record, Stage, Unit, complete, digest_of, unit_bar
+from ... import UsageError
+from ...datamodules.corpora.index import INDEX_FILE, Shard
+from ...datamodules.corpora.tokens import TokenIndex
+from ...datamodules.encoding import encode, start_worker, texts
+from ...datamodules.row_layout import MemberBuffer, RowLayout, token_key
+from ...datamodules.shard_file import ShardFile
+from ...datamodules.sources import Skipped, SourceFile, identity
+from ...datamodules.storage.random_access import open_bytes
+from ...datamodules.targets import UNFINISHED, Target, everywhere
+from ...tokenizer_files import TokenizerFiles
+from .ray_tasks import Ray
+from .resumable_units import READERS, Record, Stage, Unit, complete, digest_of, unit_bar
 
 UNIT_BYTES = 2**26  # small files are done together, as each unit costs a task and some requests
 READ_TOKENS = 2**22

@@ -23,9 +23,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from .. import UsageError
-from .engines import Ray
-from .targets import UNFINISHED, Target
+from ... import UsageError
+from ...datamodules.targets import UNFINISHED, Target
+from .ray_tasks import Ray
 
 PLAN = f"{UNFINISHED}/plan.json"
 READERS = 16  # threads that read records, which waits for a server

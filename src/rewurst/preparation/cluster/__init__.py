@@ -1,0 +1,1 @@
+"""Preparation in resumable units, on many machines."""
