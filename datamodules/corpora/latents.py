@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,8 @@ from numpy.typing import NDArray
 from ... import UsageError
 from ..imaging.geometry import Size
 from ..imaging.header import DecodeError
-from ..kind import Kind
-from ..storage.random_access import Bytes, join, read_whole
+from ..storage.random_access import join, read_whole
 from .images import ImageIndex, ImageShards
-from .index import CorpusIndex, Shard
-from .tar import Sample
 
 EMPTY_TEXT_FILE = "empty_text.npy"
 MAKERS = {"z": "compressor", "a": "stage_a", "text": "text_encoder"}
@@ -124,54 +120,3 @@ def read_array(content: bytes) -> NDArray[Any]:
     except (ValueError, EOFError) as error:
         raise DecodeError(f"no readable array ({str(error).splitlines()[0]})") from None
     return array
-
-
-class Latents(Kind):
-    """Shards of latents, with the index that was written when they were made."""
-
-    def load(self, folder: str | Path) -> LatentIndex:
-        """The index of such a corpus."""
-        return LatentIndex.load(folder)
-
-    def offset(self, sample: Sample, where: str) -> int:
-        """The first header of the sample."""
-        return sample.begin
-
-    def read(self, samples: Sequence[Sample], content: Bytes, where: str) -> Any:
-        """Refuses: shards do not say which networks made them."""
-        raise UsageError(f"{where}: latents without their index do not say what made them: copy the index.json too")
-
-    def rows(self, found: Any) -> int:
-        """Never asked for: nothing is found."""
-        raise NotImplementedError
-
-    def index(self, folder: Path, shards: Sequence[Shard], found: Sequence[Any], sources: tuple[str, ...]) -> Any:
-        """Never asked for: nothing is found."""
-        raise NotImplementedError
-
-    def open(self, folder: str) -> LatentShards:
-        """Reads samples."""
-        return LatentShards(folder)
-
-    def check_rows(self, opened: LatentShards, rows: range) -> None:
-        """Reads every array."""
-        for row in rows:
-            members = opened.members(row)
-            try:
-                arrays = opened.arrays(members)
-            except DecodeError as error:
-                if "left_out" in json.loads(members.get("json", b"{}")):
-                    continue
-                raise UsageError(f"{opened.path}: {opened.locate(row)}: {error}") from None
-            if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise UsageError(f"{opened.path}: {opened.locate(row)} has values that are not finite")
-
-    def problems(self, folder: str, index: CorpusIndex) -> list[str]:
-        """Whether the states of the empty text are there."""
-        assert isinstance(index, LatentIndex)
-        try:
-            if "text" in index.what:
-                LatentShards(folder).empty_text()
-        except UsageError as error:
-            return [str(error)]
-        return []

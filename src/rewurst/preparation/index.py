@@ -27,9 +27,9 @@ from tqdm import tqdm
 from .. import UsageError
 from ..datamodules.corpora.index import INDEX_FILE, Shard
 from ..datamodules.corpora.tar import scan, sha256_of
-from ..datamodules.kinds import KINDS, Kind, kind_of
 from ..datamodules.storage.random_access import is_remote, open_bytes
 from ..files import write_atomically, writing
+from .formats import KINDS, Kind, kind_of
 
 
 @dataclass(frozen=True)

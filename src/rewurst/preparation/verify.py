@@ -12,8 +12,8 @@ from .. import UsageError
 from ..datamodules.corpora.index import INDEX_FILE, Shard, read_index
 from ..datamodules.corpora.open_shards import OpenShard
 from ..datamodules.corpora.tar import scan, sha256_of
-from ..datamodules.kinds import KINDS, Kind
 from ..datamodules.storage.random_access import is_remote
+from .formats import KINDS, Kind
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import UsageError
-from .corpora.images import ImageIndex, ImageShards
-from .corpora.index import Shard
-from .corpora.tar import Member, Sample
-from .image_index import image_index
-from .imaging.facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
-from .imaging.header import DecodeError
-from .kind import Kind
-from .storage.random_access import Bytes
+from ... import UsageError
+from ...datamodules.corpora.images import ImageIndex, ImageShards
+from ...datamodules.corpora.index import Shard
+from ...datamodules.corpora.tar import Member, Sample
+from ...datamodules.image_index import image_index
+from ...datamodules.imaging.facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
+from ...datamodules.imaging.header import DecodeError
+from ...datamodules.storage.random_access import Bytes
+from .base import Kind
 
 NAMED = 5  # unreadable samples that are named; the others are counted
 

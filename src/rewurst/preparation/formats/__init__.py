@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .. import UsageError
-from .corpora.latents import Latents
-from .corpora.tar import Sample
-from .image_kind import Images, has_image
-from .imaging.facts import IMAGE_SUFFIXES
-from .kind import Kind
-from .token_kind import Tokens
+from ... import UsageError
+from ...datamodules.corpora.tar import Sample
+from ...datamodules.imaging.facts import IMAGE_SUFFIXES
+from .base import Kind
+from .images import Images, has_image
+from .latents import Latents
+from .tokens import Tokens
 
 __all__ = ["KINDS", "Kind", "kind_of"]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import UsageError
-from ..files import writing
-from .corpora.index import CorpusIndex, Shard
-from .corpora.tar import BLOCK_BYTES, Member, Sample
-from .corpora.tokens import DTYPES, HEADER_BYTES, RowsHeader, TokenIndex, TokenShards, read_header
-from .kind import Kind
-from .storage.random_access import Bytes, join, read_whole
+from ... import UsageError
+from ...datamodules.corpora.index import CorpusIndex, Shard
+from ...datamodules.corpora.tar import BLOCK_BYTES, Member, Sample
+from ...datamodules.corpora.tokens import DTYPES, HEADER_BYTES, RowsHeader, TokenIndex, TokenShards, read_header
+from ...datamodules.storage.random_access import Bytes, join, read_whole
+from ...files import writing
+from .base import Kind
 
 ROWS_AT_ONCE = 1024
 
@@ -134,7 +134,7 @@ class Tokens(Kind):
         largest, end_token, sha256 = max(one.largest for one in found), None, ""
         vocab_size = largest + 1
         if self.tokenizer is not None:
-            from ..tokenizer_files import load_tokenizer
+            from ...tokenizer_files import load_tokenizer
 
             files = load_tokenizer(self.tokenizer)
             vocab_size, end_token, sha256 = files.vocab_size, files.end_token, files.sha256

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .corpora.index import CorpusIndex, Shard
-from .corpora.tar import Sample
-from .storage.random_access import Bytes
+from ...datamodules.corpora.index import CorpusIndex, Shard
+from ...datamodules.corpora.tar import Sample
+from ...datamodules.storage.random_access import Bytes
 
 
 class Kind(ABC):
