@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import UsageError
-from .image_sources import Drawing, Picture
+from ..preparation.sources.pictures import Drawing, Picture
+from ..preparation.sources.shapes import draw
 from .imaging.decoding import decode, read_header
 from .imaging.facts import Facts, facts_of
 from .imaging.geometry import Crop, resample, size_to_decode
 from .imaging.header import MAX_PIXELS, DecodeError
-from .shapes import draw
 from .storage.url import Place, Url
 
 FORMATS = ("jpg", "png", "webp")

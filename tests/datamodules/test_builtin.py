@@ -7,7 +7,7 @@ import tokenize
 import pytest
 
 from rewurst import UsageError
-from rewurst.datamodules.builtin import documents, without_comments
+from rewurst.preparation.sources.builtin_text import documents, without_comments
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewurst import UsageError
-from rewurst.datamodules import sources, streams
-from rewurst.datamodules.sources import Skipped, expand, read
+from rewurst.preparation.sources import compressed_files as streams
+from rewurst.preparation.sources import documents as sources
+from rewurst.preparation.sources.documents import Skipped, expand, read
 
 DOCUMENTS = ["The first.\nTwo lines.", "Zweites: äöü, 你好, 😀", "x" * 500, "fourth\r\n"]
 

@@ -26,13 +26,13 @@ from rewurst.datamodules.image_work import Sample
 from rewurst.datamodules.image_writer import ImageWriter
 from rewurst.datamodules.imaging.facts import Facts
 from rewurst.datamodules.row_layout import MemberBuffer, RowLayout
-from rewurst.datamodules.sources import Skipped, expand, identity, read
 from rewurst.datamodules.storage import remote
 from rewurst.datamodules.storage.url import Url
 from rewurst.datamodules.targets import Target
 from rewurst.preparation.cluster.image_units import _cut, _text
 from rewurst.preparation.cluster.text_units import spans
 from rewurst.preparation.images import prepare_images
+from rewurst.preparation.sources.documents import Skipped, expand, identity, read
 from rewurst.preparation.text import prepare_text, train_tokenizer
 from rewurst.train import main
 

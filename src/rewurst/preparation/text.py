@@ -23,13 +23,13 @@ from ..datamodules.encoding import Text, encode, is_held_out, texts
 from ..datamodules.folders import CORPUS_LAYOUT, make_folder, shard_name
 from ..datamodules.packing import TokenWriter
 from ..datamodules.row_layout import RowLayout
-from ..datamodules.sources import Skipped, expand
 from ..datamodules.storage.random_access import join
 from ..datamodules.targets import Target, local_out
 from ..tokenizer_files import TokenizerFiles, load_tokenizer
 from .cluster.ray_tasks import Ray, check_engine
 from .cluster.resumable_units import begin
 from .cluster.text_units import TextJob, prepare_text_units
+from .sources.documents import Skipped, expand
 from .tokenizer import train_tokenizer
 from .verify import verify
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..datamodules.folders import TOKENIZER_LAYOUT, make_folder
-from ..datamodules.sources import Skipped, expand, read
 from ..files import write_atomically, writing
+from .sources.documents import Skipped, expand, read
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # all bytes and the end token

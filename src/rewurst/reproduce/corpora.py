@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import UsageError
-from ..datamodules.sources import Skipped, expand, read
+from ..preparation.sources.documents import Skipped, expand, read
 from ..preparation.text import is_held_out, prepare_text, train_tokenizer
 from .scales import CONFIGS, Scale, base_config, load
 

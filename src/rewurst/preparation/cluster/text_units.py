@@ -24,10 +24,10 @@ from ...datamodules.corpora.tokens import TokenIndex
 from ...datamodules.encoding import encode, start_worker, texts
 from ...datamodules.row_layout import MemberBuffer, RowLayout, token_key
 from ...datamodules.shard_file import ShardFile
-from ...datamodules.sources import Skipped, SourceFile, identity
 from ...datamodules.storage.random_access import open_bytes
 from ...datamodules.targets import UNFINISHED, Target, everywhere
 from ...tokenizer_files import TokenizerFiles
+from ..sources.documents import Skipped, SourceFile, identity
 from .ray_tasks import Ray
 from .resumable_units import READERS, Record, Stage, Unit, complete, digest_of, unit_bar
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from ...callbacks.samples.image_quality import ImageJudge, load_inception
-from ...datamodules import shapes
-from ...datamodules.shapes import Judge, Shape
 from ...evaluation.images import validation_images
 from ...modules import LatentDiffusion, StageB, StageC
 from ...modules.shared.batches import generators, pixels
 from ...modules.shared.image_metrics import psnr, ssim
+from ...preparation.sources import shapes
+from ...preparation.sources.shapes import Judge, Shape
 
 BATCH = 48
 Pixels = NDArray[np.uint8]

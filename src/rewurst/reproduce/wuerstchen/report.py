@@ -7,7 +7,7 @@ import os
 import platform
 from typing import Any
 
-from ...datamodules.shapes import Shape
+from ...preparation.sources.shapes import Shape
 from ..jobs import write_whole
 from ..report import claim_row, claims_table
 from .costs import a100_hours, as_rows, released

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ... import UsageError
-from ...datamodules.shapes import PICTURES
 from ...preparation.images import prepare_images
+from ...preparation.sources.shapes import PICTURES
 from ...preparation.tokenizer import train_tokenizer
 from ..runner import Runner, Stopped, results_of
 from .costs import Cost, costs_of

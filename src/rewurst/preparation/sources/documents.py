@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import UsageError
-from ..hints import did_you_mean
-from . import builtin
-from .corpora.tar import scan
-from .storage.random_access import is_remote, open_bytes
-from .storage.url import Place, Url, find, place, seekable
-from .streams import COMPRESSIONS, lines, text_pieces
+from ... import UsageError
+from ...datamodules.corpora.tar import scan
+from ...datamodules.storage.random_access import is_remote, open_bytes
+from ...datamodules.storage.url import Place, Url, find, place, seekable
+from ...hints import did_you_mean
+from . import builtin_text as builtin
+from .compressed_files import COMPRESSIONS, lines, text_pieces
 
 PIECE_CHARS = 2**16  # an encoding takes about 150 bytes a token, and a character can be four tokens
 LINE_BYTES = 2**25  # a line of JSON is parsed whole, and takes up to eight times its size while it is

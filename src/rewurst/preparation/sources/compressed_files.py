@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from .. import UsageError
-from .storage.url import Place
+from ... import UsageError
+from ...datamodules.storage.url import Place
 
 COMPRESSIONS = (".gz", ".zst")
 BLOCK_BYTES = 2**18

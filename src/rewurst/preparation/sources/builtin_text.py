@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import UsageError
-from ..hints import nearest
+from ... import UsageError
+from ...hints import nearest
 
 PREFIX = "builtin:"
 # Tests and tools, packages of third parties, generated tables; ``pydoc_data`` is the language reference itself.

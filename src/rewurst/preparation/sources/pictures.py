@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import UsageError
-from ..hints import did_you_mean, nearest
+from ... import UsageError
+from ...datamodules.imaging.facts import IMAGE_SUFFIXES
+from ...datamodules.storage.random_access import is_remote
+from ...datamodules.storage.url import Place, Url, find, place, seekable
+from ...hints import did_you_mean, nearest
 from . import shapes
-from .imaging.facts import IMAGE_SUFFIXES
-from .sources import LINE_BYTES, PARQUET_BATCH_ROWS, walk
-from .storage.random_access import is_remote
-from .storage.url import Place, Url, find, place, seekable
-from .streams import COMPRESSIONS, lines
+from .compressed_files import COMPRESSIONS, lines
+from .documents import LINE_BYTES, PARQUET_BATCH_ROWS, walk
 
 IMAGE_FIELDS = ("file_name", "image", "path")  # the first is that of Hugging Face's imagefolder
 CAPTION_FIELDS = ("text", "caption")

@@ -1,0 +1,1 @@
+"""What a preparation reads: documents, pictures, built-in data."""
