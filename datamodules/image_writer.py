@@ -7,9 +7,9 @@ from pathlib import Path
 
 from .. import UsageError
 from ..files import writing
+from ..preparation.steps.recoding import Sample
 from .corpora.index import Shard
 from .image_index import write_image_index
-from .image_work import Sample
 from .imaging.facts import Facts, facts_array
 from .shard_file import ShardFile
 

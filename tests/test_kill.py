@@ -61,8 +61,8 @@ def language_model(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
 
 def write_shapes(tmp_path: Path) -> None:
     """Drawn shapes, old and new ones."""
-    from rewurst.datamodules.image_work import Recoding
     from rewurst.preparation.images import prepare_images
+    from rewurst.preparation.steps.recoding import Recoding
 
     for name in ("shapes", "shapes-new"):
         out = tmp_path / name

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from rewurst import UsageError
-from rewurst.datamodules import encoding
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.encoding import Encoder, Text, encode
 from rewurst.preparation import text as prepare
+from rewurst.preparation.steps import tokenizing as encoding
+from rewurst.preparation.steps.tokenizing import Encoder, Text, encode
 from rewurst.preparation.text import is_held_out, prepare_text, train_tokenizer, verify
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "fünf", "狗", "barked", "😀", "<|endoftext|>", "ran", "away"]

@@ -22,7 +22,6 @@ from PIL import Image
 
 from rewurst import UsageError
 from rewurst.datamodules import image_writer
-from rewurst.datamodules.image_work import Sample
 from rewurst.datamodules.image_writer import ImageWriter
 from rewurst.datamodules.imaging.facts import Facts
 from rewurst.datamodules.row_layout import MemberBuffer, RowLayout
@@ -33,6 +32,7 @@ from rewurst.preparation.cluster.image_units import _cut, _text
 from rewurst.preparation.cluster.text_units import spans
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.sources.documents import Skipped, expand, identity, read
+from rewurst.preparation.steps.recoding import Sample
 from rewurst.preparation.text import prepare_text, train_tokenizer
 from rewurst.train import main
 

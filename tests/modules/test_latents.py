@@ -21,11 +21,11 @@ from PIL import Image
 from rewurst import UsageError
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
 from rewurst.modules import StageC
-from rewurst.modules.latent_work import LatentOptions, LatentWork
 from rewurst.modules.networks import VQGAN, SemanticCompressor
 from rewurst.preparation import latents
 from rewurst.preparation.index import index_shards
 from rewurst.preparation.latents import prepare_latents
+from rewurst.preparation.steps.encoding_latents import LatentOptions, LatentWork
 from rewurst.preparation.verify import verify
 from rewurst.train import main
 

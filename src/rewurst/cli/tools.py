@@ -220,8 +220,8 @@ def _run_prepare_index(args: Parsed) -> None:
 
 
 def _run_prepare_images(args: Parsed) -> None:
-    from ..datamodules.image_work import Recoding
     from ..preparation.images import prepare_images
+    from ..preparation.steps.recoding import Recoding
 
     prepare_images(
         args.source,

@@ -18,8 +18,6 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..datamodules.folders import IMAGE_LAYOUT, make_folder, shard_name
-from ..datamodules.image_faults import Faults
-from ..datamodules.image_work import Fault, Recoding, Sample, side_of, work
 from ..datamodules.image_writer import ImageWriter
 from ..datamodules.storage.random_access import join
 from ..datamodules.targets import Target, everywhere, local_out
@@ -28,6 +26,7 @@ from .cluster.ray_tasks import Ray, check_engine
 from .cluster.resumable_units import begin
 from .sources.pictures import Listing, drawings, listing
 from .sources.shapes import PICTURES
+from .steps.recoding import Fault, Faults, Recoding, Sample, side_of, work
 
 
 def prepare_images(

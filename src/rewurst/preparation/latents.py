@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..datamodules.corpora.latents import LatentIndex
-from ..modules.latent_work import Faults, LatentOptions, LatentWork
 from .cluster.ray_tasks import Ray, check_engine
+from .steps.encoding_latents import Faults, LatentOptions, LatentWork
 
 
 def prepare_latents(

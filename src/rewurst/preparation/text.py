@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..datamodules.corpora.tokens import TokenIndex
-from ..datamodules.encoding import Text, encode, is_held_out, texts
 from ..datamodules.folders import CORPUS_LAYOUT, make_folder, shard_name
 from ..datamodules.packing import TokenWriter
 from ..datamodules.row_layout import RowLayout
@@ -30,6 +29,7 @@ from .cluster.ray_tasks import Ray, check_engine
 from .cluster.resumable_units import begin
 from .cluster.text_units import TextJob, prepare_text_units
 from .sources.documents import Skipped, expand
+from .steps.tokenizing import Text, encode, is_held_out, texts
 from .tokenizer import train_tokenizer
 from .verify import verify
 

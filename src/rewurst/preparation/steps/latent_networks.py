@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import UsageError
-from ..datamodules.corpora.latents import MAKERS, array_bytes
-from ..datamodules.imaging.geometry import Size
-from .networks import VQGAN, SemanticCompressor, TextEncoder
-from .networks.weight_files import is_one_file, read_file
-from .shared.frozen import Frozen
+from ... import UsageError
+from ...datamodules.corpora.latents import MAKERS, array_bytes
+from ...datamodules.imaging.geometry import Size
+from ...modules.networks import VQGAN, SemanticCompressor, TextEncoder
+from ...modules.networks.weight_files import is_one_file, read_file
+from ...modules.shared.frozen import Frozen
 
 
 class Makers:

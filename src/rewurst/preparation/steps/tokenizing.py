@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .. import UsageError
-from ..preparation.sources.documents import Skipped, SourceFile, read
+from ... import UsageError
+from ..sources.documents import Skipped, SourceFile, read
 
 TASK_CHARS = 2**20
 TASKS_PER_WORKER = 2  # one in work, one that waits, so that a worker never does

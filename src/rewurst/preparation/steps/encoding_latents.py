@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from .. import UsageError
-from ..datamodules.corpora.images import ImageRows, ImageShards
-from ..datamodules.corpora.latents import array_bytes
-from ..datamodules.image_reader import ImageReader, Showing
-from ..datamodules.imaging.filters import Filters
-from ..datamodules.imaging.geometry import Size, buckets, nearest_bucket
-from ..datamodules.imaging.header import DecodeError
-from ..datamodules.latent_writer import LatentFolder
-from ..datamodules.sampling.micro_batches import Picks, as_is
-from ..datamodules.targets import Target, everywhere
-from .latent_makers import Makers
+from ... import UsageError
+from ...datamodules.corpora.images import ImageRows, ImageShards
+from ...datamodules.corpora.latents import array_bytes
+from ...datamodules.image_reader import ImageReader, Showing
+from ...datamodules.imaging.filters import Filters
+from ...datamodules.imaging.geometry import Size, buckets, nearest_bucket
+from ...datamodules.imaging.header import DecodeError
+from ...datamodules.latent_writer import LatentFolder
+from ...datamodules.sampling.micro_batches import Picks, as_is
+from ...datamodules.targets import Target, everywhere
+from .latent_networks import Makers
 
 SHARD_BYTES = 2**28
 MOST_ROWS = 10_000

@@ -1,0 +1,1 @@
+"""The work of a preparation: tokenizing, recoding, encoding latents."""
