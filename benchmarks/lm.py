@@ -29,7 +29,7 @@ import torch
 
 from rewurst.datamodules.corpora.index import Shard
 from rewurst.datamodules.corpora.tokens import TokenIndex, TokenShards
-from rewurst.datamodules.packing import TokenWriter
+from rewurst.preparation.writing.token_writer import TokenWriter
 
 PYTHIA_70M = {"layers": 6, "width": 512, "heads": 8, "vocabulary": 50304, "length": 512, "rows": 8}
 PYTHIA_410M = {"layers": 24, "width": 1024, "heads": 16, "vocabulary": 50304, "length": 2048, "rows": 16}

@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.packing import TokenWriter
 from rewurst.datamodules.sampling.buckets import Lanes
 from rewurst.datamodules.sampling.micro_batches import MicroBatches, as_is
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
 from rewurst.datamodules.sampling.permutation import CorpusOrder
 from rewurst.datamodules.text import TokenReader
+from rewurst.preparation.writing.token_writer import TokenWriter
 
 LAYOUTS = {"litdata": "TokensLoader", "mosaicml-streaming": "one row a sample"}
 

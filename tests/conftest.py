@@ -45,7 +45,7 @@ def tiny_config() -> dict[str, Any]:
 @pytest.fixture
 def write_corpus(tmp_path: Path) -> Callable[..., str]:
     """Writes rows of random tokens as a corpus folder and returns its path."""
-    from rewurst.datamodules.packing import TokenWriter
+    from rewurst.preparation.writing.token_writer import TokenWriter
 
     def write(name: str, rows: int = 50, seed: int = 0, vocab_size: int = 64, sequence_length: int = 8) -> str:
         folder = tmp_path / "corpora" / name

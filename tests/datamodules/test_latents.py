@@ -22,10 +22,10 @@ from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
 from rewurst.datamodules.corpora.images import ImageShards
 from rewurst.datamodules.corpora.latents import array_bytes
 from rewurst.datamodules.imaging.geometry import buckets
-from rewurst.datamodules.latent_writer import LatentFolder
-from rewurst.datamodules.targets import Target
 from rewurst.preparation.index import index_shards
 from rewurst.preparation.verify import verify
+from rewurst.preparation.writing.destination import Target
+from rewurst.preparation.writing.latent_writer import LatentFolder
 
 QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1}
 QUIET |= {"logger": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}

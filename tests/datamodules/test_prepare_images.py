@@ -20,15 +20,16 @@ from PIL import Image
 
 from rewurst import UsageError
 from rewurst.cli.tools import run
-from rewurst.datamodules import image_writer, shard_file
 from rewurst.datamodules.corpora.index import Shard
 from rewurst.datamodules.imaging.facts import FACTS_DTYPE
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.sources import shapes
 from rewurst.preparation.sources.pictures import Picture
 from rewurst.preparation.steps import recoding as image_work
-from rewurst.preparation.steps.recoding import Fault, Recoding, Sample, sample_of, work
+from rewurst.preparation.steps.recoding import Fault, Recoding, sample_of, work
 from rewurst.preparation.verify import verify
+from rewurst.preparation.writing import image_writer, shard_file
+from rewurst.preparation.writing.image_writer import Sample
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 

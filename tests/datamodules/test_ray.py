@@ -289,7 +289,7 @@ def test_pictures_from_and_to_object_storage(
     """Shards are cut by bytes here."""
     for path in pictures.iterdir():
         bucket.upload_file(str(path), "corpora", f"pictures/{path.name}")
-    monkeypatch.setattr("rewurst.datamodules.image_writer.SHARD_BYTES", 12_000)
+    monkeypatch.setattr("rewurst.preparation.writing.image_writer.SHARD_BYTES", 12_000)
     asked = {**PICTURES, "skip_without_caption": True, "samples_per_shard": None}
     command = ["prepare", "images", "s3://corpora/pictures", "--out", "s3://corpora/out/pictures", "--engine", "ray"]
     assert main([*command, "--held_out", "0.3", "--max_corrupt", "0.5", "--skip_without_caption"]) == 0

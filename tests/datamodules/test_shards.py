@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from rewurst import UsageError
 from rewurst.datamodules.corpora import open_shards as shard_reading
 from rewurst.datamodules.corpora.tokens import TokenIndex, TokenShards
-from rewurst.datamodules.packing import TokenWriter
 from rewurst.preparation.verify import verify
+from rewurst.preparation.writing.token_writer import TokenWriter
 
 LENGTH = 7
 STREAM = np.random.default_rng(0).integers(0, 2048, 1000)

@@ -21,19 +21,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rewurst import UsageError
-from rewurst.datamodules import image_writer
-from rewurst.datamodules.image_writer import ImageWriter
 from rewurst.datamodules.imaging.facts import Facts
-from rewurst.datamodules.row_layout import MemberBuffer, RowLayout
 from rewurst.datamodules.storage import remote
 from rewurst.datamodules.storage.url import Url
-from rewurst.datamodules.targets import Target
 from rewurst.preparation.cluster.image_units import _cut, _text
 from rewurst.preparation.cluster.text_units import spans
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.sources.documents import Skipped, expand, identity, read
-from rewurst.preparation.steps.recoding import Sample
 from rewurst.preparation.text import prepare_text, train_tokenizer
+from rewurst.preparation.writing import image_writer
+from rewurst.preparation.writing.destination import Target
+from rewurst.preparation.writing.image_writer import ImageWriter, Sample
+from rewurst.preparation.writing.row_layout import MemberBuffer, RowLayout
 from rewurst.train import main
 
 

@@ -154,7 +154,7 @@ def test_a_preparation_that_was_killed_goes_on(write_images: Write, compressor: 
         "6",
     ]
     script = (
-        "import os, sys; from rewurst.datamodules.shard_file import ShardFile; from rewurst.train import main\n"
+        "import os, sys; from rewurst.preparation.writing.shard_file import ShardFile; from rewurst.train import main\n"
         "close = ShardFile.close\n"
         "def dying(self):\n"
         "    if '000002' in self.path.name: os.kill(os.getpid(), 9)\n"

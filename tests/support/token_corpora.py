@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rewurst.datamodules.packing import TokenWriter
+from rewurst.preparation.writing.token_writer import TokenWriter
 
 
 def write_tokens(folder: Path, name: str, tokens: Any) -> None:

@@ -17,16 +17,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import UsageError
-from ..datamodules.folders import IMAGE_LAYOUT, make_folder, shard_name
-from ..datamodules.image_writer import ImageWriter
 from ..datamodules.storage.random_access import join
-from ..datamodules.targets import Target, everywhere, local_out
 from .cluster.image_units import ImageJob, prepare_image_units
 from .cluster.ray_tasks import Ray, check_engine
 from .cluster.resumable_units import begin
 from .sources.pictures import Listing, drawings, listing
 from .sources.shapes import PICTURES
-from .steps.recoding import Fault, Faults, Recoding, Sample, side_of, work
+from .steps.recoding import Fault, Faults, Recoding, side_of, work
+from .writing.destination import Target, everywhere, local_out
+from .writing.folders import IMAGE_LAYOUT, make_folder, shard_name
+from .writing.image_writer import ImageWriter, Sample
 
 
 def prepare_images(

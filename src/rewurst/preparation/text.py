@@ -19,11 +19,7 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..datamodules.corpora.tokens import TokenIndex
-from ..datamodules.folders import CORPUS_LAYOUT, make_folder, shard_name
-from ..datamodules.packing import TokenWriter
-from ..datamodules.row_layout import RowLayout
 from ..datamodules.storage.random_access import join
-from ..datamodules.targets import Target, local_out
 from ..tokenizer_files import TokenizerFiles, load_tokenizer
 from .cluster.ray_tasks import Ray, check_engine
 from .cluster.resumable_units import begin
@@ -32,6 +28,10 @@ from .sources.documents import Skipped, expand
 from .steps.tokenizing import Text, encode, is_held_out, texts
 from .tokenizer import train_tokenizer
 from .verify import verify
+from .writing.destination import Target, local_out
+from .writing.folders import CORPUS_LAYOUT, make_folder, shard_name
+from .writing.row_layout import RowLayout
+from .writing.token_writer import TokenWriter
 
 __all__ = ["is_held_out", "prepare_text", "train_tokenizer", "verify"]
 

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from .. import UsageError
-from ..datamodules.folders import TOKENIZER_LAYOUT, make_folder
 from ..files import write_atomically, writing
 from .sources.documents import Skipped, expand, read
+from .writing.folders import TOKENIZER_LAYOUT, make_folder
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # all bytes and the end token

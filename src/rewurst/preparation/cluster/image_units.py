@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from ...datamodules.corpora.images import sample_members
 from ...datamodules.corpora.index import INDEX_FILE, Shard
 from ...datamodules.corpora.open_shards import OpenShard
-from ...datamodules.image_index import image_index
-from ...datamodules.image_writer import image_key, image_shard_name, is_full, no_picture
 from ...datamodules.imaging.facts import FACTS_DTYPE, facts_array
-from ...datamodules.shard_file import ShardFile
-from ...datamodules.targets import UNFINISHED, Target
 from ..sources.pictures import Listing, Picture
-from ..steps.recoding import Fault, Faults, Recoding, Sample, sample_of, side_of, without_caption
+from ..steps.recoding import Fault, Faults, Recoding, sample_of, side_of, without_caption
+from ..writing.destination import UNFINISHED, Target
+from ..writing.image_index import image_index
+from ..writing.image_writer import Sample, image_key, image_shard_name, is_full, no_picture
+from ..writing.shard_file import ShardFile
 from .ray_tasks import Ray
 from .resumable_units import Record, Stage, Unit, complete, digest_of, unit_bar
 

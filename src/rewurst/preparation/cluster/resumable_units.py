@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from ... import UsageError
-from ...datamodules.targets import UNFINISHED, Target
+from ..writing.destination import UNFINISHED, Target
 from .ray_tasks import Ray
 
 PLAN = f"{UNFINISHED}/plan.json"

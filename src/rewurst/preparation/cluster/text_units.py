@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from ... import UsageError
 from ...datamodules.corpora.index import INDEX_FILE, Shard
 from ...datamodules.corpora.tokens import TokenIndex
-from ...datamodules.row_layout import MemberBuffer, RowLayout, token_key
-from ...datamodules.shard_file import ShardFile
 from ...datamodules.storage.random_access import open_bytes
-from ...datamodules.targets import UNFINISHED, Target, everywhere
 from ...tokenizer_files import TokenizerFiles
 from ..sources.documents import Skipped, SourceFile, identity
 from ..steps.tokenizing import encode, start_worker, texts
+from ..writing.destination import UNFINISHED, Target, everywhere
+from ..writing.row_layout import MemberBuffer, RowLayout, token_key
+from ..writing.shard_file import ShardFile
 from .ray_tasks import Ray
 from .resumable_units import READERS, Record, Stage, Unit, complete, digest_of, unit_bar
 

@@ -14,10 +14,10 @@ from ... import UsageError
 from ...datamodules.corpora.images import ImageIndex, ImageShards
 from ...datamodules.corpora.index import Shard
 from ...datamodules.corpora.tar import Member, Sample
-from ...datamodules.image_index import image_index
 from ...datamodules.imaging.facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
 from ...datamodules.imaging.header import DecodeError
 from ...datamodules.storage.random_access import Bytes
+from ..writing.image_index import image_index
 from .base import Kind
 
 NAMED = 5  # unreadable samples that are named; the others are counted

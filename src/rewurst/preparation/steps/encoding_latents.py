@@ -22,9 +22,9 @@ from ...datamodules.image_reader import ImageReader, Showing
 from ...datamodules.imaging.filters import Filters
 from ...datamodules.imaging.geometry import Size, buckets, nearest_bucket
 from ...datamodules.imaging.header import DecodeError
-from ...datamodules.latent_writer import LatentFolder
 from ...datamodules.sampling.micro_batches import Picks, as_is
-from ...datamodules.targets import Target, everywhere
+from ..writing.destination import Target, everywhere
+from ..writing.latent_writer import LatentFolder
 from .latent_networks import Makers
 
 SHARD_BYTES = 2**28

@@ -25,12 +25,13 @@ from PIL import Image
 
 from ... import UsageError
 from ...datamodules.imaging.decoding import decode, read_header
-from ...datamodules.imaging.facts import Facts, facts_of
+from ...datamodules.imaging.facts import facts_of
 from ...datamodules.imaging.geometry import Crop, resample, size_to_decode
 from ...datamodules.imaging.header import MAX_PIXELS, DecodeError
 from ...datamodules.storage.url import Place, Url
 from ..sources.pictures import Drawing, Picture
 from ..sources.shapes import draw
+from ..writing.image_writer import Sample
 
 FORMATS = ("jpg", "png", "webp")
 TASK_PICTURES = 32
@@ -62,15 +63,6 @@ class Recoding:
             raise UsageError(f"format is {self.format!r}, expected {' or '.join(FORMATS)}")
         if not 1 <= self.quality <= 100:
             raise UsageError(f"quality is {self.quality}, expected 1 to 100")
-
-
-class Sample(NamedTuple):
-    """A picture ready for a shard: its members, their facts, and a number in [0, 1) that only the file decides."""
-
-    members: dict[str, bytes]
-    facts: Facts
-    draw: float
-    side: str | None
 
 
 class Fault(NamedTuple):

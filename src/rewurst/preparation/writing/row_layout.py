@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import UsageError
-from .corpora.index import Shard
-from .corpora.tokens import TokenIndex
+from ... import UsageError
+from ...datamodules.corpora.index import Shard
+from ...datamodules.corpora.tokens import TokenIndex
 
 SHARD_BYTES = 256 * 2**20
 ROWS_PER_SAMPLE = 256

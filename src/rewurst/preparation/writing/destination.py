@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import UsageError
-from ..files import write_atomically, writing
-from .storage.random_access import is_remote, join, local_path, read_whole
-from .storage.remote import shown
-from .storage.url import delete, find, refuse_unwritable, upload, write_object
+from ... import UsageError
+from ...datamodules.storage.random_access import is_remote, join, local_path, read_whole
+from ...datamodules.storage.remote import shown
+from ...datamodules.storage.url import delete, find, refuse_unwritable, upload, write_object
+from ...files import write_atomically, writing
 
 UNFINISHED = ".preparing"
 """Folder within a target that holds what goes when all is done."""

@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import writing
-from .corpora.index import Shard
+from ...datamodules.corpora.index import Shard
+from ...files import writing
 
 
 class ShardFile:

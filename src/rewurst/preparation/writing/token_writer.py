@@ -9,10 +9,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import UsageError
-from ..files import writing
-from .corpora.index import INDEX_FILE, Shard
-from .corpora.tokens import TokenIndex
+from ... import UsageError
+from ...datamodules.corpora.index import INDEX_FILE, Shard
+from ...datamodules.corpora.tokens import TokenIndex
+from ...files import writing
 from .row_layout import ROWS_PER_SAMPLE, MemberBuffer, RowLayout, token_key
 from .shard_file import ShardFile
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .corpora.images import FACTS_FILE, ImageIndex
-from .corpora.index import Shard
-from .imaging.facts import FACTS_DTYPE
-from .targets import Target
+from ...datamodules.corpora.images import FACTS_FILE, ImageIndex
+from ...datamodules.corpora.index import Shard
+from ...datamodules.imaging.facts import FACTS_DTYPE
+from .destination import Target
 
 
 def write_image_index(

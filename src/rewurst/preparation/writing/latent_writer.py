@@ -13,15 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import UsageError
-from .corpora.images import ImageShards
-from .corpora.index import INDEX_FILE, Shard
-from .corpora.latents import EMPTY_TEXT_FILE, LatentIndex
-from .corpora.tar import sha256_of
+from ... import UsageError
+from ...datamodules.corpora.images import ImageShards
+from ...datamodules.corpora.index import INDEX_FILE, Shard
+from ...datamodules.corpora.latents import EMPTY_TEXT_FILE, LatentIndex
+from ...datamodules.corpora.tar import sha256_of
+from ...datamodules.storage.random_access import open_bytes
+from .destination import UNFINISHED, Target
 from .image_index import write_facts
 from .shard_file import ShardFile
-from .storage.random_access import open_bytes
-from .targets import UNFINISHED, Target
 
 READERS = 16  # threads that read entries, which waits for a server
 PLAN_FILE = "plan.json"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
-from .. import UsageError
-from ..files import writing
-from ..preparation.steps.recoding import Sample
-from .corpora.index import Shard
+from ... import UsageError
+from ...datamodules.corpora.index import Shard
+from ...datamodules.imaging.facts import Facts, facts_array
+from ...files import writing
 from .image_index import write_image_index
-from .imaging.facts import Facts, facts_array
 from .shard_file import ShardFile
 
 SHARD_BYTES = 2**28
@@ -91,3 +91,12 @@ class ImageWriter:
         if self._file is not None:
             self.shards.append(self._file.close())
             self._file = None
+
+
+class Sample(NamedTuple):
+    """A picture ready for a shard: its members, their facts, and a number in [0, 1) that only the file decides."""
+
+    members: dict[str, bytes]
+    facts: Facts
+    draw: float
+    side: str | None

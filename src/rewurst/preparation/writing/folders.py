@@ -6,10 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
-from .. import UsageError
-from ..files import writing
-from ..tokenizer_files import TOKENIZER_FILES
-from .targets import UNFINISHED
+from ... import UsageError
+from ...files import writing
+from ...tokenizer_files import TOKENIZER_FILES
+from .destination import UNFINISHED
 
 # A layout is a pattern that the path of every file in the folder matches; temporary files of a killed run included.
 _TOKENIZER = rf"\.?({'|'.join(map(re.escape, TOKENIZER_FILES))})(\.\w+)?"

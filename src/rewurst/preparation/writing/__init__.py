@@ -1,0 +1,1 @@
+"""Where a preparation writes: shards, sidecars, indices."""
