@@ -12,8 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rewurst.reproduce.claims import best_share, claims, examine
-from rewurst.reproduce.judging import judge, quantile
 from rewurst.reproduce.results import Result
+from rewurst.reproduce.verdicts import judge, quantile
 
 Results = dict[tuple[str, int], Result]
 VALUES = st.lists(st.floats(-5, 5), min_size=2, max_size=12)

@@ -15,7 +15,8 @@ from rewurst.cli.lightning import parse
 from rewurst.reproduce.corpora import Data, of_recipe
 from rewurst.reproduce.jobs import Job, config_key, interval, make_jobs
 from rewurst.reproduce.runs import PEAKS, SHARES, WARMUPS, grid, peak_name, replay_name, total_steps, warmup_name
-from rewurst.reproduce.scales import CONFIGS, SCALES, Config, Scale, base_config, load, merge
+from rewurst.reproduce.scales import CONFIGS, SCALES, Scale, base_config
+from rewurst.reproduce.shared import Config, load, merge
 
 
 def test_every_question_of_the_papers_has_its_runs() -> None:

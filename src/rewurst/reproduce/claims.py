@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .judging import Judged, judge
 from .results import Result, Results
 from .runs import (
     BASE,
@@ -29,6 +28,7 @@ from .runs import (
     split_name,
     warmup_name,
 )
+from .verdicts import Judged, judge
 
 
 class NotMeasurable(Exception):  # noqa: N818  # no error

@@ -13,7 +13,8 @@ from typing import Any
 from .. import UsageError
 from ..preparation.sources.documents import Skipped, expand, read
 from ..preparation.text import is_held_out, prepare_text, train_tokenizer
-from .scales import CONFIGS, Scale, base_config, load
+from .scales import CONFIGS, Scale, base_config
+from .shared import load
 
 Corpora = dict[str, dict[str, Any]]
 BUILTIN = (["builtin:prose"], ["builtin:code"])
@@ -96,14 +97,6 @@ def prepare(old: Sequence[str], new: Sequence[str], out: Path, scale: Scale, tok
             prepare_text([str(text)], tokenizer, folder, sequence_length=length, overwrite=True)
             text.unlink()
     return _data(names, folders, splits)
-
-
-def fingerprint(path: str) -> str:
-    """What a corpus holds, whatever its folder is called: the hash of its index, which has those of its shards."""
-    index = Path(path) / "index.json"
-    if not index.exists():
-        raise UsageError(f"{path} is no prepared corpus: it has no index.json; see `rewurst prepare text --help`")
-    return hashlib.sha256(index.read_bytes()).hexdigest()
 
 
 def _data(names: Sequence[str], folders: Sequence[Path], splits: Sequence[Path]) -> Data:

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .corpora import Corpora, Data, fingerprint
-from .runs import Run, named, total_steps
-from .scales import Config, Scale, base_config
-
-KEY_DIGITS = 10
-_STEP = re.compile(r"step=(\d+)")
-_DECIDING = ("LRRewarming", "ReplayScheduler")  # the callbacks of the scales' configs log and save
-_WATCHING = (
-    "logger",
-    "profiler",
-    "log_every_n_steps",
-    "val_check_interval",
-    "check_val_every_n_epoch",
-    "num_sanity_val_steps",
-    "devices",
-    "num_nodes",
-)
+from .corpora import Corpora, Data
+from .runs import Run, total_steps
+from .scales import Scale, base_config
+from .shared import KEY_DIGITS, Config, deciding, digest, fingerprint, named, saved_steps, write_config
 
 
 @dataclass(frozen=True)
@@ -96,20 +76,6 @@ class Job:
         return write_config(self.folder, self.config)
 
 
-def write_config(folder: Path, config: Config) -> Path:
-    """Writes a run's config into its folder, whole or not at all, and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
-    write_whole(path, f"# rewurst fit --config {path}\n{yaml.safe_dump(config, sort_keys=False)}")
-    return path
-
-
-def saved_steps(folder: Path) -> int:
-    """The latest step that a checkpoint under a folder is named after, 0 where there is none."""
-    steps = [int(match[1]) for path in folder.rglob("*.ckpt") if (match := _STEP.search(path.name))]
-    return max(steps, default=0)
-
-
 def make_jobs(runs: list[Run], seeds: list[int], scale: Scale, data: Data, out: Path) -> list[Job]:
     """A job for every run of every seed: all runs of the first seed, then of the next."""
     base, by_name = base_config(scale), {run.name: run for run in runs}
@@ -161,19 +127,6 @@ def config_key(config: Config, every: int, parent: str) -> str:
     return digest([config["seed_everything"], config["model"], arguments, trainer, every, parent])
 
 
-def deciding(trainer: Config, callbacks: Sequence[str] = _DECIDING) -> Config:
-    """What of a trainer's settings decides a run's outcome; of its callbacks those named."""
-    settings = {
-        name: value for name, value in trainer.items() if name not in _WATCHING and not name.startswith("enable_")
-    }
-    return settings | {"callbacks": [each for each in trainer["callbacks"] if each["class_path"] in callbacks]}
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of what JSON can say."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _micro_batches(sizes: Config, trainer: Config) -> int:
     """Micro-batches of a global batch on one device, which is what Lightning's interval counts."""
     devices = trainer.get("devices", "auto")
@@ -183,13 +136,6 @@ def _micro_batches(sizes: Config, trainer: Config) -> int:
         devices = max(1, torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
     rows = int(sizes["micro_batch_size"] * devices * trainer.get("num_nodes", 1))
     return max(1, int(sizes["global_batch_size"]) // rows)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    part.write_text(text, encoding="utf8")
-    os.replace(part, path)
 
 
 def _callbacks(run: Run, base: list[Config], data: Data, every: int) -> list[Config]:

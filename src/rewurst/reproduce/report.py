@@ -13,14 +13,13 @@ from typing import Any
 from .claims import Tested, examine
 from .corpora import Data
 from .figures import Evidence, draw_all
-from .jobs import Job, write_whole
-from .judging import Judged
+from .jobs import Job
 from .paper import STRONG, WEAK, Losses
 from .results import Results
 from .runs import OLD, Run
 from .scales import Scale
-
-Row = dict[str, Any]
+from .shared import write_whole
+from .verdicts import Row, claim_row
 
 METHOD = """\
 A claim is one number a seed, taken between runs of the same seed (they share initial weights, pre-training and the
@@ -72,21 +71,6 @@ def _row(run: Run, results: Results, names: tuple[str, str]) -> Row | None:
 
 
 _PAPER: dict[str, dict[str, Losses]] = {"slimpajama": WEAK, "german": STRONG}
-
-
-def claim_row(claim: str, quantity: str, paper: str, bound: str, judged: Judged) -> Row:
-    """A claim and what the seeds say of it, as ``report.json`` holds them."""
-    return {
-        "claim": claim,
-        "paper": paper,
-        "ours": judged.mean,
-        "spread": judged.spread,
-        "verdict": judged.verdict,
-        "quantity": quantity,
-        "bound": bound,
-        "margin": judged.margin,
-        "seeds": judged.seeds,
-    }
 
 
 def _claim(tested: Tested) -> Row:

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..checkpoints.newest import newest_checkpoint
-from .jobs import Job, write_whole
+from .jobs import Job
+from .shared import RESULT, Events, _versions, write_whole
 
 Curve = list[tuple[int, float]]
-Events = dict[str, list[tuple[int, float]]]
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -112,26 +111,6 @@ def _validations(job: Job, versions: list[Events], tag: str) -> Curve:
             ahead = round(tokens / job.tokens_per_step) - step
             found.update((step + ahead, value) for step, value in events.get(tag, []))
     return sorted((step, value) for step, value in found.items() if step > job.start and step % job.every == 0)
-
-
-def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """What TensorBoard holds of a tag, over all versions of a run: (step as logged, value), the latest of a step."""
-    values: dict[int, float] = {}
-    for events in _versions(folder):
-        values.update(events.get(tag, []))  # a resumed run repeats steps
-    return sorted(values.items())
-
-
-def _versions(folder: Path) -> list[Events]:
-    """What each process of a run logged, by tag, the first process first."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = []
-    for version in sorted(folder.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_"))):
-        events = EventAccumulator(str(version), size_guidance={"scalars": 0})
-        events.Reload()
-        found.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
-    return found
 
 
 def drop_older_checkpoints(folder: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .shared import named
+
 Content = Literal["old", "again", "new", "both", "split_1", "split_2", "split_3"]
 
 SHARES = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5)
@@ -118,11 +120,6 @@ def grid(steps: int, split_steps: int, peak: float, splits: bool = True) -> list
     ]
     runs += [on(warmup_name(w), f"no replay, {w * 100:g} % warm-up", cosine(1, w)) for w in WARMUPS if w != WARMUP]
     return runs
-
-
-def named(class_path: str, **arguments: Any) -> dict[str, Any]:
-    """A class and its arguments, as configs name them."""
-    return {"class_path": class_path, "init_args": arguments}
 
 
 def _chains(steps: int, cosine: dict[str, Any], peak: float) -> Iterable[Run]:

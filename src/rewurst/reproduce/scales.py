@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+from .shared import Config, load, merge
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "continual"
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,22 +68,3 @@ def base_config(scale: Scale) -> Config:
     for name in scale.configs:
         config = merge(config, load(CONFIGS / name))
     return config
-
-
-def load(path: Path) -> Config:
-    """Reads a YAML file."""
-    content: Config = yaml.safe_load(path.read_text(encoding="utf8"))
-    return content
-
-
-def merge(under: Config, over: Config) -> Config:
-    """Lays one config over another, neither changed; ``key+`` appends to a list, as on the command line."""
-    result = copy.deepcopy(under)
-    for key, value in copy.deepcopy(over).items():
-        if key.endswith("+"):
-            result[key[:-1]] = [*result.get(key[:-1], []), *value]
-        elif isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = merge(result[key], value)
-        else:
-            result[key] = value
-    return result

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..judging import Judged, judge
+from ..verdicts import Judged, judge
 from .costs import Cost
 from .curves import Curve, EqualScore, at_equal_score, shifted
 from .jobs import Plan, baseline_steps

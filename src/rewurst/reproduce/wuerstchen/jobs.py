@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..corpora import fingerprint
-from ..jobs import KEY_DIGITS, deciding, digest, saved_steps, write_config, write_whole
-from ..scales import Config
+from ..shared import KEY_DIGITS, Config, deciding, digest, fingerprint, saved_steps, write_config, write_whole
 from .costs import Cost
 from .recipes import SHORT_STEPS, Recipes, Where, image_size_of, placed, steps_of, variants, watched, whole_parts
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from ...checkpoints.newest import newest_checkpoint
 from ...modules.networks.weight_files import read_file
-from ..jobs import write_whole
-from ..results import RESULT, scalars
+from ..shared import RESULT, scalars, write_whole
 from .jobs import DONE, PictureJob
 
 TAGS = ("val/loss", "val/psnr")

@@ -8,8 +8,9 @@ import platform
 from typing import Any
 
 from ...preparation.sources.shapes import Shape
-from ..jobs import write_whole
-from ..report import claim_row, claims_table
+from ..report import claims_table
+from ..shared import write_whole
+from ..verdicts import claim_row
 from .costs import a100_hours, as_rows, released
 from .evidence import CASCADE, CLAIMS, SINGLE, Claim, Evidence
 from .figures import draw_all

@@ -22,7 +22,7 @@ from ... import modules
 from ...modules import LatentDiffusion, StageB, StageC
 from ...modules.networks.weight_files import read_file
 from ...preparation.latents import prepare_latents
-from ..jobs import write_whole
+from ..shared import write_whole
 from .jobs import DONE
 from .judging import draw_for_prompts, prompts_of, read_attributes, reconstructed, scored_by_fid
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Verdict = Literal["held", "not held", "undecided"]
 
@@ -57,3 +57,21 @@ def judge(values: Sequence[float], at_least: float | None = None, at_most: float
 def quantile(degrees: int) -> float:
     """95 % quantile of Student's t."""
     return _T[degrees - 1] if degrees <= len(_T) else _T_LARGE
+
+
+Row = dict[str, Any]
+
+
+def claim_row(claim: str, quantity: str, paper: str, bound: str, judged: Judged) -> Row:
+    """A claim and what the seeds say of it, as ``report.json`` holds them."""
+    return {
+        "claim": claim,
+        "paper": paper,
+        "ours": judged.mean,
+        "spread": judged.spread,
+        "verdict": judged.verdict,
+        "quantity": quantity,
+        "bound": bound,
+        "margin": judged.margin,
+        "seeds": judged.seeds,
+    }
