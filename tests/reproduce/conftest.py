@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rewurst.reproduce.corpora import Data
-from rewurst.reproduce.jobs import Job, make_jobs
-from rewurst.reproduce.results import Result
-from rewurst.reproduce.runs import Run, grid
-from rewurst.reproduce.scales import SCALES, Scale
+from rewurst.reproduce.continual.corpora import Data
+from rewurst.reproduce.continual.jobs import Job, make_jobs
+from rewurst.reproduce.continual.results import Result
+from rewurst.reproduce.continual.runs import Run, grid
+from rewurst.reproduce.continual.scales import SCALES, Scale
 
 Results = dict[tuple[str, int], Result]
 Losses = dict[str, tuple[float, float]]  # a run's old and new loss at its end

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rewurst.reproduce.claims import best_share, claims, examine
-from rewurst.reproduce.results import Result
+from rewurst.reproduce.continual.claims import best_share, claims, examine
+from rewurst.reproduce.continual.results import Result
 from rewurst.reproduce.verdicts import judge, quantile
 
 Results = dict[tuple[str, int], Result]

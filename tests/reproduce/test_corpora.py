@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from rewurst import UsageError
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.reproduce.corpora import prepare
-from rewurst.reproduce.scales import SCALES, Scale
+from rewurst.reproduce.continual.corpora import prepare
+from rewurst.reproduce.continual.scales import SCALES, Scale
 from rewurst.tokenizer_files import load_tokenizer
 from rewurst.train import main
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rewurst.reproduce.corpora import Data
-from rewurst.reproduce.jobs import Job
-from rewurst.reproduce.report import write_report
-from rewurst.reproduce.results import Result, keep_result, load_result
-from rewurst.reproduce.scales import Scale
+from rewurst.reproduce.continual.corpora import Data
+from rewurst.reproduce.continual.jobs import Job
+from rewurst.reproduce.continual.report import write_report
+from rewurst.reproduce.continual.results import Result, keep_result, load_result
+from rewurst.reproduce.continual.scales import Scale
 
 Results = dict[tuple[str, int], Result]
 FIGURES = {"replay.png", "peaks.png", "warmups.png", "again.png", "splits.png"}

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from rewurst.reproduce.corpora import Data
-from rewurst.reproduce.jobs import Job, make_jobs
-from rewurst.reproduce.results import LossLedger, Result
+from rewurst.reproduce.continual.corpora import Data
+from rewurst.reproduce.continual.jobs import Job, make_jobs
+from rewurst.reproduce.continual.results import LossLedger, Result
+from rewurst.reproduce.continual.runs import grid
+from rewurst.reproduce.continual.scales import SCALES, Scale
 from rewurst.reproduce.runner import Runner, Stopped, launch
-from rewurst.reproduce.runs import grid
-from rewurst.reproduce.scales import SCALES, Scale
 
 STEPS = 120
 
@@ -137,7 +137,7 @@ def test_order_and_failures(jobs: list[Job], results: dict[tuple[str, int], Resu
     counts: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rewurst.reproduce.runner.launch", begin)
-        patch.setattr("rewurst.reproduce.results.keep_result", keep)
+        patch.setattr("rewurst.reproduce.continual.results.keep_result", keep)
         patch.setattr("rewurst.reproduce.runner._POLL_SECONDS", 0.0)
         runner = Runner(jobs, LossLedger(), at_once=2, finished=lambda done: counts.append(len(done)))
         done = runner.run()

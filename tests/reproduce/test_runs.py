@@ -12,10 +12,19 @@ import pytest
 import yaml
 
 from rewurst.cli.lightning import parse
-from rewurst.reproduce.corpora import Data, of_recipe
-from rewurst.reproduce.jobs import Job, config_key, interval, make_jobs
-from rewurst.reproduce.runs import PEAKS, SHARES, WARMUPS, grid, peak_name, replay_name, total_steps, warmup_name
-from rewurst.reproduce.scales import CONFIGS, SCALES, Scale, base_config
+from rewurst.reproduce.continual.corpora import Data, of_recipe
+from rewurst.reproduce.continual.jobs import Job, config_key, interval, make_jobs
+from rewurst.reproduce.continual.runs import (
+    PEAKS,
+    SHARES,
+    WARMUPS,
+    grid,
+    peak_name,
+    replay_name,
+    total_steps,
+    warmup_name,
+)
+from rewurst.reproduce.continual.scales import CONFIGS, SCALES, Scale, base_config
 from rewurst.reproduce.shared import Config, load, merge
 
 

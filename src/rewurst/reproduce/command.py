@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import UsageError
 from ..cli.parser import Parsed, Parser
-from .scales import SCALES
+from .continual.scales import SCALES
 
 DESCRIPTION = "Runs the papers' experiments and reports which of their claims held. The same command goes on."
 
@@ -67,7 +67,7 @@ def _wuerstchen(args: Parsed) -> None:
 
 
 def _continual(args: Parsed) -> None:
-    from .continual import Options, reproduce
+    from .continual.study import Options, reproduce
 
     if args.seeds < 1:
         raise UsageError(f"--seeds is {args.seeds}, expected 1 or more")

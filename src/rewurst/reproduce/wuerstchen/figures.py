@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..figures import COLOURS, MARKERS, STYLES, Style
+from ..continual.figures import COLOURS, MARKERS, STYLES, Style
 from .curves import shifted
 from .evidence import CASCADE, SINGLE, Evidence
 

@@ -8,7 +8,7 @@ import platform
 from typing import Any
 
 from ...preparation.sources.shapes import Shape
-from ..report import claims_table
+from ..continual.report import claims_table
 from ..shared import write_whole
 from ..verdicts import claim_row
 from .costs import a100_hours, as_rows, released

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import UsageError
+from ... import UsageError
+from ..runner import Runner, Stopped, results_of
 from .corpora import BUILTIN, Data, of_recipe, prepare
 from .jobs import Job, make_jobs
 from .report import write_report
 from .results import LossLedger, Results
-from .runner import Runner, Stopped, results_of
 from .runs import grid
 from .scales import Scale
 

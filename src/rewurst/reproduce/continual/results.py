@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..checkpoints.newest import newest_checkpoint
+from ...checkpoints.newest import newest_checkpoint
+from ..shared import RESULT, Events, _versions, write_whole
 from .jobs import Job
-from .shared import RESULT, Events, _versions, write_whole
 
 Curve = list[tuple[int, float]]
 

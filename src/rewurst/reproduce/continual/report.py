@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..shared import write_whole
+from ..verdicts import Row, claim_row
 from .claims import Tested, examine
 from .corpora import Data
 from .figures import Evidence, draw_all
@@ -18,8 +20,6 @@ from .paper import STRONG, WEAK, Losses
 from .results import Results
 from .runs import OLD, Run
 from .scales import Scale
-from .shared import write_whole
-from .verdicts import Row, claim_row
 
 METHOD = """\
 A claim is one number a seed, taken between runs of the same seed (they share initial weights, pre-training and the

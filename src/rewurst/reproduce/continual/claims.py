@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..verdicts import Judged, judge
 from .results import Result, Results
 from .runs import (
     BASE,
@@ -28,7 +29,6 @@ from .runs import (
     split_name,
     warmup_name,
 )
-from .verdicts import Judged, judge
 
 
 class NotMeasurable(Exception):  # noqa: N818  # no error

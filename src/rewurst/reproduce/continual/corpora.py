@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import UsageError
-from ..preparation.sources.documents import Skipped, expand, read
-from ..preparation.text import is_held_out, prepare_text, train_tokenizer
+from ... import UsageError
+from ...preparation.sources.documents import Skipped, expand, read
+from ...preparation.text import is_held_out, prepare_text, train_tokenizer
+from ..shared import load
 from .scales import CONFIGS, Scale, base_config
-from .shared import load
 
 Corpora = dict[str, dict[str, Any]]
 BUILTIN = (["builtin:prose"], ["builtin:code"])

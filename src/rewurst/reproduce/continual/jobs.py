@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..shared import KEY_DIGITS, Config, deciding, digest, fingerprint, named, saved_steps, write_config
 from .corpora import Corpora, Data
 from .runs import Run, total_steps
 from .scales import Scale, base_config
-from .shared import KEY_DIGITS, Config, deciding, digest, fingerprint, named, saved_steps, write_config
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import callbacks
-from ..callbacks.learning_rate.dataset_schedule import DatasetRun
+from ... import callbacks
+from ...callbacks.learning_rate.dataset_schedule import DatasetRun
 from .jobs import Job
 from .results import Curve, Results
 from .runs import (
