@@ -2,14 +2,14 @@
 
 The chain, each link a pure function of the step (no generator, sampler or worker keeps state):
 
-1. :mod:`.mixture`: step -> corpus and counter of every slot of the global batch.
-2. :mod:`.lanes`: step -> the lane (shape of image) that its batch is of, and counters within it.
-3. :mod:`.order`: counter -> epoch and row of the corpus.
+1. :mod:`.sampling.mixture`: step -> corpus and counter of every slot of the global batch.
+2. :mod:`.sampling.buckets`: step -> the lane (shape of image) that its batch is of, and counters within it.
+3. :mod:`.sampling.permutation`: counter -> epoch and row of the corpus.
 4. A reader: rows -> what the model is given.
 5. A map-style dataset over micro-batches, read by a stock DataLoader. Rank r takes a contiguous slice of the batch.
 
 What is kept in a checkpoint is the step, the step at which the dataset began, the running sum of the replay share, and
-how far each corpus was read when it was learnt (:mod:`.ledger`).
+how far each corpus was read when it was learnt (:mod:`.sampling.replay_history`).
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         return {}
 
     def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64] | None]:
-        """Weights of the lanes, and which lane each of these corpora reads from at each: see :class:`.lanes.Lanes`."""
+        """Weights of the lanes, and which lane each corpus reads from at each: see :class:`.sampling.buckets.Lanes`."""
         return (1.0,), None
 
     def lane_name(self, lane: int) -> str:

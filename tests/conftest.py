@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch  # noqa: F401  # first imported under a captured stderr, its handler would keep that one
 import numpy as np
 import pytest
+import torch
 from jaxtyping import install_import_hook
+from torch import nn
 
 # Shapes in annotations are checked. Here, before any test imports the modules: those that are collected first too.
 # (Beartype cannot check `Self`, which base and cascade use.)
@@ -25,6 +27,7 @@ install_import_hook(
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+Randomize = Callable[..., nn.Module]
 TINY = {
     "model_type": "gpt_neox",
     "vocab_size": 64,
@@ -34,6 +37,30 @@ TINY = {
     "intermediate_size": 32,
     "max_position_embeddings": 16,
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def randomize() -> Randomize:
+    """Move every parameter and buffer away from what it starts as."""
+
+    def move(network: nn.Module, scale: float = 0.2) -> nn.Module:
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.uniform_(-scale, scale).add_(0.02)
+                if name.endswith("running_var"):
+                    tensor.abs_().add_(0.5)
+        return network.eval()
+
+    return move
 
 
 @pytest.fixture
@@ -213,3 +240,38 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: P
     size = {"height": 32, "width": 32}
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from loopback import Server
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    running = Server()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A bucket of moto's S3 server on loopback."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    endpoint = "http://{}:{}".format(*running.get_host_and_port())
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "no_proxy": "127.0.0.1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    from rewurst.datamodules.storage import remote
+
+    remote._file_systems.clear()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="corpora")
+    yield client
+    client.close()
+    remote._file_systems.clear()
+    running.stop()

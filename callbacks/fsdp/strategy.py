@@ -46,10 +46,11 @@ class FSDP(ModelParallelStrategy):
     whole in every process.
 
     Norm clipping works, by the Trainer or by ``nn.utils.clip_grad_norm_``. Checkpoints are folders
-    (:mod:`.sharded_checkpoint`) that load at any number of processes; ``fit`` also goes on from an unsharded file.
+    (:mod:`rewurst.checkpoints.sharded_writing`) that load at any number of processes; ``fit`` also resumes from an
+    unsharded file.
 
     Args:
-        blocks: Class names of the blocks; by default what :func:`.fsdp_blocks.find_blocks` finds.
+        blocks: Class names of the blocks; by default what :func:`.blocks.find_blocks` finds.
         replicas: Hybrid sharding: as many groups of processes hold a whole copy each and shard it among themselves,
             ``"nodes"`` for one on each node. Where gradients are accumulated, groups talk once a step.
         param_dtype: What parameters are gathered and computed in; by default bfloat16 under ``precision:

@@ -47,7 +47,7 @@ class Sample:
 
 
 class BytesFile(SeekableFile):
-    """A read-only file over :class:`.storage.Bytes`, for readers that want one."""
+    """A read-only file over :class:`.random_access.Bytes`, for readers that want one."""
 
     def __init__(self, content: Bytes) -> None:
         super().__init__(content.size)

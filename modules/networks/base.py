@@ -155,6 +155,8 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
 
 
 Settings: TypeAlias = str | dict[str, Any]
+"""A preset's name, or a network's arguments; with "preset" among them, that preset with the others changed."""
+
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 

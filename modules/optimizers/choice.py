@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from ... import UsageError
 from ...hints import closest
-from . import choice as optimizers
 from .eight_bit import AdamW8bit, EightBitOptimizer, Lion, Lion8bit, require_states
 from .muon import Muon
 
@@ -108,4 +107,5 @@ def _check_states(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         require_states("AdamW", ("exp_avg", "exp_avg_sq"), state)
 
 
-STAGES = optimizers.OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)
+STAGES = OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)
+"""Of the optimizers of all stages (arXiv 2306.00637)."""

@@ -1,4 +1,4 @@
-"""What the Würstchen stages share: networks from settings, parts that are not trained, randomness by sample."""
+"""Batches of the Würstchen stages: their pixels, and randomness by sample."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -8,9 +8,6 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 Batch: TypeAlias = dict[str, Any]
-"""A preset's name, or a network's arguments; with "preset" among them, that preset with the others changed."""
-
-"""Of the optimizers of all stages (arXiv 2306.00637)."""
 
 
 def pixels(batch: Batch) -> Float[Tensor, "batch 3 h w"]:

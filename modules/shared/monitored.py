@@ -1,7 +1,7 @@
 """Training whose loss and gradient norm are logged by global batch and stop the run when they are not finite.
 
 Nothing of it makes the host wait for the device between logging intervals: values are kept where they are and looked at
-together (:mod:`.finite`), at the logging interval and before anything is saved, validated or ended.
+together, at the logging interval and before anything is saved, validated or ended.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memory of a device while it trains: arithmetic over what weights, states and a step's activations take.
 
-Everything is in bytes and pure. What a step itself holds comes from :mod:`.memory_simulation`.
+Everything is in bytes and pure. What a step itself holds comes from :mod:`.simulation`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is trained by a config and what a step of it computes, as far as memory goes: no file of weights is needed.
 
-Networks are built from the config's settings, under :func:`.memory_simulation.without_memory`. Frozen networks are
+Networks are built from the config's settings, under :func:`.simulation.without_memory`. Frozen networks are
 taken from the files that the config names, where these are there, else to be the paper's.
 """
 

@@ -1,11 +1,11 @@
 """Captioned pictures to shards: plain WebDataset tars of images, ``.txt`` and ``.json``, with an index.
 
-1. ``image_sources`` lists the pictures of a source in one fixed order.
-2. ``image_work`` reads and checks them in worker processes; what cannot be used is counted, and bounded.
+1. ``sources.pictures`` lists the pictures of a source in one fixed order.
+2. ``steps.recoding`` reads and checks them in worker processes; what cannot be used is counted, and bounded.
 3. A hash of the image file says whether it is held out: the same file is always on the same side.
 4. One ordered pass writes the shards. The index comes last: a folder without one is unfinished.
 
-On a Ray cluster ``image_units`` does steps 2 and 3 for runs of pictures, and step 4 for each shard.
+On a Ray cluster ``cluster.image_units`` does steps 2 and 3 for runs of pictures, and step 4 for each shard.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def prepare_images(
         seed: Of drawn pictures.
         overwrite: Replace what an earlier preparation left in ``out``.
         engine: ``local``, or ``ray`` for the machines of a Ray cluster.
-        ray_address: Of the cluster, see :class:`engines.Ray`.
+        ray_address: Of the cluster, see :class:`.cluster.ray_tasks.Ray`.
         progress: Show a progress bar on stderr.
 
     Returns:

@@ -1,7 +1,7 @@
 """Latents of images, made once: embeddings, Stage A latents and text states into shards, for training that needs none.
 
-1. ``latent_work`` makes whole shards, each from the images and networks alone.
-2. ``datamodules.latent_writer`` writes them and, when all are there, the index.
+1. ``steps.encoding_latents`` makes whole shards, each from the images and networks alone.
+2. ``writing.latent_writer`` writes them and, when all are there, the index.
 
 Processes share the shards: by number (``shard_of``), or as the units of a Ray cluster.
 """
@@ -71,7 +71,7 @@ def prepare_latents(
         shard_of: This process's number and how many there are: each makes its share of the shards.
         max_corrupt: Share of the images that may be corrupt; they have rows without latents.
         engine: ``local``, or ``ray`` for the machines of a Ray cluster.
-        ray_address: Of the cluster, see :class:`datamodules.engines.Ray`.
+        ray_address: Of the cluster, see :class:`.cluster.ray_tasks.Ray`.
         progress: Show a progress bar on stderr.
 
     Returns:

@@ -2,10 +2,10 @@
 
 1. ``sources`` gives pieces of documents in one fixed order.
 2. A hash of the document's beginning says whether it is held out: equal documents are on the same side.
-3. ``encoding`` turns them into tokens in worker processes, an end token after each document.
-4. One ordered pass packs the tokens of either side into rows and shards (``packing``).
+3. ``steps.tokenizing`` turns them into tokens in worker processes, an end token after each document.
+4. One ordered pass packs the tokens of either side into rows and shards (``writing.token_writer``).
 
-On a Ray cluster ``text_units`` does steps 1 to 3 for runs of files, and step 4 for each shard.
+On a Ray cluster ``cluster.text_units`` does steps 1 to 3 for runs of files, and step 4 for each shard.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def prepare_text(
         rows_per_shard: By default shards have about 256 MiB.
         overwrite: Replace what an earlier preparation left in ``out``.
         engine: ``local``, or ``ray`` for the machines of a Ray cluster.
-        ray_address: Of the cluster, see :class:`engines.Ray`.
+        ray_address: Of the cluster, see :class:`.cluster.ray_tasks.Ray`.
         progress: Show a progress bar on stderr.
 
     Returns:

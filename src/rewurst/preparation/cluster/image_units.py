@@ -136,7 +136,7 @@ def _members(job: ImageJob, spans: Iterable[Span]) -> Iterator[dict[str, bytes]]
 def prepare_image_units(
     listed: Listing, source: str, job: ImageJob, max_corrupt: float, ray: Ray, progress: bool
 ) -> tuple[dict[str, tuple[int, int]], Faults]:
-    """Fill a folder that :func:`units.begin` has begun.
+    """Fill a folder that :func:`.resumable_units.begin` has begun.
 
     Args:
         listed: The pictures in their order.

@@ -125,7 +125,7 @@ def prepare_text_units(
     ray: Ray,
     progress: bool,
 ) -> dict[str, TokenIndex]:
-    """Fill a folder that :func:`units.begin` has begun.
+    """Fill a folder that :func:`.resumable_units.begin` has begun.
 
     Args:
         files: Sources in their order.

@@ -39,7 +39,7 @@ Members = dict[str, bytes]
 
 @dataclass(frozen=True)
 class LatentOptions:
-    """What is asked for: see :func:`latents.prepare_latents`."""
+    """What is asked for: see :func:`rewurst.preparation.latents.prepare_latents`."""
 
     source: str
     out: str

@@ -26,7 +26,7 @@ from rewurst.modules.shared.text_encoder import checkpoint_text_encoder
 from rewurst.modules.stage_c import LowerStages
 from rewurst.preparation.tokenizer import train_tokenizer
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "shard_your_own.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "shard_your_own.py"
 
 
 @pytest.fixture(scope="module")

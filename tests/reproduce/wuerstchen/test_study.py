@@ -17,7 +17,7 @@ from rewurst.reproduce.wuerstchen.jobs import PictureJob
 from rewurst.reproduce.wuerstchen.study import Options, reproduce
 from rewurst.train import main
 
-SHAPES = Path(__file__).parents[2] / "configs" / "wuerstchen" / "shapes"
+SHAPES = Path(__file__).parents[3] / "configs" / "wuerstchen" / "shapes"
 STEPS = {"stage_a": 4, "stage_b": 4, "stage_c": 8, "single_stage": 8}
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 UNET = {"c_cond": 16, "clip_embd": 16, "dropout": 0.0}

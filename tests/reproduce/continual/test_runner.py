@@ -27,7 +27,7 @@ STEPS = 120
 @pytest.fixture
 def micro(tiny_config: dict[str, Any], tmp_path: Path) -> Scale:
     """A scale of seconds."""
-    config = yaml.safe_load((Path(__file__).parents[2] / "configs/continual/demo.yaml").read_text())
+    config = yaml.safe_load((Path(__file__).parents[3] / "configs/continual/demo.yaml").read_text())
     config["model"]["init_args"]["model"] = tiny_config
     config["data"]["init_args"] |= {"sequence_length": 8, "micro_batch_size": 4, "global_batch_size": 8}
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(config))

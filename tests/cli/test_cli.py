@@ -17,7 +17,7 @@ import yaml
 
 from rewurst.train import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed", "ignore:.*Checkpoint directory .* exists and is not empty"
 )

@@ -172,7 +172,7 @@ if run.is_global_zero:
 def test_two_processes_find_what_one_finds(clip_folder: str, tmp_path: Path) -> None:
     """Of shares of unequal size."""
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[2]
     found = []
     for devices in (1, 2):
         settings = {"tests": __file__, "conftest": str(tests / "conftest.py"), "support": str(tests / "support")}

@@ -1,4 +1,4 @@
-"""Servers on loopback that hold shards: http with ranges, and S3."""
+"""A server on loopback that holds shards, http with ranges."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-import pytest
-
-from rewurst.datamodules.storage import remote
 
 
 @dataclass
@@ -95,34 +90,3 @@ class Server:
         self.http.shutdown()
         self.thread.join()
         self.http.server_close()
-
-
-@pytest.fixture
-def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    running = Server()
-    yield running
-    running.stop()
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A bucket of moto's S3 server on loopback."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    endpoint = "http://{}:{}".format(*running.get_host_and_port())
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "no_proxy": "127.0.0.1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    remote._file_systems.clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="corpora")
-    yield client
-    client.close()
-    remote._file_systems.clear()
-    running.stop()

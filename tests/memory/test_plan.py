@@ -8,7 +8,7 @@ import pytest
 
 from rewurst.train import main
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = ["plan", "--config", str(CONFIGS / "continual" / "demo.yaml")]
 
 

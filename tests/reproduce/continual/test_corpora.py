@@ -25,7 +25,7 @@ DOCUMENTS = 90
 @pytest.fixture
 def micro(tiny_config: dict[str, Any], tmp_path: Path) -> Scale:
     """A vocabulary of 300 and rows of 8 tokens."""
-    config = yaml.safe_load((Path(__file__).parents[2] / "configs/continual/demo.yaml").read_text())
+    config = yaml.safe_load((Path(__file__).parents[3] / "configs/continual/demo.yaml").read_text())
     config["model"]["init_args"]["model"] = tiny_config | {"vocab_size": 300}
     config["data"]["init_args"]["sequence_length"] = 8
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(config))
