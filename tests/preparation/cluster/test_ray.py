@@ -188,9 +188,9 @@ def test_a_killed_preparation_goes_on(
     """The process that distributes the units is killed while one of them is in work: those that are done stay."""
     out = tmp_path / "ray"
     script = (
-        "import sys; from rewurst.datamodules import prepare, text_units\n"
+        "import sys; from rewurst.preparation.cluster import text_units; from rewurst.preparation import text\n"
         "text_units.UNIT_BYTES = 1000\n"
-        f"prepare.prepare_text([sys.argv[1]], sys.argv[2], sys.argv[3], engine='ray', workers=1, **{TEXT!r})\n"
+        f"text.prepare_text([sys.argv[1]], sys.argv[2], sys.argv[3], engine='ray', workers=1, **{TEXT!r})\n"
     )
     fifo = Fifo(texts / "4.jsonl")
     command = [sys.executable, "-c", script, str(texts), tokenizer, str(out)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..shared import Config, load, merge
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "continual"
+CONFIGS = Path(__file__).parents[2] / "configs" / "continual"
 
 
 @dataclass(frozen=True)
