@@ -1,4 +1,4 @@
-"""The nearest name that exists, for messages about one that does not."""
+"""Suggest the nearest name that exists, for messages about one that does not."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Up to three of ``names`` that are spelt most like ``name``, best first."""
+    """Return up to three of ``names`` spelled most like ``name``, best first."""
     return get_close_matches(name, sorted(set(names)), n=3, cutoff=0.5)
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'dataset'?"``, or nothing where no name is near."""
+    """Return ``"; did you mean 'dataset'?"``, or an empty string if no name is near."""
     best = get_close_matches(name, sorted(set(names)), n=1)
     return f"; did you mean {best[0]!r}?" if best else ""
 
 
 def did_you_mean(path: Path) -> str:
-    """``"; did you mean data/prose?"`` for a path of which a part does not exist, or nothing where nothing is near."""
+    """Return ``"; did you mean data/prose?"`` for a path that does not exist, or an empty string if nothing is near."""
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What encoding needs of a tokenizer, and what its copy beside the shards consists of.
+    """A tokenizer as encoding needs it, and the files of its copy next to the shards.
 
     Attributes:
         json: Contents of ``tokenizer.json``.
@@ -45,7 +45,7 @@ class TokenizerFiles:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of ``tokenizer.json``."""
+        """Return the SHA-256 of ``tokenizer.json``."""
         return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -60,19 +60,19 @@ def load_tokenizer(name: str) -> TokenizerFiles:
     """Read a tokenizer from a folder with a ``tokenizer.json``, or by its hub name through transformers.
 
     Raises:
-        UsageError: Nothing there, no fast tokenizer, or none that says which its end token is.
+        UsageError: There is no tokenizer, it has no fast version, or it does not name its end token.
     """
     if Path(name).is_dir():
         return _from_folder(Path(name))
     if Path(name).exists():
-        raise UsageError(f"tokenizer {name} is a file, expected the folder that holds tokenizer.json")
+        raise UsageError(f"tokenizer {name} is a file, expected the folder that contains tokenizer.json")
     if _is_local(name):
         raise UsageError(f"tokenizer {name}: no such folder{did_you_mean(Path(name))}")
     return _from_hub(name)
 
 
 def _is_local(name: str) -> bool:
-    """Hub names have one slash at most; a name whose first part is a folder here is meant to lie in it."""
+    """Tell a path from a hub name, which has at most one slash and whose first part is not a local folder."""
     first, *rest = Path(name).parts
     return (
         first in (os.sep, ".", "..", "~")

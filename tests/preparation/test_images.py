@@ -325,7 +325,7 @@ def test_pictures_without_a_caption(folder: Path, tmp_path: Path, capsys: pytest
             {},
             r"1 of 1 pictures are corrupt, .*a\.png cannot be read \(No such file",
         ),
-        ([], {}, r"source .*a\.jsonl: it holds no row"),
+        ([], {}, r"source .*a\.jsonl: it has no rows"),
     ],
 )
 def test_tables_that_do_not_fit(
@@ -377,7 +377,7 @@ def test_wrong_recodings(arguments: dict[str, Any], message: str) -> None:
 def test_a_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("a")
-    with pytest.raises(UsageError, match=r"the folder holds no image \(\.jpg, \.jpeg, \.png, \.webp, \.gif\)"):
+    with pytest.raises(UsageError, match=r"the folder has no image \(\.jpg, \.jpeg, \.png, \.webp, \.gif\)"):
         prepare(tmp_path / "in", tmp_path / "out")
 
 

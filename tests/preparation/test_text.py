@@ -271,7 +271,7 @@ def damaged_tokenizers(tokenizer: str, folder: Path) -> dict[str, str]:
         str(endless): "endless: no end token; set eos_token in its tokenizer_config.json",
         str(stranger): "stranger: end token '</s>' is not in its vocabulary",
         str(folder / "borken"): r"borken: no such folder; did you mean .*/broken\?",
-        str(none / "tokenizer_config.json"): "is a file, expected the folder that holds tokenizer.json",
+        str(none / "tokenizer_config.json"): "is a file, expected the folder that contains tokenizer.json",
     }
 
 

@@ -212,7 +212,7 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
             rf"corpsu\.jsonl: no such file or folder; did you mean {tmp_path}/corpus\.jsonl\?",
         ),
         (f"{tmp_path}/zzz", r"zzz: no such file or folder$"),
-        (f"{tmp_path}/empty", f"empty: the folder holds no file of a known kind, expected {KNOWN}"),
+        (f"{tmp_path}/empty", f"empty: the folder has no file of a known kind, expected {KNOWN}"),
         ("builtin:proze", "builtin:proze: no such built-in corpus, expected .*; did you mean builtin:prose?"),
     ]:
         with pytest.raises(UsageError, match=message):

@@ -1,7 +1,7 @@
-"""Corpora that every Python carries: real prose and real code, in one fixed order, without a download.
+"""Built-in corpora from the files of every Python: real prose and real code, in a fixed order, without a download.
 
 ``prose``: the language reference (``pydoc_data.topics``) and the docstrings of the standard library. ``code``: the
-source of the standard library without comments and docstrings. Another version of Python gives other text.
+source of the standard library without comments and docstrings. The text depends on the version of Python.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ... import UsageError
 from ...hints import nearest
 
 PREFIX = "builtin:"
-# Tests and tools, packages of third parties, generated tables; ``pydoc_data`` is the language reference itself.
+# Tests, tools, third-party packages, generated tables; ``pydoc_data`` is the language reference itself.
 _SKIPPED = {
     "test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip",
     "pydoc_data", "__phello__", "__pycache__", "lib-dynload",
@@ -32,10 +32,10 @@ class _Text(NamedTuple):
 
 
 def documents(name: str) -> Iterator[str]:
-    """Documents of ``builtin:prose`` or ``builtin:code``, none of them twice.
+    """Yield the documents of ``builtin:prose`` or ``builtin:code``, each once.
 
     Raises:
-        UsageError: Another name.
+        UsageError: No built-in corpus has this name.
     """
     corpora = {f"{PREFIX}prose": _prose, f"{PREFIX}code": _code}
     if name not in corpora:
@@ -73,7 +73,7 @@ def _code() -> Iterator[str]:
 
 
 def without_comments(source: str) -> str:
-    """Python source without comments and docstrings, laid out as ``ast.unparse`` does."""
+    """Return Python source without comments and docstrings, in the layout of ``ast.unparse``."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and _docstring(node) is not None:
@@ -82,7 +82,7 @@ def without_comments(source: str) -> str:
 
 
 def _docstring(node: ast.AST) -> _Text | None:
-    """The docstring of a module, class or function as it stands in the source, and its line."""
+    """Return the docstring of a module, class or function as written in the source, and its line."""
     if isinstance(node, _DOCUMENTED) and node.body:
         match node.body[0]:
             case ast.Expr(value=ast.Constant(value=str(text), lineno=line)):
@@ -91,11 +91,13 @@ def _docstring(node: ast.AST) -> _Text | None:
 
 
 def _standard_library() -> Iterator[str]:
-    """The sources of the standard library's modules, in the order of their paths."""
+    """Yield the sources of the standard library's modules, in the order of their paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     if not paths:
-        raise UsageError(f"{root} holds no .py files: this Python came without the source of its standard library")
+        raise UsageError(
+            f"{root} has no .py files: this Python was installed without the source of its standard library"
+        )
     for name in sorted(paths):
         if _SKIPPED.isdisjoint(name.split("/")):
             with tokenize.open(paths[name]) as file:  # honours the encoding that a source declares

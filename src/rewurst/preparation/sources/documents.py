@@ -1,7 +1,7 @@
-"""Text sources: files, folders and built-in corpora, read as documents in one fixed order and in bounded memory.
+"""Read text sources (files, folders, built-in corpora) as documents, in a fixed order and in bounded memory.
 
-1. ``expand`` turns SOURCE strings into an ordered list of ``SourceFile``; files of unknown kinds are counted.
-2. ``read`` turns one of them into ``Piece``s: a long document comes in several, the last one says that it ends.
+1. ``expand`` turns SOURCE strings into an ordered list of ``SourceFile``. Files of unknown kinds are counted.
+2. ``read`` turns a file into ``Piece``s. A long document comes in several; the last one ends it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...hints import did_you_mean
 from . import builtin_text as builtin
 from .compressed_files import COMPRESSIONS, lines, text_pieces
 
-PIECE_CHARS = 2**16  # an encoding takes about 150 bytes a token, and a character can be four tokens
+PIECE_CHARS = 2**16  # an encoding takes about 150 bytes per token, and a character can be four tokens
 LINE_BYTES = 2**25  # a line of JSON is parsed whole, and takes up to eight times its size while it is
 PARQUET_BATCH_ROWS = 64
 _PLAIN_KINDS = (".txt", ".md", ".jsonl")
@@ -30,7 +30,7 @@ KINDS = (*_PLAIN_KINDS, ".parquet", ".tar")
 
 @dataclass(frozen=True)
 class Piece:
-    """Up to 64 Ki characters of a document, and whether the document ends with them."""
+    """Up to 64 Ki characters of a document, and whether they are its last ones."""
 
     text: str
     ends_document: bool
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file, or one built-in corpus; ``kind`` is a suffix without compression, or ``builtin``."""
+    """A file or a built-in corpus; ``kind`` is its suffix without compression, or ``builtin``."""
 
     name: str
     kind: str
@@ -46,14 +46,14 @@ class SourceFile:
 
 @dataclass
 class Skipped:
-    """What was left out, or changed, while sources were read."""
+    """Counts of what was skipped or repaired while sources were read."""
 
     unknown_files: list[str] = field(default_factory=list)
     empty_documents: int = 0
     repaired_documents: int = 0
 
     def report(self) -> str:
-        """One line for the summary, empty where nothing was skipped."""
+        """Return one line for the summary, empty if nothing was skipped."""
         parts = []
         if self.unknown_files:
             first = self.unknown_files[0]
@@ -68,7 +68,7 @@ class Skipped:
 
 
 def expand(sources: Sequence[str], skipped: Skipped) -> list[SourceFile]:
-    """The files behind ``sources``: in the order given, those of a folder sorted by their paths.
+    """List the files behind ``sources``, in the order given; files of a folder are sorted by path.
 
     Raises:
         UsageError: No sources, a path that does not exist, a file of unknown kind, a folder without a readable file.
@@ -79,7 +79,7 @@ def expand(sources: Sequence[str], skipped: Skipped) -> list[SourceFile]:
     for source in sources:
         path = Path(source)
         if source.startswith(builtin.PREFIX):
-            builtin.documents(source)  # refuses a misspelt name now rather than after the files before it
+            builtin.documents(source)  # refuses a misspelled name now, not after the files before it
             files.append(SourceFile(source, "builtin"))
         elif is_remote(source):
             files += _expand_url(Url(source), skipped)
@@ -95,15 +95,15 @@ def expand(sources: Sequence[str], skipped: Skipped) -> list[SourceFile]:
 
 
 def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]:
-    """The documents of ``file``; those without text (nothing, or white space only) are counted in ``skipped``.
+    """Yield the documents of ``file`` in pieces; empty ones (or only white space) are counted in ``skipped``.
 
     Args:
-        file: From ``expand``.
-        text_field: Field of JSON lines, column of Parquet files.
-        skipped: Counts what is left out.
+        file: File or built-in corpus, from ``expand``.
+        text_field: Field of JSON lines or column of Parquet files that has the text.
+        skipped: Counter of skipped and repaired documents.
 
     Raises:
-        UsageError: What is wrong with the file, and where: line, byte offset, the fields there are.
+        UsageError: The file cannot be read; the message gives the line, the byte offset or the available fields.
     """
     if file.kind in (".txt", ".md"):
         yield from _whole_file(place(file.name), skipped)
@@ -125,7 +125,7 @@ def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]
 
 
 def _captions(path: str) -> Iterator[str]:
-    """The ``.txt`` files of a WebDataset tar: captions of its images."""
+    """Yield the ``.txt`` files of a WebDataset tar, which are the captions of its images."""
     content = open_bytes(path)
     for sample in scan(content, path):
         for member in sample.members:
@@ -134,7 +134,7 @@ def _captions(path: str) -> Iterator[str]:
 
 
 def identity(file: SourceFile) -> tuple[str, int, str]:
-    """Name, size in bytes, and what changes when the file does; of a built-in corpus its name alone.
+    """Return the name, the size in bytes, and a tag that changes when the file does (only the name if built in).
 
     Raises:
         UsageError: There is no such file.
@@ -174,12 +174,12 @@ def _expand_folder(folder: Path, skipped: Skipped) -> list[SourceFile]:
         else:
             found.append(SourceFile(str(path), kind))
     if not found:
-        raise UsageError(f"source {folder}: the folder holds no file of a known kind, expected {_expected()}")
+        raise UsageError(f"source {folder}: the folder has no file of a known kind, expected {_expected()}")
     return found
 
 
 def _expand_url(url: Url, skipped: Skipped) -> list[SourceFile]:
-    """An object of a known kind, or all below a folder."""
+    """List the object at a URL if its kind is known, else all objects below it."""
     if (kind := _kind(url)) is not None:
         identity(SourceFile(url.url, kind))
         return [SourceFile(url.url, kind)]
@@ -196,13 +196,13 @@ def _expand_url(url: Url, skipped: Skipped) -> list[SourceFile]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Files, and links to folders, anywhere in a folder.
+    """Yield all files in a folder and its subfolders, and links to folders.
 
     Raises:
         UsageError: A folder in it cannot be read.
     """
     for inside, folders, names in os.walk(folder, onerror=_cannot_list):
-        # Links to folders are not followed, as they may lead in circles: they count as unknown files.
+        # Links to folders are not followed, because they can form a loop: they count as unknown files.
         links = [name for name in folders if Path(inside, name).is_symlink()]
         yield from (Path(inside, name) for name in [*names, *links])
 
@@ -212,7 +212,7 @@ def _cannot_list(error: OSError) -> None:
 
 
 def _whole_file(path: Place, skipped: Skipped) -> Iterator[Piece]:
-    """A file is one document; it is read one piece ahead, to know which one is the last."""
+    """Yield a file as one document; reading one piece ahead tells which piece is the last."""
     pieces = text_pieces(path, PIECE_CHARS)
     present = next(pieces)
     following = next(pieces, None)
@@ -247,7 +247,7 @@ def _parquet(path: Place, column: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        # Buffered, because otherwise a whole column chunk is read, which may have gigabytes.
+        # Buffered, because otherwise a whole column chunk is read, which can be gigabytes.
         with pq.ParquetFile(seekable(path), buffer_size=2**20, pre_buffer=False) as file:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
@@ -262,7 +262,7 @@ def _parquet(path: Place, column: str) -> Iterator[str]:
 
 
 def _text(value: Any, where: str) -> str:
-    """A missing text (null) is an empty document; anything else that is no text is the wrong field."""
+    """Return a text; null is an empty document, any other type means the wrong field."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -275,7 +275,7 @@ def _type(value: Any) -> str:
 
 
 def _valid(document: str, skipped: Skipped) -> str:
-    """JSON can spell half a surrogate pair, which no encoding of Unicode, hence no tokenizer, can hold."""
+    """Replace half surrogate pairs, which JSON can spell but no encoding of Unicode, so no tokenizer, can represent."""
     try:
         document.encode("utf-8")
     except UnicodeEncodeError:

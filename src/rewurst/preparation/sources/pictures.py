@@ -1,6 +1,6 @@
-"""Sources of captioned pictures: a folder, a table of file names and captions, or ``builtin:shapes``.
+"""List captioned pictures from a folder, a table of file names and captions, or ``builtin:shapes``.
 
-They are listed in one fixed order; images and caption files are read later, where they are worked on.
+The order is fixed. Images and caption files are read later, by the workers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from . import shapes
 from .compressed_files import COMPRESSIONS, lines
 from .documents import LINE_BYTES, PARQUET_BATCH_ROWS, walk
 
-IMAGE_FIELDS = ("file_name", "image", "path")  # the first is that of Hugging Face's imagefolder
+IMAGE_FIELDS = ("file_name", "image", "path")  # file_name is what Hugging Face's imagefolder uses
 CAPTION_FIELDS = ("text", "caption")
 TABLES = ("metadata.jsonl", "metadata.parquet")  # as imagefolder calls them
 EXPECTED = "a folder of images, a .jsonl or .parquet with their names and captions, or builtin:shapes"
 
 
 class Drawing(NamedTuple):
-    """A picture that has yet to be drawn."""
+    """A picture to draw."""
 
     shape: shapes.Shape
     seed: int
@@ -36,14 +36,14 @@ class Drawing(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """One picture with its caption.
+    """A picture with its caption.
 
     Attributes:
-        name: For messages.
-        image: A file, its content, or what to draw.
-        caption: Text, or the file that holds it; None where there is none.
-        values: What else is known, for ``.json``, or the file that holds it.
-        side: Where the source itself says what is for validation: ``train``, ``val`` or ``unseen``.
+        name: Name for messages.
+        image: File, its content, or a picture to draw.
+        caption: Text, or the file that contains it; None if there is no caption.
+        values: Other values to store in ``.json``, or the file that contains them.
+        side: ``train``, ``val`` or ``unseen`` if the source assigns pictures to validation itself.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Picture(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The pictures of a source, how many they are where that is known, the sides, a remark for the summary."""
+    """Pictures of a source, their number if known, the sides they belong to, and a remark for the summary."""
 
     pictures: Iterable[Picture]
     total: int | None
@@ -63,10 +63,10 @@ class Listing(NamedTuple):
 
 
 def drawings(name: str, size: int, pictures: int, seed: int) -> Listing:
-    """Drawn pictures: of every seen combination ``pictures`` for training and one more; the held-out ones apart.
+    """List the pictures to draw: ``pictures`` per seen combination for training, one for validation, and unseen ones.
 
     Raises:
-        UsageError: No such family, numbers out of range.
+        UsageError: No such family, or a number out of range.
     """
     if name not in shapes.FAMILIES:
         near = nearest(name, shapes.FAMILIES)
@@ -91,7 +91,7 @@ def drawings(name: str, size: int, pictures: int, seed: int) -> Listing:
 
 
 def _shuffled(of: Iterable[shapes.Shape], key: int) -> list[shapes.Shape]:
-    """In an order by hash: whoever looks at the first few pictures sees all kinds."""
+    """Order combinations by hash, so that the first few pictures show all kinds."""
 
     def hashed(shape: shapes.Shape) -> bytes:
         return hashlib.blake2b(f"{key} {shapes.caption(shape)}".encode(), digest_size=8).digest()
@@ -100,15 +100,15 @@ def _shuffled(of: Iterable[shapes.Shape], key: int) -> list[shapes.Shape]:
 
 
 def listing(source: str, image_field: str | None, caption_field: str | None) -> Listing:
-    """The pictures of a folder or a table.
+    """List the pictures of a folder or a table.
 
     Args:
         source: Folder, ``.jsonl`` or ``.parquet``, or the URL of one.
-        image_field: Field of a table with the file name; by default the first there is of ``IMAGE_FIELDS``.
-        caption_field: With the caption; by default the first of ``CAPTION_FIELDS``.
+        image_field: Field of a table with the file name (default: the first of ``IMAGE_FIELDS`` that exists).
+        caption_field: Field of a table with the caption (default: the first of ``CAPTION_FIELDS`` that exists).
 
     Raises:
-        UsageError: No such source, one of another kind, one without a picture or a caption.
+        UsageError: No such source, an unknown kind, or a source without a picture or a caption.
     """
     path = place(source)
     if isinstance(path, Path) and not path.exists():
@@ -135,7 +135,7 @@ def _folder(folder: Place) -> Listing:
     images = [path for path in files if path.suffix.lower()[1:] in IMAGE_SUFFIXES and not path.name.startswith(".")]
     if not images:
         kinds = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)
-        raise UsageError(f"source {folder}: the folder holds no image ({kinds}); expected {EXPECTED}")
+        raise UsageError(f"source {folder}: the folder has no image ({kinds}); expected {EXPECTED}")
     known = set(files)
     pictures = []
     for path in images:
@@ -168,7 +168,9 @@ def _table(
                 _field(where, row, caption_field, CAPTION_FIELDS, "caption_field"),
             )
         image, caption = row.get(first[0]), row.get(first[1])
-        if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # as datasets' Image feature is stored
+        if isinstance(image, dict) and isinstance(
+            image.get("bytes"), bytes
+        ):  # how the datasets library stores its Image feature
             content: Place | bytes = image["bytes"]
         elif isinstance(image, str) and image:
             content = Url(image) if is_remote(image) else path.parent / image
@@ -176,11 +178,11 @@ def _table(
             raise UsageError(f"{where}: {first[0]} holds {image!r:.60}, expected a file name")
         if caption is not None and not isinstance(caption, str):
             raise UsageError(f"{where}: {first[1]} holds {caption!r:.60}, expected text")
-        # What JSON can hold and a filter may ask for; the caption has a member of its own.
+        # Values that JSON can store and a filter can use; the caption has a tar member of its own.
         values = {key: value for key, value in row.items() if key != first[1] and _is_plain(value)}
         yield Picture(where, content, caption, values)
     if first is None:
-        raise UsageError(f"source {path}: it holds no row")
+        raise UsageError(f"source {path}: it has no rows")
 
 
 def _is_plain(value: Any) -> bool:

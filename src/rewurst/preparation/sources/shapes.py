@@ -1,10 +1,10 @@
-"""``builtin:shapes``: drawn, captioned pictures, and a judge that reads a picture's attributes back.
+"""Draw the captioned pictures of ``builtin:shapes``, and recognize the attributes of a picture.
 
-1. A picture shows one shape; size, colour, shape, position and background are what its caption says.
-2. Position, size, angle and both shades move a little from picture to picture, by a hash of the combination and the
-   picture's seed. Only sums, products, quotients and square roots are taken, in float64, which IEEE 754 rounds in one
-   way: the same picture on every machine.
-3. A picture is ``background + coverage * (colour - background)``, coverage being the share of a pixel inside the shape.
+1. A picture shows one shape. Its caption names size, colour, shape, position and background.
+2. Position, size, angle and both shades vary a little from picture to picture, by a hash of the combination and the
+   picture's seed. Only sums, products, quotients and square roots are used, in float64, whose rounding IEEE 754 fixes,
+   so that a picture is the same on every machine.
+3. A picture is ``background + coverage * (colour - background)``; coverage is the share of a pixel inside the shape.
 4. ``builtin:shapes-new`` has other shapes in other colours, for continual training.
 """
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
-# Radius of the disc, share of the picture's side. Apart enough that the jitter (7 %) never lets them meet.
+# Radius of the disc as a share of the picture's side, far enough apart that the jitter (7 %) never mixes them up.
 SIZES = {"small": 0.125, "large": 0.2}
 POSITIONS = {
     "centre": (0.5, 0.5),
@@ -57,9 +57,9 @@ FAMILIES = {
     "builtin:shapes": (("circle", "square", "triangle"), tuple(_COLOURS)),
     "builtin:shapes-new": (("star", "cross", "ring"), tuple(_NEW_COLOURS)),
 }
-PICTURES = 9  # of a seen combination, by default: 864 * 9 = 7,776 for training, 864 fresh ones for validation
+PICTURES = 9  # per seen combination, by default: 864 * 9 = 7,776 for training, 864 new ones for validation
 SHIFT, SCALE, TURN, SHADE = 0.025, 0.07, 0.12, 10  # largest jitter: share of the side, of the size, radians, of 255
-_CHUNK = 32  # pictures read at a time
+_CHUNK = 32  # pictures recognized at a time
 
 
 class Shape(NamedTuple):
@@ -82,15 +82,15 @@ class _Jitter(NamedTuple):
 
 
 def combinations(family: str = "builtin:shapes") -> list[Shape]:
-    """All 960 combinations of a family, in one fixed order."""
+    """Return all 960 combinations of a family, in a fixed order."""
     shapes, colours = FAMILIES[family]
     return [Shape(*values) for values in itertools.product(SIZES, colours, shapes, POSITIONS, BACKGROUNDS)]
 
 
 def held_out(family: str = "builtin:shapes") -> list[Shape]:
-    """The 96 combinations that training never shows, in the order of ``combinations``.
+    """Return the 96 combinations that training never shows, in the order of ``combinations``.
 
-    Of the ten (size, position) pairs of each (colour, shape, background) one is held out: every value of every
+    One of the ten (size, position) pairs of each (colour, shape, background) is held out. Every value of every
     attribute, and every such triple, is seen in nine tenths of its combinations.
     """
     shapes, colours = FAMILIES[family]
@@ -104,12 +104,12 @@ def held_out(family: str = "builtin:shapes") -> list[Shape]:
 
 
 def caption(shape: Shape) -> str:
-    """``"a small red circle in the upper left on a white background"``."""
+    """Return a caption such as ``"a small red circle in the upper left on a white background"``."""
     return f"a {shape.size} {shape.colour} {shape.shape} in the {shape.position} on a {shape.background} background"
 
 
 def picture_seed(seed: int, split: str, number: int) -> int:
-    """63-bit seed for ``draw``: picture ``number`` of a combination in a split (such as ``"train"``) of a data set."""
+    """Return the 63-bit seed for ``draw`` of picture ``number`` of a combination in a split such as ``"train"``."""
     return _bits(f"{seed}\0{split}\0{number}", 1)[0] >> 1
 
 
@@ -117,8 +117,8 @@ def draw(shape: Shape, variant_seed: int, size: int = 64) -> Pixels:
     """Draw a picture of a combination.
 
     Args:
-        shape: What to draw.
-        variant_seed: Which of its pictures; the same seed moves different combinations differently.
+        shape: Combination to draw.
+        variant_seed: Seed of the variation; the same seed varies different combinations differently.
         size: Side in pixels.
 
     Returns:
@@ -132,15 +132,15 @@ def draw(shape: Shape, variant_seed: int, size: int = 64) -> Pixels:
 
 
 class Judge:
-    """Reads the attributes of pictures as those of the nearest rendering (L2); it knows nothing of any model.
+    """Recognize the attributes of pictures by the nearest rendering (L2), independently of any model.
 
-    The distance to a rendering depends on the picture only through sums over pixels of picture times coverage, so that
-    all pairs of colour and background are compared at the price of one, and rendered in their middle shades.
+    The distance to a rendering depends on the picture only through sums over pixels of picture times coverage.
+    Comparing all pairs of colour and background, rendered in their middle shades, therefore costs as much as one.
 
     Args:
         size: Side of the pictures in pixels.
-        renderings: Coverages compared for each of the 30 combinations of size, shape and position of a family.
-        families: What may have been drawn.
+        renderings: Coverages to compare per combination of size, shape and position of a family (30 combinations).
+        families: Families that the pictures may belong to.
     """
 
     def __init__(self, size: int = 64, renderings: int = 19, families: Sequence[str] = ("builtin:shapes",)) -> None:
@@ -162,13 +162,13 @@ class Judge:
         self._contrasts = colours - self._backgrounds  # (pairs, 3)
 
     def read(self, images: Pixels) -> list[Shape]:
-        """The attributes of each picture.
+        """Return the attributes of each picture.
 
         Args:
             images: RGB, shape (n, size, size, 3).
 
         Raises:
-            ValueError: Pictures of another shape or type.
+            ValueError: The pictures have another shape or type.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (self.size, self.size, 3):
             raise ValueError(
@@ -184,7 +184,7 @@ class Judge:
         return found
 
     def _distances(self, images: Pixels) -> NDArray[np.float32]:
-        """|x - (b + m d)|^2 - |x|^2 for coverage m, background b and contrast d = c - b: (n, outlines, pairs)."""
+        """Return |x - (b + m d)|^2 - |x|^2, (n, outlines, pairs), for coverage m, background b, contrast d = c - b."""
         x = images.reshape(len(images), -1, 3).astype(np.float32)  # (n, pixels, 3)
         m, b, d = self._coverage, self._backgrounds, self._contrasts
         of_background = x.shape[1] * (b * b).sum(1) - 2 * x.sum(1) @ b.T  # (n, pairs)
@@ -207,7 +207,7 @@ def _jitter(shape: Shape, variant_seed: int) -> _Jitter:
 
 
 def _coverage(shape: Shape, jitter: _Jitter, size: int) -> Floats:
-    """Share of each pixel that the shape covers, from the distance of its middle to the outline: (size, size)."""
+    """Return the share of each pixel that the shape covers, (size, size), from its distance to the outline."""
     middle_x, middle_y = (at + by for at, by in zip(POSITIONS[shape.position], jitter.shift, strict=True))
     radius = SIZES[shape.size] * jitter.scale * size
     centres = np.arange(size) + 0.5
@@ -233,7 +233,7 @@ def _triangle(x: Floats, y: Floats, radius: float) -> Floats:
 
 
 def _star(x: Floats, y: Floats, radius: float) -> Floats:
-    """A pentagram: inside at least four of the five half-planes of its pentagon."""
+    """Return the distance to a pentagram: the points inside at least four of its pentagon's five half-planes."""
     y = -y  # a tip points up
     side, rise, foot, fall = 0.9510565162951535, 0.30901699437494745, 0.5877852522924731, -0.8090169943749475
     planes = np.stack([y + 0 * x, side * x + rise * y, rise * y - side * x, foot * x + fall * y, fall * y - foot * x])
