@@ -13,6 +13,7 @@ from .. import UsageError
 from .base import Corpus, StreamDataModule
 from .corpora.images import ImageRows, ImageShards
 from .image_reader import ImageReader, Showing, describe_left_out
+from .imaging.corrupt import CorruptImages
 from .imaging.decoding import MAX_PIXELS
 from .imaging.filters import Filters
 from .imaging.geometry import Size, buckets
@@ -21,7 +22,6 @@ from .sampling.micro_batches import Batch, Reader
 __all__ = ["Corpus", "ImageTextDataModule"]
 
 NAMED = 5  # corrupt images that are named in the log; the others are counted
-SETTLED = 200  # samples after which a share of corrupt ones means something
 
 
 class ImageTextDataModule(StreamDataModule[ImageRows]):
@@ -97,15 +97,15 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
         self.image_size = image_size
         self.sizes = _sizes(image_size, max_aspect, bucket_multiple, shapes)
         self.filters = filters or Filters()
-        self.max_upscale, self.max_corrupt = max_upscale, max_corrupt
+        self.max_upscale = max_upscale
         self._chosen = shapes is not None
         self._showing = Showing(self.sizes, resize, random_crop, flip, caption_dropout, max_pixels)
-        self._samples = self._corrupt = 0
+        self._corrupt = CorruptImages(max_corrupt)
 
     @property
     def corrupt_images(self) -> int:
-        """Images replaced in training by this process since it began."""
-        return self._corrupt
+        """Return how many corrupt images this process has replaced in training since it began."""
+        return self._corrupt.count
 
     def open_corpus(self, name: str, path: str) -> ImageRows:
         """Opens a corpus and says what filters leave of it."""
@@ -138,17 +138,11 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
         return f"{height}x{width}" if len(self.sizes) > 1 else ""
 
     def batch_used(self, batch: Batch) -> dict[str, float]:
-        """Counts corrupt images, names the first ones, and stops where there are too many."""
-        self._samples += len(batch["caption"])
-        for line in batch["corrupt"][: max(0, NAMED - self._corrupt)]:
+        """Count corrupt images, name the first ones, and stop when there are too many."""
+        for line in batch["corrupt"][: max(0, NAMED - self._corrupt.count)]:
             rank_zero_warn(f"corrupt image replaced: {line}")
-        self._corrupt += int(batch["replaced"].sum())
-        if self._samples >= SETTLED and self._corrupt > self.max_corrupt * self._samples:
-            raise UsageError(
-                f"{self._corrupt} of {self._samples} images are corrupt, more than max_corrupt {self.max_corrupt} "
-                f"allows; the last is {batch['corrupt'][-1] if batch['corrupt'] else 'named above'}"
-            )
-        return {"data/corrupt": float(self._corrupt)} if self._corrupt else {}
+        self._corrupt.add(len(batch["caption"]), batch["corrupt"], count=int(batch["replaced"].sum()))
+        return {"data/corrupt": float(self._corrupt.count)} if self._corrupt.count else {}
 
 
 def _sizes(image_size: int, max_aspect: float, multiple: int, shapes: list[tuple[int, int]] | None) -> list[Size]:

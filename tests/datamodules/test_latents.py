@@ -20,11 +20,11 @@ from rewurst import UsageError
 from rewurst.callbacks import ReplayScheduler
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
 from rewurst.datamodules.corpora.images import ImageShards
-from rewurst.datamodules.corpora.latents import array_bytes
+from rewurst.datamodules.corpora.latents import EMPTY_TEXT_FILE, array_bytes
 from rewurst.datamodules.imaging.geometry import buckets
 from rewurst.preparation.index import index_shards
 from rewurst.preparation.verify import verify
-from rewurst.preparation.writing.destination import Target
+from rewurst.preparation.writing.destination import UNFINISHED, Target
 from rewurst.preparation.writing.latent_writer import LatentFolder
 
 QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1}
@@ -55,8 +55,9 @@ def write_corpora(tmp_path: Path) -> Corpora:
         images = ImageShards(folder)
         described = {"what": ("z", "text"), "dtype": "float16", "sizes": tuple(sizes or [(64, 64)])}
         described |= {"images_sha256": images.index.fingerprint(), "compressor_sha256": maker, "compressor_source": "b"}
-        target = LatentFolder(Target(str(out)), images, 8, described, {})
-        target.begin(lambda: array_bytes(np.full((3, 2), -1, np.float16)))
+        target = LatentFolder(Target(str(out)), images, 8, described)
+        target.target.write(EMPTY_TEXT_FILE, array_bytes(np.full((3, 2), -1, np.float16)))
+        entries = []
         for shard in range(target.shards):
             samples: list[dict[str, bytes]] = []
             for row in target.rows(shard):
@@ -67,8 +68,9 @@ def write_corpora(tmp_path: Path) -> Corpora:
                 arrays = {"z.npy": np.full((4, 2, 2), row, np.float16), "text.npy": np.full((3, 2), row, np.float16)}
                 files = {suffix: array_bytes(array) for suffix, array in arrays.items()}
                 samples.append({"txt": f"{name} {row}".encode(), "json": about, **files})
-            target.write(shard, samples)
-        assert target.finish()
+            entries.append(target.write(shard, samples))
+        target.finish(entries)
+        target.target.remove(UNFINISHED)
         return str(folder), str(out)
 
     return write

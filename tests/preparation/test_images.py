@@ -22,13 +22,13 @@ from rewurst import UsageError
 from rewurst.cli.tools import run
 from rewurst.datamodules.corpora.index import Shard
 from rewurst.datamodules.imaging.facts import FACTS_DTYPE
+from rewurst.preparation.engine import image_units
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.sources import shapes
 from rewurst.preparation.sources.pictures import Picture
-from rewurst.preparation.steps import recoding as image_work
-from rewurst.preparation.steps.recoding import Fault, Recoding, sample_of, work
+from rewurst.preparation.steps.recoding import Fault, Recoding, sample_of
 from rewurst.preparation.verify import verify
-from rewurst.preparation.writing import image_writer, shard_file
+from rewurst.preparation.writing import shard_file
 from rewurst.preparation.writing.image_writer import Sample
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -115,7 +115,7 @@ def test_index_offsets_and_facts_say_what_is_in_the_tars(folder: Path, tmp_path:
 
 
 def test_the_number_of_workers_changes_no_byte(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_work, "TASK_PICTURES", 2)
+    monkeypatch.setattr(image_units, "UNIT_PICTURES", 2)
     recoding = Recoding(image_size=16, format="webp")
     for workers in (0, 2):
         prepare(folder, tmp_path / str(workers), workers=workers, held_out=0.4, recoding=recoding)
@@ -264,15 +264,15 @@ def test_too_many_corrupt_pictures(folder: Path, tmp_path: Path) -> None:
     (folder / "part0/00.jpeg").write_bytes(b"")
     with pytest.raises(
         UsageError,
-        match=r"1 of 12 pictures are corrupt, more than max_corrupt \(0\.05\) of them; the first: .*00\.jpeg \(.*empty",
+        match=r"1 of 12 images are corrupt, more than max_corrupt 0\.05 allows; the first is .*00\.jpeg \(.*empty",
     ):
         prepare(folder, tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".preparing"}
     for path in folder.rglob("*.*"):
         if path.suffix != ".txt" and path.is_file():
             path.write_bytes(b"broken")
-    with pytest.raises(UsageError, match="12 of 12 pictures are corrupt"):
-        prepare(folder, tmp_path / "out", workers=2)
+    with pytest.raises(UsageError, match="12 of 12 images are corrupt"):
+        prepare(folder, tmp_path / "out", workers=2, overwrite=True)
     with pytest.raises(UsageError, match="out/train: no picture is left for it"):
         prepare(folder, tmp_path / "out", max_corrupt=1)
 
@@ -323,7 +323,7 @@ def test_pictures_without_a_caption(folder: Path, tmp_path: Path, capsys: pytest
         (
             [{"file_name": "a.png", "text": "a"}],
             {},
-            r"1 of 1 pictures are corrupt, .*a\.png cannot be read \(No such file",
+            r"1 of 1 images are corrupt, .*a\.png cannot be read \(No such file",
         ),
         ([], {}, r"source .*a\.jsonl: it has no rows"),
     ],
@@ -381,7 +381,7 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
         prepare(tmp_path / "in", tmp_path / "out")
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_full_disk_is_one_line_and_the_same_call_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full(shard_file._HashingFile):
@@ -392,25 +392,35 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(shard_file, "_HashingFile", Full)
-    with pytest.raises(UsageError, match=r"000000\.tar: cannot be written \(No space left on device\)"):
+    with pytest.raises(UsageError, match=r"000000-train\.tar: cannot be written \(No space left on device\)"):
         prepare(folder, tmp_path / "out")
-    assert files(tmp_path / "out") == {}
+    assert not list((tmp_path / "out").rglob("index.json"))
+    monkeypatch.undo()
+    prepare(folder, tmp_path / "out")
+    assert verify(tmp_path / "out") == []
 
 
-def test_an_interrupted_preparation_leaves_no_index(
+def test_an_interrupted_preparation_leaves_no_index_and_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = image_writer.ImageWriter.append
+    prepare(folder, tmp_path / "undisturbed", samples_per_shard=2)
+    monkeypatch.setattr(image_units, "UNIT_PICTURES", 3)
+    original, seen = image_units.sample_of, list[str]()
 
-    def append(self: image_writer.ImageWriter, sample: Sample) -> None:
-        original(self, sample)
-        if sample.members["txt"] == b"picture 7":
+    def sample(picture: Picture, recoding: Recoding) -> Sample | Fault:
+        seen.append(picture.name)
+        if len(seen) == 8:
             raise KeyboardInterrupt
+        return original(picture, recoding)
 
-    monkeypatch.setattr(image_writer.ImageWriter, "append", append)
+    monkeypatch.setattr(image_units, "sample_of", sample)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, tmp_path / "out", samples_per_shard=2)
-    assert files(tmp_path / "out") == {}
+    assert not list((tmp_path / "out").rglob("index.json"))
+    prepare(folder, tmp_path / "out", samples_per_shard=2)
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+    assert seen[8:10] == seen[6:8], "the first two units were not done again"
+    assert len(seen) == 8 + 6
 
 
 def test_only_prepared_folders_are_overwritten(folder: Path, tmp_path: Path) -> None:
@@ -421,32 +431,8 @@ def test_only_prepared_folders_are_overwritten(folder: Path, tmp_path: Path) -> 
     prepare(folder, out, overwrite=True)
     assert {path.name for path in out.iterdir()} == {"train"}
     (out / "train/thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"out holds train/thesis\.tex, which preparation does not make"):
+    with pytest.raises(UsageError, match=r"out has train/thesis\.tex, which preparation does not make"):
         prepare(folder, out, overwrite=True)
-
-
-def test_few_pictures_are_on_their_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded by this."""
-    read = 0
-
-    def pictures() -> Any:
-        nonlocal read
-        for number in range(400):
-            read += 1
-            yield Picture(str(number), content(number % 3), "a caption", {})
-
-    class Pool:
-        def __init__(self, *_: Any) -> None: ...
-
-        def submit(self, function: Any, *arguments: Any) -> Any:
-            return type("Done", (), {"result": lambda _: function(*arguments)})()
-
-        def shutdown(self, cancel_futures: bool) -> None: ...
-
-    monkeypatch.setattr(image_work, "ProcessPoolExecutor", Pool)
-    for done, _ in enumerate(work(pictures(), Recoding(), workers=3)):
-        assert read - done <= 3 * image_work.TASKS_PER_WORKER * image_work.TASK_PICTURES
-    assert done == 399
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

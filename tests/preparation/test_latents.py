@@ -23,6 +23,7 @@ from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
 from rewurst.modules import StageC
 from rewurst.modules.networks import VQGAN, SemanticCompressor
 from rewurst.preparation import latents
+from rewurst.preparation.engine.resumable_units import Unit
 from rewurst.preparation.index import index_shards
 from rewurst.preparation.latents import prepare_latents
 from rewurst.preparation.steps.encoding_latents import LatentOptions, LatentWork
@@ -188,14 +189,15 @@ def test_a_machine_that_finds_another_network_is_refused(write_images: Write, co
     options |= {"resize": None, "batch_size": 4, "workers": 0, "device": "cpu", "dtype": "float16"}
     options |= {"source": write_images(count=8), "out": str(tmp_path / "out"), "stage_b": compressor}
     job = latents.job_of(LatentWork(LatentOptions(image_size=32, samples_per_shard=None, **options)))
-    assert latents.make_shard(job, 0) == (8, 8, [])
+    record = latents.make_shard(job, Unit("000000", "0", 0))
+    assert (record["rows"], record["seen"], record["corrupt"]) == (8, 8, [])
     torch.manual_seed(2)
     SemanticCompressor.from_preset("tiny", widths=[8, 16, 16], c_latent=4).save(tmp_path / "other")
     elsewhere = job._replace(options=replace(job.options, stage_b=str(tmp_path / "other")))
     with pytest.raises(
         UsageError, match=r"out: compressor_sha256 is \w+ on this machine of the cluster, expected \w+: "
     ):
-        latents.make_shard(elsewhere, 0)
+        latents.make_shard(elsewhere, Unit("000000", "0", 0))
 
 
 def test_another_preparation_into_the_same_folder_is_refused(
@@ -204,11 +206,11 @@ def test_another_preparation_into_the_same_folder_is_refused(
     images = write_images()
     out = tmp_path / "out"
     prepare_latents(images, out, compressor, 32, samples_per_shard=9, shard_of=(0, 2), progress=False)
-    with pytest.raises(UsageError, match=r"out was begun with sizes \[\[32, 32\]\], not \[\[40, 40\]\]: give the same"):
+    with pytest.raises(UsageError, match=r"out was started with sizes \[\[32, 32\]\], not \[\[40, 40\]\]: give"):
         prepare_latents(images, out, compressor, 40, samples_per_shard=9, progress=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("")
-    with pytest.raises(UsageError, match="full is not empty and holds no preparation to go on"):
+    with pytest.raises(UsageError, match="full is not empty; choose another folder or add --overwrite"):
         prepare_latents(images, tmp_path / "full", compressor, 32, progress=False)
 
 

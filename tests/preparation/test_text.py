@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from tokenizers import Tokenizer
 
 from rewurst import UsageError
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.preparation import text as prepare
-from rewurst.preparation.steps import tokenizing as encoding
-from rewurst.preparation.steps.tokenizing import Encoder, Text, encode
+from rewurst.preparation.engine import text_units
+from rewurst.preparation.steps.tokenizing import Encoder, Text, Tokens
 from rewurst.preparation.text import is_held_out, prepare_text, train_tokenizer, verify
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "fünf", "狗", "barked", "😀", "<|endoftext|>", "ran", "away"]
@@ -105,7 +102,7 @@ def test_documents_stand_in_order_each_before_an_end_token(corpus: str, tokenize
 def test_the_number_of_workers_changes_no_byte(
     corpus: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "TASK_CHARS", 1500)  # some twenty tasks
+    monkeypatch.setattr(text_units, "PART_CHARS", 1500)  # some twenty parts
     for workers in (0, 1, 2, 3):
         out = tmp_path / str(workers)
         prepare_text(
@@ -169,45 +166,6 @@ def test_a_saved_limit_of_length_cuts_nothing(tokenizer: str, tmp_path: Path) ->
     plain = Encoder(Path(tokenizer, "tokenizer.json").read_text(), 0)
     task = [Text(0, document, True) for document in DOCUMENTS[:5]]
     np.testing.assert_array_equal(Encoder(limited.to_str(), 0)(task)[0].tokens, plain(task)[0].tokens)
-
-
-def test_few_tasks_are_on_their_way_at_once(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded by this: what is read ahead of what has been packed, and what waits for the packer."""
-    read = 0
-
-    def texts() -> Iterator[Text]:
-        nonlocal read
-        for i in range(200):
-            read += 1
-            yield Text(0, text(i), True)
-
-    class Pool:
-        """Runs tasks at once in this process, and remembers how many have been asked of it."""
-
-        def __init__(self, workers: int, context: Any, initializer: Any, arguments: tuple[str, int]) -> None:
-            self.encoder = Encoder(*arguments)
-
-        def submit(self, function: Any, task: list[Text]) -> Future[Any]:
-            future: Future[Any] = Future()
-            future.set_result(self.encoder(task))
-            return future
-
-        def shutdown(self, cancel_futures: bool) -> None:
-            assert cancel_futures
-
-    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(encoding, "TASK_CHARS", 1)  # a task a document
-    workers = 3
-    for packed, _ in enumerate(encode(texts(), Path(tokenizer, "tokenizer.json").read_text(), 0, workers)):
-        assert read - packed <= workers * encoding.TASKS_PER_WORKER
-    assert packed == 199
-
-
-def test_a_worker_that_dies_is_one_line(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "tasks", lambda texts: iter([9]))
-    monkeypatch.setattr(encoding, "_encode_in_worker", os._exit)
-    with pytest.raises(UsageError, match=r"a tokenizing process died, .* try --workers below 2"):
-        list(encode([Text(0, "a", True)], Path(tokenizer, "tokenizer.json").read_text(), 0, workers=2))
 
 
 def test_tokenizers_come_from_the_hub_through_transformers(
@@ -304,21 +262,43 @@ def test_what_cannot_be_prepared_leaves_no_corpus(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         prepare_text([corpus], tokenizer, tmp_path / "out", progress=False, **changes)
-    assert contents(tmp_path) == {}
+    assert {Path(name).parts[1] for name in contents(tmp_path)} <= {".preparing"}
 
 
-def test_an_interrupted_preparation_leaves_no_index(
+def test_an_interrupted_preparation_leaves_no_index_and_resumes(
     corpus: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any) -> Iterator[encoding.Tokens]:
-        yield encoding.Tokens(0, np.ones(10**5, dtype=np.uint32), 1)
-        assert any((tmp_path / "out/train").glob("*.tar"))
-        raise KeyboardInterrupt
+    asked: dict[str, Any] = {"sequence_length": LENGTH, "held_out": 0.2, "rows_per_shard": 256, "progress": False}
+    prepare_text([corpus], tokenizer, tmp_path / "undisturbed", **asked)
+    monkeypatch.setattr(text_units, "PART_CHARS", 1500)
+    encode, encoded = text_units.encode, 0
 
-    monkeypatch.setattr(prepare, "encode", interrupted)
+    def interrupted(*arguments: Any) -> Iterator[Tokens]:
+        nonlocal encoded
+        encoded += 1
+        if encoded == 5:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(text_units, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_text([corpus], tokenizer, tmp_path / "out", sequence_length=LENGTH, progress=False)
-    assert contents(tmp_path) == {}
+        prepare_text([corpus], tokenizer, tmp_path / "out", **asked)
+    assert not list((tmp_path / "out").rglob("index.json"))
+    assert len(list((tmp_path / "out/.preparing/tokens").glob("*.json"))) == 4
+    with pytest.raises(UsageError, match=r"was started with sequence_length 16, not 8: give the same value to resume"):
+        prepare_text([corpus], tokenizer, tmp_path / "out", **{**asked, "sequence_length": 8})
+    prepare_text([corpus], tokenizer, tmp_path / "out", **asked)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    resumed, encoded = encoded - 5, 5
+    prepare_text([corpus], tokenizer, tmp_path / "again", **asked)
+    assert encoded - 5 == resumed + 4, "the four parts that were done were not done again"
+
+
+def test_other_options_start_over_while_nothing_is_done(corpus: str, tokenizer: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no field 'body'"):
+        prepare_text([corpus], tokenizer, tmp_path / "out", text_field="body", progress=False)
+    prepare_text([corpus], tokenizer, tmp_path / "out", sequence_length=LENGTH, progress=False)
+    assert verify(tmp_path / "out") == []
 
 
 def test_only_prepared_folders_are_overwritten(corpus: str, tokenizer: str, tmp_path: Path) -> None:
@@ -332,7 +312,7 @@ def test_only_prepared_folders_are_overwritten(corpus: str, tokenizer: str, tmp_
     assert verify(out) == []
     (out / "train/thesis.tex").write_text("years of work")
     with pytest.raises(
-        UsageError, match=r"out holds train/thesis\.tex, which preparation does not make: not overwritten"
+        UsageError, match=r"out has train/thesis\.tex, which preparation does not make: not overwritten"
     ):
         prepare_text([corpus], tokenizer, out, overwrite=True, progress=False)
     assert (out / "train/thesis.tex").exists()

@@ -100,6 +100,7 @@ def _prepare_latents(latents: Parser) -> None:
     latents.add_argument("--samples_per_shard", type=int, help="(default: up to 256 MiB)")
     latents.add_argument("--shard_of", default="0/1", metavar="I/N", help="this process makes share I of N")
     latents.add_argument("--max_corrupt", type=float, default=0.05, help="share of images that may be corrupt")
+    latents.add_argument("--overwrite", action="store_true", help="replace what was prepared there")
 
 
 def _export(parser: Parser) -> None:

@@ -1,32 +1,27 @@
 """Captioned pictures to shards: plain WebDataset tars of images, ``.txt`` and ``.json``, with an index.
 
-1. ``sources.pictures`` lists the pictures of a source in one fixed order.
+1. ``sources.pictures`` lists the pictures of a source in a fixed order.
 2. ``steps.recoding`` reads and checks them in worker processes; what cannot be used is counted, and bounded.
-3. A hash of the image file says whether it is held out: the same file is always on the same side.
-4. One ordered pass writes the shards. The index comes last: a folder without one is unfinished.
-
-On a Ray cluster ``cluster.image_units`` does steps 2 and 3 for runs of pictures, and step 4 for each shard.
+3. A hash of the image file decides whether it is held out: the same file is always on the same side.
+4. ``engine.image_units`` packs the samples of each side into shards, and keeps what is done. The index comes last: a
+   folder without one is unfinished.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 from .. import UsageError
 from ..datamodules.storage.random_access import join
-from .cluster.image_units import ImageJob, prepare_image_units
-from .cluster.ray_tasks import Ray, check_engine
-from .cluster.resumable_units import begin
-from .sources.pictures import Listing, drawings, listing
+from .engine import open_engine
+from .engine.image_units import ImageJob, prepare_image_units
+from .engine.resumable_units import begin
+from .sources.pictures import drawings, listing
 from .sources.shapes import PICTURES
-from .steps.recoding import Fault, Faults, Recoding, side_of, work
-from .writing.destination import Target, everywhere, local_out
-from .writing.folders import IMAGE_LAYOUT, make_folder, shard_name
-from .writing.image_writer import ImageWriter, Sample
+from .steps.recoding import Recoding
+from .writing.destination import Target, everywhere
+from .writing.folders import IMAGE_LAYOUT, shard_name
 
 
 def prepare_images(
@@ -52,8 +47,8 @@ def prepare_images(
 
     ``builtin:shapes`` and ``builtin:shapes-new`` are drawn: ``val`` holds a fresh picture of each combination that
     ``train`` shows, ``unseen`` the combinations that it does not. The same input gives the same bytes, whatever the
-    engine and the number of workers. When it fails, no index is left behind. Asked for again, engine ``ray`` goes on
-    where it was stopped; it knows pictures by their names.
+    engine and the number of workers. A preparation that was stopped, killed or failed leaves no index behind; the same
+    call resumes it. Pictures on a server are recognized by their names.
 
     Args:
         source: A folder of images, each with a ``.txt`` of the same name beside it, and perhaps a ``.json``; a
@@ -73,7 +68,7 @@ def prepare_images(
         seed: Of drawn pictures.
         overwrite: Replace what an earlier preparation left in ``out``.
         engine: ``local``, or ``ray`` for the machines of a Ray cluster.
-        ray_address: Of the cluster, see :class:`.cluster.ray_tasks.Ray`.
+        ray_address: Of the cluster, see :class:`.engine.ray_tasks.Ray`.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -83,29 +78,20 @@ def prepare_images(
         UsageError: Arguments out of range, a source that cannot be read, too many corrupt pictures, one without a
             caption, no picture for a side, an ``out`` that is not empty, a full disk.
     """
-    _check(held_out, workers, max_corrupt, samples_per_shard)
-    check_engine(engine, ray_address)
+    _check(held_out, max_corrupt, samples_per_shard)
     recoding = recoding or Recoding()
-    if source.startswith("builtin:"):
-        listed = drawings(source, recoding.image_size or 64, pictures, seed)
-        if held_out:
-            raise UsageError(f"held_out is {held_out}, expected none for {source}: it brings its own held-out pictures")
-    else:
-        listed = listing(everywhere(source) if engine == "ray" else source, image_field, caption_field)
-    sides = listed.sides or (("train", "val") if held_out else ("train",))
-    name = shard_name(source, otherwise="images")
-    if engine == "ray":
-        job = ImageJob(Target.shared(out), name, sides, held_out, recoding, samples_per_shard, skip_without_caption)
-        with Ray(ray_address, workers) as ray:
-            begin(
-                job.target, job.plan() | {"source": source, "pictures": pictures, "seed": seed}, IMAGE_LAYOUT, overwrite
-            )
-            counts, faults = prepare_image_units(listed, source, job, max_corrupt, ray, progress)
-    else:
-        faults = Faults(max_corrupt, skip_without_caption)
-        make_folder(local_out(out), IMAGE_LAYOUT, overwrite)
-        writers = {side: ImageWriter(local_out(out) / side, name, samples_per_shard, source) for side in sides}
-        counts = _prepare_here(writers, _samples(listed, recoding, workers or 1, faults, progress), held_out, faults)
+    with open_engine(engine, workers, ray_address) as pool:
+        if source.startswith("builtin:"):
+            listed = drawings(source, recoding.image_size or 64, pictures, seed)
+            if held_out:
+                raise UsageError(f"held_out is {held_out}, expected none for {source}: it has held-out pictures itself")
+        else:
+            listed = listing(everywhere(source) if engine == "ray" else source, image_field, caption_field)
+        sides = listed.sides or (("train", "val") if held_out else ("train",))
+        name, target = shard_name(source, otherwise="images"), Target.for_engine(engine, out)
+        job = ImageJob(target, name, sides, held_out, recoding, samples_per_shard, skip_without_caption)
+        begin(target, job.plan() | {"source": source, "pictures": pictures, "seed": seed}, IMAGE_LAYOUT, overwrite)
+        counts, faults = prepare_image_units(listed, source, job, max_corrupt, pool, progress)
     for side in sides:
         print(f"{join(str(out), side)}: {counts[side][0]} pictures in {counts[side][1]} shards", file=sys.stderr)
     for remark in (*faults.remarks(), listed.remark):
@@ -114,37 +100,9 @@ def prepare_images(
     return {side: counts[side][0] for side in sides}
 
 
-def _prepare_here(
-    writers: dict[str, ImageWriter], samples: Iterator[Sample], held_out: float, faults: Faults
-) -> dict[str, tuple[int, int]]:
-    """Samples and shards of each side."""
-    try:
-        for sample in samples:
-            writers[side_of(sample, held_out)].append(sample)
-        faults.check(final=True)
-        return {side: (writers[side].close(), len(writers[side].shards)) for side in reversed(writers)}
-    except BaseException:
-        for writer in writers.values():
-            writer.abort()
-        raise
-
-
-def _samples(listed: Listing, recoding: Recoding, workers: int, faults: Faults, progress: bool) -> Iterator[Sample]:
-    with tqdm(
-        total=listed.total, unit=" pictures", unit_scale=True, desc="images", disable=not progress, file=sys.stderr
-    ) as bar:
-        for result in work(listed.pictures, recoding, workers):
-            faults.count(1, [result] if isinstance(result, Fault) else [])
-            bar.update()
-            if isinstance(result, Sample):
-                yield result
-
-
-def _check(held_out: float, workers: int | None, max_corrupt: float, samples_per_shard: int | None) -> None:
+def _check(held_out: float, max_corrupt: float, samples_per_shard: int | None) -> None:
     if not 0 <= held_out < 1:
         raise UsageError(f"held_out is {held_out}, expected a share of the pictures from 0 to below 1")
-    if workers is not None and workers < 0:
-        raise UsageError(f"workers is {workers}, expected 0 or more")
     if not 0 <= max_corrupt <= 1:
         raise UsageError(f"max_corrupt is {max_corrupt}, expected a share of the pictures from 0 to 1")
     if samples_per_shard is not None and samples_per_shard < 1:

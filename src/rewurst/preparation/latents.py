@@ -1,4 +1,4 @@
-"""Latents of images, made once: embeddings, Stage A latents and text states into shards, for training that needs none.
+"""Encode images as latents once: embeddings, Stage A latents and text states, in shards that training reads.
 
 1. ``steps.encoding_latents`` makes whole shards, each from the images and networks alone.
 2. ``writing.latent_writer`` writes them and, when all are there, the index.
@@ -9,19 +9,19 @@ Processes share the shards: by number (``shard_of``), or as the units of a Ray c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from .. import UsageError
-from ..datamodules.corpora.latents import LatentIndex
-from .cluster.ray_tasks import Ray, check_engine
-from .steps.encoding_latents import Faults, LatentOptions, LatentWork
+from ..datamodules.corpora.latents import EMPTY_TEXT_FILE, LatentIndex
+from ..datamodules.imaging.corrupt import CorruptImages
+from .engine import open_engine
+from .engine.resumable_units import Record, Stage, Unit, begin, complete, finish, progress_bar
+from .steps.encoding_latents import LatentOptions, LatentWork
+from .writing.folders import LATENT_LAYOUT
+from .writing.latent_writer import LatentFolder
 
 
 def prepare_latents(
@@ -43,14 +43,15 @@ def prepare_latents(
     samples_per_shard: int | None = None,
     shard_of: tuple[int, int] = (0, 1),
     max_corrupt: float = 0.05,
+    overwrite: bool = False,
     engine: str = "local",
     ray_address: str | None = None,
     progress: bool = True,
 ) -> str:
     """Write the latents of a corpus of images as a corpus of latents, row by row.
 
-    Images are shown as :class:`ImageTextDataModule` with ``random_crop=False`` shows them. A preparation that was
-    stopped goes on when it is asked for again; shards that are whole stay.
+    Images are cropped as :class:`ImageTextDataModule` with ``random_crop=False`` crops them. A preparation that was
+    stopped, killed or failed is resumed by the same call; shards that are done stay.
 
     Args:
         source: Folder of the images, with ``index.json``, or its URL.
@@ -70,8 +71,9 @@ def prepare_latents(
         samples_per_shard: By default shards have up to 256 MiB.
         shard_of: This process's number and how many there are: each makes its share of the shards.
         max_corrupt: Share of the images that may be corrupt; they have rows without latents.
+        overwrite: Replace what an earlier preparation left in ``out``.
         engine: ``local``, or ``ray`` for the machines of a Ray cluster.
-        ray_address: Of the cluster, see :class:`.cluster.ray_tasks.Ray`.
+        ray_address: Of the cluster, see :class:`.engine.ray_tasks.Ray`.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -86,7 +88,6 @@ def prepare_latents(
         raise UsageError(f"shard_of {number}/{processes}: the number must be at least 0 and below {processes}")
     if batch_size < 1 or workers < 0:
         raise UsageError(f"batch_size {batch_size} must be at least 1 and workers {workers} at least 0")
-    check_engine(engine, ray_address)
     options = LatentOptions(
         source=source,
         out=str(out),
@@ -104,100 +105,109 @@ def prepare_latents(
         dtype=dtype,
         samples_per_shard=samples_per_shard,
     )
-    work = LatentWork(options)
-    folder = work.folder
-    if folder.is_complete():
-        return f"{out}: complete already"
-    mine = range(number, folder.shards, processes)
-    faults = Faults(max_corrupt)
     gpus = int(device.startswith("cuda"))
-    with Ray(ray_address, cpus=1 + workers, gpus=gpus) if engine == "ray" else nullcontext() as ray:
-        folder.begin((lambda: _empty_text_on(ray, work)) if ray else work.makers.empty_text)
-        todo = folder.left(mine)
-        total, left = (sum(len(folder.rows(shard)) for shard in shards) for shards in (mine, todo))
-        bar = tqdm(total=total, initial=total - left, unit=" images", desc="latents", disable=not progress)
-        with bar:
-            for rows in _on(ray, work, todo, faults) if ray else _here(work, todo, faults):
-                bar.update(rows)
-    if not folder.finish():
-        return f"{out}: this process's {len(todo)} shards are done; the index comes with the last of the others'"
-    return f"{out}: {len(work.images):,} rows of latents in {folder.shards} shards{faults.remark()}"
+    with open_engine(engine, None, ray_address, cpus=1 + workers, gpus=gpus) as pool:
+        work = LatentWork(options)
+        folder, job = work.folder, job_of(work)
+        _open[job] = work
+        if folder.is_complete() and not overwrite:
+            return f"{out}: complete already"
+        begin(folder.target, work.plan(), LATENT_LAYOUT, overwrite)
+        corrupt, stage = CorruptImages(max_corrupt), Stage(folder.target, "shards", make_shard, job)
+        if "text" in work.makers.parts:
+            texts = Stage(folder.target, "empty_text", make_empty_text, job)
+            complete(texts, [Unit("states", "0", None)], pool, progress_bar("empty text", "texts", 1, False))
+        mine = [Unit(f"{shard:06d}", "0", shard) for shard in range(number, folder.shards, processes)]
+        total = sum(len(folder.rows(unit.work)) for unit in mine)
+        with progress_bar("latents", "images", total, progress) as bar:
+            complete(stage, mine, pool, bar, lambda done: done["rows"], lambda done: _count(corrupt, done))
+        if not _finish(folder, stage):
+            return f"{out}: this process's {len(mine)} shards are done; the index comes with the last of the others'"
+    remark = f"; {corrupt.count} corrupt images have none, the first: {corrupt.named()}" if corrupt.count else ""
+    return f"{out}: {len(work.images):,} rows of latents in {folder.shards} shards{remark}"
 
 
-def _here(work: LatentWork, todo: Sequence[int], faults: Faults) -> Iterator[int]:
-    """Rows of each shard that has been written."""
-    for shard, samples in work.made(todo, faults):
-        work.folder.write(shard, samples)
-        yield len(samples)
+def _count(corrupt: CorruptImages, record: Record) -> None:
+    corrupt.add(record["seen"], record["corrupt"])
 
 
-def _on(ray: Ray, work: LatentWork, todo: Sequence[int], faults: Faults) -> Iterator[int]:
-    """The same on a cluster, in the order in which shards are done."""
-    units = ((f"shard {shard} of {work.options.out}", shard) for shard in todo)
-    for _, made in ray.run(make_shard, job_of(work), units):
-        faults.count(made.seen, made.faults)
-        yield made.rows
+def _finish(folder: LatentFolder, stage: Stage[Job]) -> bool:
+    """Write the index if all shards are done, and return whether they are; another process may be at it too."""
+    shards = [Unit(f"{shard:06d}", "0", shard) for shard in range(folder.shards)]
+    if not folder.is_complete():
+        if len(stage.done()) < len(shards):
+            return folder.is_complete()
+        try:
+            entries = [stage.read(unit)["entry"] for unit in shards]
+        except UsageError:
+            if folder.is_complete():  # the other process has deleted them
+                return True
+            raise
+        folder.finish(entries)
+    finish(folder.target, ("shards", "empty_text"))
+    return True
 
 
 class Job(NamedTuple):
-    """For processes of a cluster: what is asked for, and what is to be the same there, as JSON."""
+    """What the processes that make shards are given.
+
+    Attributes:
+        options: Options of the preparation.
+        described: JSON of what has to be the same in every process.
+    """
 
     options: LatentOptions
     described: str
 
 
-class Made(NamedTuple):
-    """Of a shard: its rows, the images that were read or could not be, and what was wrong with the latter."""
-
-    rows: int
-    seen: int
-    faults: list[str]
+_open: dict[Job, LatentWork] = {}
+"""Images and networks of this process, kept from one shard to the next."""
 
 
-def make_shard(job: Job, shard: int) -> Made:
-    """Write a shard."""
-    faults = Faults(1.0)
-    rows = sum(_here(_opened(job), [shard], faults))
-    return Made(rows, faults.seen, faults.found)
+def make_shard(job: Job, unit: Unit) -> Record:
+    """Write a shard; record its entry in the index, its rows, the images read and the corrupt ones among them."""
+    work = _opened(job)
+    samples, corrupt = work.made(unit.work)
+    seen = int((work.images.facts["caption_length"][list(work.folder.rows(unit.work))] >= 0).sum())
+    return {"entry": work.folder.write(unit.work, samples), "rows": len(samples), "seen": seen, "corrupt": corrupt}
 
 
-@lru_cache(maxsize=1)
+def make_empty_text(job: Job, unit: Unit) -> Record:
+    """Write the states of the empty text, made where all other states are made."""
+    work = _opened(job)
+    content = work.makers.empty_text()
+    assert content is not None
+    work.folder.target.write(EMPTY_TEXT_FILE, content)
+    return {}
+
+
 def _opened(job: Job) -> LatentWork:
-    """Images and networks, kept from one shard to the next.
+    """Open images and networks, unless this process has done so.
 
     Raises:
-        UsageError: They are others than those of the process that started the preparation.
+        UsageError: They differ from those of the process that started the preparation.
     """
-    work = LatentWork(job.options)
-    here, there = json.loads(_described(work)), json.loads(job.described)
-    for name in there:
-        if here.get(name) != there[name]:
-            raise UsageError(
-                f"{job.options.out}: {name} is {here.get(name)} on this machine of the cluster, expected "
-                f"{there[name]}: give paths that are the same files on all of them"
-            )
-    return work
+    if job not in _open:
+        work = LatentWork(job.options)
+        here, there = json.loads(_described(work)), json.loads(job.described)
+        for name in there:
+            if here.get(name) != there[name]:
+                raise UsageError(
+                    f"{job.options.out}: {name} is {here.get(name)} on this machine of the cluster, expected "
+                    f"{there[name]}: give paths that are the same files on all of them"
+                )
+        _open.clear()
+        _open[job] = work
+    return _open[job]
 
 
 def job_of(work: LatentWork) -> Job:
-    """What processes of a cluster are given."""
+    """Return what the processes that make shards are given; their working directory may be another."""
     stage_a = work.makers.parts["a"].source if "a" in work.makers.parts else None
     return Job(replace(work.options, stage_a=stage_a).everywhere(), _described(work))
 
 
 def _described(work: LatentWork) -> str:
-    """Where networks came from apart."""
+    """Return what has to be the same everywhere; paths of networks do not."""
     where = LatentIndex.not_in_fingerprint()
     return json.dumps({name: value for name, value in work.described.items() if name not in where}, sort_keys=True)
-
-
-def _empty_text_on(ray: Ray, work: LatentWork) -> bytes | None:
-    if "text" not in work.makers.parts:
-        return None
-    [(_, content)] = ray.run(_empty_text, job_of(work), [("states of the empty text", None)])
-    return content
-
-
-def _empty_text(job: Job, unit: None) -> bytes | None:
-    """Made where all other states are, so that they are made alike."""
-    return _opened(job).makers.empty_text()

@@ -14,13 +14,12 @@ from ... import UsageError
 from ...datamodules.corpora.images import ImageIndex, ImageShards
 from ...datamodules.corpora.index import Shard
 from ...datamodules.corpora.tar import Member, Sample
+from ...datamodules.imaging.corrupt import CorruptImages
 from ...datamodules.imaging.facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
 from ...datamodules.imaging.header import DecodeError
 from ...datamodules.storage.random_access import Bytes
 from ..writing.image_index import image_index
 from .base import Kind
-
-NAMED = 5  # unreadable samples that are named; the others are counted
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,7 @@ class Images(Kind):
         """Checks that there are images, and captions."""
         facts = np.concatenate([one.facts for one in found])
         unreadable = [line for one in found for line in one.unreadable]
-        if len(unreadable) > self.max_corrupt * len(facts):
-            raise UsageError(
-                f"{len(unreadable)} of {len(facts)} images cannot be read, more than max_corrupt {self.max_corrupt} "
-                f"allows; the first is {unreadable[0]}"
-            )
+        CorruptImages(self.max_corrupt).add(len(facts), unreadable, final=True)
         if not (facts["caption_length"] >= 0).any():
             raise no_caption(shards[0].name, self.caption_key, found[0].first)
         return image_index(folder, shards, [one.facts for one in found], sources, self.caption_key)
@@ -89,9 +84,9 @@ class Images(Kind):
         bare = sum(int(((one.facts["caption_length"] < 0) & (one.facts["width"] > 0)).sum()) for one in found)
         remarks = f"; {bare} without a caption, which are left out" if bare else ""
         if unreadable:
-            named = "; ".join(unreadable[:NAMED])
-            remarks += f"; {len(unreadable)} unreadable, which are left out: {named}"
-            remarks += ", ..." if len(unreadable) > NAMED else ""
+            corrupt = CorruptImages(1.0)
+            corrupt.add(len(unreadable), unreadable)
+            remarks += f"; {corrupt.count} unreadable, which are left out: {corrupt.named()}"
         return remarks
 
     def open(self, folder: str) -> ImageShards:

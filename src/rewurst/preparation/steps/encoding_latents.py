@@ -1,7 +1,8 @@
-"""Shards of latents, one after another: what each process of a preparation does.
+"""Encode the images of a shard as latents.
 
-1. ``datamodules`` decode and crop the images of a corpus, in worker processes, as they do for training.
-2. The networks run on batches of one shape that never cross a shard, so that who makes which shard changes no byte.
+1. Worker processes decode and crop the images of a corpus exactly as for training.
+2. The networks run on batches of one shape that never cross a shard, so that no byte depends on which process makes
+   which shard.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from ... import UsageError
 from ...datamodules.corpora.images import ImageRows, ImageShards
-from ...datamodules.corpora.latents import array_bytes
+from ...datamodules.corpora.latents import LatentIndex, array_bytes
 from ...datamodules.image_reader import ImageReader, Showing
 from ...datamodules.imaging.filters import Filters
 from ...datamodules.imaging.geometry import Size, buckets, nearest_bucket
@@ -29,8 +29,6 @@ from .latent_networks import Makers
 
 SHARD_BYTES = 2**28
 MOST_ROWS = 10_000
-SETTLED = 200
-"""Samples after which a share of corrupt ones means something."""
 
 Group = tuple[int, list[int], int]
 """Shard, rows and lane of a batch."""
@@ -93,62 +91,33 @@ class LatentWork:
         rows = options.samples_per_shard or min(MOST_ROWS, max(1, SHARD_BYTES // most))
         shown = {"sizes": tuple(self.sizes), "resize": options.resize or 0}
         self.described = self.makers.described() | shown | {"images_sha256": self.images.index.fingerprint()}
-        asked = {"batch_size": options.batch_size}
-        self.folder = LatentFolder(Target(options.out), self.images, rows, self.described, asked)
+        self.folder = LatentFolder(Target(options.out), self.images, rows, self.described)
 
-    def made(self, todo: Sequence[int], faults: Faults) -> Iterator[tuple[int, list[Members]]]:
-        """Shards with the members of their samples, one after another.
+    def plan(self) -> dict[str, Any]:
+        """Return everything that decides the bytes; the networks' paths do not."""
+        sources = LatentIndex.not_in_fingerprint()
+        plan = {name: value for name, value in self.described.items() if name not in sources}
+        return plan | {"batch_size": self.options.batch_size, "rows_per_shard": self.folder.rows_per_shard}
 
-        Args:
-            todo: Numbers of shards.
-            faults: Counts images that cannot be read, and may raise.
-        """
-        showing = Showing(self.sizes, self.options.resize, random_crop=False)
-        reader = ImageReader([ImageRows(self.images, Filters(), self.sizes)], showing)
-        groups = [group for shard in todo for group in _groups(shard, self.folder, self.sizes, self.options.batch_size)]
-        left = {shard: sum(group[0] == shard for group in groups) for shard in todo}
+    def made(self, shard: int) -> tuple[list[Members], list[str]]:
+        """Return the members of a shard's samples, and what was wrong with the images that cannot be read."""
+        crops = Showing(self.sizes, self.options.resize, random_crop=False)
+        reader = ImageReader([ImageRows(self.images, Filters(), self.sizes)], crops)
+        groups = list(_groups(shard, self.folder, self.sizes, self.options.batch_size))
         loader = DataLoader(
             Groups(groups, reader, self.images),
             batch_size=None,
             num_workers=self.options.workers,
             collate_fn=as_is,  # type: ignore[arg-type]  # typed for lists; without batching it gets one sample
         )
-        batches = iter(loader)
-        for shard in todo:
-            made: dict[int, Members] = {}
-            for _ in range(left[shard]):
-                batch = next(batches)
-                faults.count(len(batch["rows"]) + len(batch["faults"]), list(batch["faults"].values()))
-                made |= {row: _left_out(reason) for row, reason in batch["faults"].items()}
-                if batch["rows"]:
-                    made |= dict(zip(batch["rows"], _members(batch, self.makers), strict=True))
-            nothing = _left_out("it has no image or no caption")
-            yield shard, [made.get(row, nothing) for row in self.folder.rows(shard)]
-
-
-class Faults:
-    """Images that could not be read, counted."""
-
-    def __init__(self, most: float) -> None:
-        self._most, self.seen, self.found = most, 0, list[str]()
-
-    def count(self, seen: int, found: Sequence[str]) -> None:
-        """Take note of a batch.
-
-        Raises:
-            UsageError: Too many are corrupt.
-        """
-        self.seen += seen
-        self.found += found
-        if self.seen >= SETTLED and len(self.found) > self._most * self.seen:
-            raise UsageError(
-                f"{len(self.found)} of {self.seen} images are corrupt, more than max_corrupt {self._most} allows; "
-                f"the first is {self.found[0]}"
-            )
-
-    def remark(self) -> str:
-        """The end of a line, empty where all went well."""
-        return f"; {len(self.found)} corrupt images have none, the first is {self.found[0]}" if self.found else ""
+        made, faults = dict[int, Members](), list[str]()
+        for batch in loader:
+            faults += batch["faults"].values()
+            made |= {row: _left_out(reason) for row, reason in batch["faults"].items()}
+            if batch["rows"]:
+                made |= dict(zip(batch["rows"], _members(batch, self.makers), strict=True))
+        nothing = _left_out("it has no image or no caption")
+        return [made.get(row, nothing) for row in self.folder.rows(shard)], faults
 
 
 class Groups(Dataset[dict[str, Any]]):

@@ -1,20 +1,14 @@
-"""What is done to one picture on its way into a shard: read, checked, made smaller if asked for, its facts settled.
+"""Read and check a picture, shrink it if asked for, and settle its facts.
 
-It is done in worker processes, many pictures a task, and depends on nothing but the picture and the options.
+The result depends only on the picture and the options.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
-import multiprocessing
-import signal
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ... import UsageError
+from ...datamodules.imaging.corrupt import CorruptImages
 from ...datamodules.imaging.decoding import decode, read_header
 from ...datamodules.imaging.facts import facts_of
 from ...datamodules.imaging.geometry import Crop, resample, size_to_decode
@@ -34,8 +29,6 @@ from ..sources.shapes import draw
 from ..writing.image_writer import Sample
 
 FORMATS = ("jpg", "png", "webp")
-TASK_PICTURES = 32
-TASKS_PER_WORKER = 2
 _SUFFIXES = {"jpeg": "jpg"}  # of formats, where it is another word
 
 
@@ -71,40 +64,6 @@ class Fault(NamedTuple):
     kind: str
     name: str
     reason: str
-
-
-def work(pictures: Iterable[Picture], recoding: Recoding, workers: int) -> Iterator[Sample | Fault]:
-    """Samples of ``pictures`` in their order, the same for any number of ``workers``.
-
-    Args:
-        pictures: Read only as far as ``TASKS_PER_WORKER`` tasks a worker ahead of what has been returned.
-        recoding: How they are stored.
-        workers: Processes; with 0 or 1 the work is done in this one.
-
-    Raises:
-        UsageError: A worker died, as it does when the system runs out of memory.
-    """
-    if workers <= 1:
-        for picture in pictures:
-            yield sample_of(picture, recoding)
-        return
-    # Spawned, not forked: the parent may hold threads of torch, which do not survive a fork.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupts)
-    pending: deque[Future[list[Sample | Fault]]] = deque()
-    listed = iter(pictures)
-    try:
-        while task := list(itertools.islice(listed, TASK_PICTURES)):
-            pending.append(pool.submit(_work_on, task, recoding))
-            if len(pending) >= workers * TASKS_PER_WORKER:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool:
-        raise UsageError(
-            f"a process that prepares pictures died, perhaps for want of memory; try --workers below {workers}"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
@@ -199,68 +158,40 @@ def _read(path: Place) -> bytes:
         raise DecodeError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
-def _work_on(task: Sequence[Picture], recoding: Recoding) -> list[Sample | Fault]:
-    return [sample_of(picture, recoding) for picture in task]
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-
-
-LISTED = 3  # faults that the summary names
-ENOUGH = 1000  # pictures after which too many faults end the preparation early
+ENOUGH = 1000  # pictures after which too many corrupt ones end the preparation early
 
 
 class Faults:
-    """Pictures that could not be used: counted, the first of each kind remembered.
+    """Pictures that could not be used: counted, the first ones of each kind remembered.
 
     Args:
-        max_corrupt: Share that may be corrupt.
-        skip_without_caption: Whether pictures without a caption are left out rather than refused.
+        max_corrupt: Share of the pictures that may be corrupt.
+        skip_without_caption: Whether pictures without a caption are left out; otherwise they are refused.
     """
 
     def __init__(self, max_corrupt: float, skip_without_caption: bool) -> None:
-        self._max_corrupt, self._skip = max_corrupt, skip_without_caption
-        self._seen = 0
-        self._counts = {"corrupt": 0, "caption": 0}
-        self._first: dict[str, list[Fault]] = {"corrupt": [], "caption": []}
+        self._corrupt = CorruptImages(max_corrupt, ENOUGH)
+        self._bare = CorruptImages(float(skip_without_caption))
 
-    def count(self, seen: int, found: Sequence[Fault]) -> None:
-        """Take note of pictures, and of those among them that cannot be used.
+    def count(self, seen: int, found: Sequence[Fault], final: bool = False) -> None:
+        """Count pictures, and those among them that cannot be used.
 
         Raises:
             UsageError: One has no caption, or too many are corrupt.
         """
-        self._seen += seen
-        for fault in found:
-            if fault.kind == "caption" and not self._skip:
-                raise without_caption(fault)
-            self._counts[fault.kind] += 1
-            if len(self._first[fault.kind]) < LISTED:
-                self._first[fault.kind].append(fault)
-        if any(fault.kind == "corrupt" for fault in found):
-            self.check()
-
-    def check(self, final: bool = False) -> None:
-        """Raise where more are corrupt than may be; before the end only once that is sure enough."""
-        corrupt = self._counts["corrupt"]
-        if corrupt > self._max_corrupt * self._seen and (final or self._seen >= ENOUGH):
-            raise UsageError(
-                f"{corrupt} of {self._seen} pictures are corrupt, more than max_corrupt ({self._max_corrupt}) of them; "
-                f"the first: {_named(self._first['corrupt'][:1])}"
-            )
+        bare = [fault for fault in found if fault.kind == "caption"]
+        if bare and not self._bare.max_corrupt:
+            raise without_caption(bare[0])
+        self._bare.add(seen, [fault.name for fault in bare])
+        self._corrupt.add(seen, [f"{name} ({reason})" for kind, name, reason in found if kind == "corrupt"], final)
 
     def remarks(self) -> Iterator[str]:
-        """One line for each kind of fault that there was."""
-        for kind, what in (("corrupt", "corrupt pictures"), ("caption", "pictures without a caption")):
-            if self._counts[kind]:
-                yield f"{self._counts[kind]} {what} left out, the first: {_named(self._first[kind])}"
-
-
-def _named(faults: Sequence[Fault]) -> str:
-    return "; ".join(f"{fault.name} ({fault.reason})" for fault in faults)
+        """Yield one line for each kind of fault."""
+        for kind, what in ((self._corrupt, "corrupt pictures"), (self._bare, "pictures without a caption")):
+            if kind.count:
+                yield f"{kind.count} {what} left out, the first: {kind.named()}"
 
 
 def without_caption(fault: Fault) -> UsageError:
-    """That a picture needs a caption."""
+    """Return the error for a picture that has no caption."""
     return UsageError(f"{fault.name}: no caption; add one, or leave such pictures out: --skip_without_caption")

@@ -1,30 +1,23 @@
-"""Text to tokens in worker processes: in order, with a bounded number of tasks on their way."""
+"""Turn texts into tokens."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import signal
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ... import UsageError
 from ..sources.documents import Skipped, SourceFile, read
 
 TASK_CHARS = 2**20
-TASKS_PER_WORKER = 2  # one in work, one that waits, so that a worker never does
 
 
 class Text(NamedTuple):
-    """Part of a document, the number of the stream that it belongs to, and whether the document ends with it."""
+    """Part of a document, the number of the stream it belongs to, and whether it is the document's last part."""
 
     stream: int
     text: str
@@ -32,22 +25,22 @@ class Text(NamedTuple):
 
 
 def is_held_out(beginning: str, share: float) -> bool:
-    """Whether a document that begins so (its first piece) is for validation; it depends on nothing else."""
+    """Return whether a document with this beginning (its first piece) is for validation."""
     digest = hashlib.blake2b(beginning.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def texts(files: Iterable[SourceFile], text_field: str, held_out: float, skipped: Skipped) -> Iterator[Text]:
-    """The documents of files; stream 1 is that of documents that are held out, stream 0 that of all others.
+    """Yield the documents of files in pieces; stream 1 has the documents that are held out, stream 0 all others.
 
     Args:
-        files: From ``sources.expand``; what a file gives depends on none before it.
-        text_field: Field of JSON lines, column of Parquet files.
+        files: Files from ``expand``; what a file yields does not depend on those before it.
+        text_field: Field of JSON lines or column of Parquet files that has the text.
         held_out: Share of the documents that is held out.
-        skipped: Counts what is left out.
+        skipped: Counter of skipped documents.
 
     Raises:
-        UsageError: What is wrong with a file, and where.
+        UsageError: A file cannot be read; the message says why and where.
     """
     stream, begins = 0, True
     for file in files:
@@ -59,7 +52,7 @@ def texts(files: Iterable[SourceFile], text_field: str, held_out: float, skipped
 
 
 class Tokens(NamedTuple):
-    """Tokens for one stream, shape (n,), and the number of documents that end in them."""
+    """Tokens of one stream, shape (n,), and the number of documents that end in them."""
 
     stream: int
     tokens: NDArray[Any]
@@ -76,13 +69,13 @@ class Encoder:
 
     def __init__(self, tokenizer_json: str, end_token: int) -> None:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
-        self.tokenizer.no_truncation()  # a saved tokenizer may cut at the length of its model
+        self.tokenizer.no_truncation()  # a saved tokenizer may truncate at its model's length
         self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text, and ends no document
+        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text and does not end a document
         self.end_token = end_token
 
     def __call__(self, task: list[Text]) -> list[Tokens]:
-        """Encode ``task``: one result for each stream that it holds something for."""
+        """Encode ``task`` and return one result for each stream that it has texts of."""
         parts: dict[int, list[NDArray[Any]]] = {}
         documents: dict[int, int] = {}
         for text in task:
@@ -97,7 +90,7 @@ class Encoder:
 
 
 def tasks(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """Group texts into lists of about ``TASK_CHARS`` characters, which do not depend on who encodes them."""
+    """Group texts into lists of about ``TASK_CHARS`` characters, which bounds memory."""
     task: list[Text] = []
     size = 0
     for text in texts:
@@ -110,57 +103,20 @@ def tasks(texts: Iterable[Text]) -> Iterator[list[Text]]:
         yield task
 
 
-def encode(texts: Iterable[Text], tokenizer_json: str, end_token: int, workers: int) -> Iterator[Tokens]:
-    """Tokens of ``texts`` in their order, which is the same for any number of ``workers``.
+def encode(texts: Iterable[Text], tokenizer_json: str, end_token: int) -> Iterator[Tokens]:
+    """Yield the tokens of ``texts`` in their order.
 
     Args:
-        texts: Read only as far as ``TASKS_PER_WORKER`` tasks a worker ahead of what has been returned.
+        texts: Texts, read about ``TASK_CHARS`` characters ahead of what has been yielded.
         tokenizer_json: Contents of ``tokenizer.json``.
         end_token: Number of the end token.
-        workers: Processes; with 0 or 1 the work is done in this one.
-
-    Raises:
-        UsageError: A worker died, as it does when the system runs out of memory.
     """
-    if workers <= 1:
-        encoder = Encoder(tokenizer_json, end_token)
-        for task in tasks(texts):
-            yield from encoder(task)
-        return
-    # Spawned, not forked: the parent may hold threads of torch and tokenizers, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_json, end_token))
-    pending: deque[Future[list[Tokens]]] = deque()
-    try:
-        for task in tasks(texts):
-            pending.append(pool.submit(_encode_in_worker, task))
-            if len(pending) >= workers * TASKS_PER_WORKER:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool:
-        raise UsageError(
-            f"a tokenizing process died, perhaps for want of memory; try --workers below {workers}"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    encoder = _encoder(tokenizer_json, end_token)
+    for task in tasks(texts):
+        yield from encoder(task)
 
 
-_encoder: Encoder | None = None  # of this worker process
-
-
-def start_worker() -> None:
-    """To be called in processes that encode beside others."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
-
-
-def _start_worker(tokenizer_json: str, end_token: int) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    start_worker()
-    _encoder = Encoder(tokenizer_json, end_token)
-
-
-def _encode_in_worker(task: list[Text]) -> list[Tokens]:
-    assert _encoder is not None
-    return _encoder(task)
+@lru_cache(maxsize=1)
+def _encoder(tokenizer_json: str, end_token: int) -> Encoder:
+    """Keep the encoder between units: reading a large vocabulary takes seconds."""
+    return Encoder(tokenizer_json, end_token)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ... import UsageError
 from ...datamodules.storage.random_access import is_remote, join, local_path, read_whole
-from ...datamodules.storage.remote import shown
 from ...datamodules.storage.url import delete, find, refuse_unwritable, upload, write_object
 from ...files import write_atomically, writing
 
@@ -34,9 +33,9 @@ class Target:
     root: str
 
     @classmethod
-    def shared(cls, root: str | Path) -> Target:
-        """For processes whose working directory may be another."""
-        return cls(everywhere(str(root)))
+    def for_engine(cls, engine: str, root: str | Path) -> Target:
+        """Return the target of an engine; processes of a cluster may have another working directory."""
+        return cls(everywhere(str(root)) if engine == "ray" else str(root))
 
     def __post_init__(self) -> None:
         if self.is_remote:
@@ -142,16 +141,5 @@ class Target:
 
 
 def everywhere(path: str) -> str:
-    """A path that means the same in every working directory; a URL stays."""
+    """Return a path that means the same in every working directory; a URL stays as it is."""
     return path if is_remote(path) else str(local_path(path).absolute())
-
-
-def local_out(out: str | Path) -> Path:
-    """The folder that the local engine fills.
-
-    Raises:
-        UsageError: It is a URL.
-    """
-    if is_remote(str(out)):
-        raise UsageError(f"out {shown(str(out))} is a URL, which --engine ray writes to; expected a folder")
-    return local_path(str(out))

@@ -18,6 +18,9 @@ _UNFINISHED = rf"{re.escape(UNFINISHED)}/.+"  # of a preparation in units that w
 CORPUS_LAYOUT = re.compile(
     rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)?|tokenizer/{_TOKENIZER})|{_UNFINISHED}"
 )
+LATENT_LAYOUT = re.compile(
+    rf"latents-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|empty_text\.npy|index\.json)(\.\w+)?|{_UNFINISHED}"
+)
 IMAGE_LAYOUT = re.compile(
     rf"(train|val|unseen)/([^/]+-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)?)|{_UNFINISHED}"
 )

@@ -1,4 +1,4 @@
-"""One WebDataset tar while it is being written, with its sidecar of offsets."""
+"""Write one WebDataset tar and its sidecar of offsets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,10 @@ from ...files import writing
 
 
 class ShardFile:
-    """A tar that is hashed as it goes; nothing in it depends on who writes it or when.
+    """A tar that is hashed while it is written; its bytes do not depend on who writes it or when.
 
     Args:
-        path: The tar; its sidecar has the same name with the suffix ``.idx``.
+        path: Path of the tar; its sidecar has the same name with the suffix ``.idx``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,6 +35,16 @@ class ShardFile:
         # The bytes of webdataset's TarWriter with mtime 0, without its import of torch, which takes 0.5 GB.
         self._tar = tarfile.open(fileobj=cast(Any, self._file), mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Delete what has been written if the block failed."""
+        if kind is not None:
+            self.discard()
+
     def add(self, key: str, rows: NDArray[Any]) -> None:
         """Append the member ``<key>.npy`` with ``rows``, shape (n, sequence_length + 1)."""
         content = io.BytesIO()
@@ -44,9 +55,9 @@ class ShardFile:
         """Append a sample: a member ``<key>.<suffix>`` for each suffix, in their order.
 
         Args:
-            key: Without a dot, other than that of the sample before; webdataset splits names at the first dot.
+            key: Key without a dot, different from the previous sample's; webdataset splits names at the first dot.
             members: Contents by suffix.
-            rows: That the sample counts for.
+            rows: Number of rows that the sample counts for.
         """
         self._offsets.append(self._tar.offset)
         for suffix, content in members.items():
@@ -58,11 +69,11 @@ class ShardFile:
 
     @property
     def bytes(self) -> int:
-        """Written so far."""
+        """Return the number of bytes written so far."""
         return self._tar.offset
 
     def close(self) -> Shard:
-        """Finish the tar and write its sidecar; both are on the disk afterwards."""
+        """Finish the tar and write its sidecar; both are on disk afterwards."""
         end = self._tar.offset
         self._tar.close()
         size, sha256 = self._file.close()
@@ -95,7 +106,7 @@ class _HashingFile:
             return self._file.write(data)
 
     def close(self) -> tuple[int, str]:
-        """Size in bytes and SHA-256, once the file is on the disk."""
+        """Flush the file to disk and return its size in bytes and its SHA-256."""
         with writing(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -24,8 +24,8 @@ from PIL import Image
 from rewurst import UsageError
 from rewurst.datamodules.storage import remote
 from rewurst.modules.networks import SemanticCompressor
-from rewurst.preparation.cluster import image_units, text_units
-from rewurst.preparation.cluster import ray_tasks as engines
+from rewurst.preparation.engine import image_units, text_units
+from rewurst.preparation.engine import ray_tasks as engines
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.latents import prepare_latents
 from rewurst.preparation.text import prepare_text, train_tokenizer
@@ -82,7 +82,7 @@ def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_units, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(text_units, "RUN_BYTES", 1000)
     monkeypatch.setattr(image_units, "UNIT_PICTURES", 5)
 
 
@@ -188,8 +188,8 @@ def test_a_killed_preparation_goes_on(
     """The process that distributes the units is killed while one of them is in work: those that are done stay."""
     out = tmp_path / "ray"
     script = (
-        "import sys; from rewurst.preparation.cluster import text_units; from rewurst.preparation import text\n"
-        "text_units.UNIT_BYTES = 1000\n"
+        "import sys; from rewurst.preparation.engine import text_units; from rewurst.preparation import text\n"
+        "text_units.RUN_BYTES = 1000\n"
         f"text.prepare_text([sys.argv[1]], sys.argv[2], sys.argv[3], engine='ray', workers=1, **{TEXT!r})\n"
     )
     fifo = Fifo(texts / "4.jsonl")
@@ -202,12 +202,13 @@ def test_a_killed_preparation_goes_on(
     records = {path: path.stat().st_mtime_ns for path in (out / ".preparing" / "tokens").glob("*.json")}
     assert len(records) == 4, "one at a time, the fifth was in work"
     assert not list(out.glob("*/index.json"))
-    with pytest.raises(UsageError, match=r"was begun with sequence_length 16, not 8: give the same again to go on"):
+    with pytest.raises(UsageError, match=r"was started with sequence_length 16, not 8: give the same value to resume"):
         prepare_text([str(texts)], tokenizer, out, engine="ray", **{**TEXT, "sequence_length": 8})
     remove, seen = text_units.Target.remove, dict[Path, int]()
 
     def removing(self: text_units.Target, folder: str = "") -> None:
-        seen.update({path: path.stat().st_mtime_ns for path in records})
+        if not seen:
+            seen.update({path: path.stat().st_mtime_ns for path in records})
         remove(self, folder)
 
     monkeypatch.setattr(text_units.Target, "remove", removing)
@@ -349,7 +350,7 @@ def test_latents_are_those_of_the_local_engine_though_a_worker_is_killed(bucket:
     source, compressor = str(tmp_path / "shapes" / "val"), str(tmp_path / "compressor")
     asked: dict[str, Any] = {"samples_per_shard": 60, "batch_size": 4, "progress": False}
     done = threading.Event()
-    killing = threading.Thread(target=kill_at_work, args=("make_shard", tmp_path / "ray", done), daemon=True)
+    killing = threading.Thread(target=kill_at_work, args=("_do", tmp_path / "ray", done), daemon=True)
     killing.start()
     command = ["prepare", "latents", source, "--stage_b", compressor, "--image_size", "32", "--engine", "ray"]
     assert main([*command, "--samples_per_shard", "60", "--batch_size", "4", "--out", str(tmp_path / "ray")]) == 0

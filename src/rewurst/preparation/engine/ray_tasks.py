@@ -16,7 +16,6 @@ from typing import Any, Self, TypeVar
 
 from ... import UsageError
 
-ENGINES = ("local", "ray")
 RETRIES = 4
 """Times that a unit is tried again whose process or machine was lost."""
 KNOCK_SECONDS = 20.0
@@ -71,17 +70,17 @@ class Ray:
             self._ray.shutdown()
 
     def run(self, function: Callable[[Any, U], R], job: Any, units: Iterable[tuple[str, U]]) -> Iterator[tuple[str, R]]:
-        """``function(job, unit)`` of every unit, in processes of the cluster, as they are done.
+        """Yield the name and ``function(job, unit)`` of every unit, in the order in which they are done.
 
         A unit whose process was lost is done again, up to ``RETRIES`` times, perhaps while the lost one still works.
 
         Args:
-            function: Importable under its name on every machine.
-            job: What all units need.
-            units: With their names; read as far as there is room for them.
+            function: Function that can be imported by its name on every machine.
+            job: What all units share.
+            units: Names and units, read only as far as there is room for them.
 
         Raises:
-            UsageError: What a unit raised, or its process was lost each time.
+            UsageError: A unit raised it, or its process was lost each time.
         """
         task = self._ray.remote(function).options(
             num_cpus=self._cpus, num_gpus=self._gpus, max_retries=RETRIES, name=function.__name__
@@ -129,11 +128,3 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
-
-
-def check_engine(engine: str, ray_address: str | None = None) -> None:
-    """Raise where there is no such engine, or an address for one that has none."""
-    if engine not in ENGINES:
-        raise UsageError(f"engine is {engine!r}, expected {' or '.join(ENGINES)}")
-    if ray_address is not None and engine != "ray":
-        raise UsageError(f"ray_address is {ray_address!r}, which --engine ray is for; engine is {engine!r}")

@@ -1,18 +1,20 @@
-"""Captioned pictures to shards on a cluster, in two stages of units; together they do what ``prepare_images`` does.
+"""Turn captioned pictures into shards, in two stages of units.
 
 1. ``pictures``: a run of pictures becomes samples in a tar for each side, with their facts.
-2. ``shards``: once it is known how large each sample is, it is known which of them each shard holds.
+2. ``shards``: the sizes of all samples decide which of them each shard contains.
 
-The samples of a side are those of all pictures in their order, so that shards are those of the local engine, byte for
-byte.
+The samples of a side are those of all pictures in their order, so that the engine does not change a byte.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,24 +30,23 @@ from ..writing.destination import UNFINISHED, Target
 from ..writing.image_index import image_index
 from ..writing.image_writer import Sample, image_key, image_shard_name, is_full, no_picture
 from ..writing.shard_file import ShardFile
-from .ray_tasks import Ray
-from .resumable_units import Record, Stage, Unit, complete, digest_of, unit_bar
+from .resumable_units import Engine, Record, Stage, Unit, complete, digest_of, finish, progress_bar
 
-UNIT_PICTURES = 1024
+UNIT_PICTURES = 256
 
 
 @dataclass(frozen=True)
 class ImageJob:
-    """What all units need.
+    """What all units share.
 
     Args:
         target: Folder that is being filled.
-        name: Beginning of the shards' names.
+        name: Prefix of the shards' names.
         sides: ``train`` and others.
         held_out: Share of the pictures for ``val``.
         recoding: How pictures are stored.
-        samples_per_shard: By default shards have about 256 MiB.
-        skip_without_caption: Whether a picture without a caption is left out, or an error.
+        samples_per_shard: Samples in a shard (default: shards of about 256 MiB).
+        skip_without_caption: Whether a picture without a caption is left out; otherwise it is an error.
     """
 
     target: Target
@@ -57,7 +58,7 @@ class ImageJob:
     skip_without_caption: bool
 
     def plan(self) -> dict[str, Any]:
-        """What decides the bytes."""
+        """Return everything that decides the bytes."""
         asked = {"held_out": self.held_out, "samples_per_shard": self.samples_per_shard}
         return asked | asdict(self.recoding)
 
@@ -80,13 +81,13 @@ class ShardWork(NamedTuple):
 
 
 def gather(job: ImageJob, unit: Unit) -> Record:
-    """Samples of a run of pictures into a tar for each side; their facts and sizes, and which pictures cannot be used.
+    """Write the samples of a run of pictures into a tar for each side.
 
-    The record holds ``seen``, ``faults`` and for each side that has samples ``entry``, ``facts`` and ``ends``, the
-    offsets after each sample.
+    The record has ``seen``, ``faults`` (pictures that cannot be used) and, for each side that has samples, ``entry``,
+    ``facts`` and ``ends``, the offsets after each sample.
     """
     files, samples, faults = dict[str, ShardFile](), dict[str, list[Sample]](), list[Fault]()
-    with job.target.scratch() as scratch:
+    with job.target.scratch() as scratch, ExitStack() as stack:
         for picture in unit.work:
             result = sample_of(picture, job.recoding)
             if isinstance(result, Fault):
@@ -96,7 +97,8 @@ def gather(job: ImageJob, unit: Unit) -> Record:
                 continue
             side = side_of(result, job.held_out)
             if side not in files:
-                files[side], samples[side] = ShardFile(scratch / f"{unit.name}-{side}.tar"), []
+                files[side] = stack.enter_context(ShardFile(scratch / f"{unit.name}-{side}.tar"))
+                samples[side] = []
             files[side].add_members(image_key(files[side].samples), result.members)
             samples[side].append(result._replace(members={}))
         sides = {side: _publish(job, files[side], samples[side]) for side in files}
@@ -113,10 +115,10 @@ def _publish(job: ImageJob, file: ShardFile, samples: Sequence[Sample]) -> Recor
 
 
 def pack(job: ImageJob, unit: Unit) -> Record:
-    """A shard and its sidecar, from the samples of runs of pictures; its entry in the index."""
+    """Write a shard and its sidecar from the samples of runs of pictures; record its entry in the index."""
     work: ShardWork = unit.work
-    with job.target.scratch() as scratch:
-        file = ShardFile(scratch / image_shard_name(job.name, work.number))
+    name = image_shard_name(job.name, work.number)
+    with job.target.scratch() as scratch, ShardFile(scratch / name) as file:
         for number, members in enumerate(_members(job, work.spans), work.first):
             file.add_members(image_key(number), members)
         shard = file.close()
@@ -134,43 +136,44 @@ def _members(job: ImageJob, spans: Iterable[Span]) -> Iterator[dict[str, bytes]]
 
 
 def prepare_image_units(
-    listed: Listing, source: str, job: ImageJob, max_corrupt: float, ray: Ray, progress: bool
+    listed: Listing, source: str, job: ImageJob, max_corrupt: float, engine: Engine, progress: bool
 ) -> tuple[dict[str, tuple[int, int]], Faults]:
-    """Fill a folder that :func:`.resumable_units.begin` has begun.
+    """Fill a folder that :func:`.resumable_units.begin` has made.
 
     Args:
-        listed: The pictures in their order.
-        source: For the index.
-        job: What all units need.
+        listed: Pictures in their order.
+        source: Source to record in the index.
+        job: What all units share.
         max_corrupt: Share of the pictures that may be corrupt.
-        ray: Who does the units.
+        engine: Engine that runs the units.
         progress: Show progress bars on stderr.
 
     Returns:
         Samples and shards of each side, and the pictures that could not be used.
 
     Raises:
-        UsageError: A source that has changed, too many pictures that cannot be used, none for a side.
+        UsageError: A source has changed, too many pictures cannot be used, or a side has none.
     """
-    total = None if listed.total is None else -(-listed.total // UNIT_PICTURES)
     early, counted = (Faults(max_corrupt, job.skip_without_caption) for _ in range(2))
-    with unit_bar("images", total, progress) as bar:
-        stage = Stage(job.target, "pictures", gather, job)
-        records = complete(stage, _runs(listed.pictures), ray, bar, lambda record: _count(early, record))
+    stage = Stage(job.target, "pictures", gather, job)
+    with progress_bar("images", "pictures", listed.total, progress) as bar:
+        runs = _runs(listed.pictures)
+        found = complete(stage, runs, engine, bar, lambda done: done["seen"], lambda done: _count(early, done))
+    records = list(found.values())
     for record in records:
         _count(counted, record)
-    counted.check(final=True)
+    counted.count(0, [], final=True)
     shards = [unit for side in job.sides for unit in _shards(job, side, records)]
-    with unit_bar("packing", len(shards), progress) as bar:
-        packed = complete(Stage(job.target, "shards", pack, job), shards, ray, bar)
+    with progress_bar("packing", "shards", len(shards), progress) as bar:
+        packed = complete(Stage(job.target, "shards", pack, job), shards, engine, bar)
     counts = {}
     for side in reversed(job.sides):
-        entries = [Shard(**entry) for unit, entry in zip(shards, packed, strict=True) if unit.work.side == side]
+        entries = [Shard(**packed[unit.name]) for unit in shards if unit.work.side == side]
         facts = [_array(record["sides"][side]["facts"], FACTS_DTYPE) for record in records if side in record["sides"]]
         index = image_index(job.target.where(side), entries, facts, [source])
         job.target.write(f"{side}/{INDEX_FILE}", index.content())
         counts[side] = index.rows, len(entries)
-    job.target.remove(UNFINISHED)
+    finish(job.target, ("pictures", "shards"))
     return counts, counted
 
 
@@ -184,7 +187,22 @@ def _runs(pictures: Iterable[Picture]) -> Iterator[Unit]:
         run = list(itertools.islice(listed, UNIT_PICTURES))
         if not run:
             return
-        yield Unit(f"{number:06d}", digest_of([picture.name for picture in run]), run)
+        yield Unit(f"{number:06d}", digest_of([_identity(picture) for picture in run]), run)
+
+
+def _identity(picture: Picture) -> list[Any]:
+    """Return the name of a picture, and what changes when one of its files on this machine does."""
+    known: list[Any] = [picture.name]
+    for part in (picture.image, picture.caption, picture.values):
+        if isinstance(part, Path):
+            with suppress(OSError):  # a missing file is for the worker to report
+                status = part.stat()
+                known += [status.st_size, status.st_mtime_ns]
+        elif isinstance(part, bytes):
+            known.append(hashlib.sha256(part).hexdigest())
+        elif isinstance(part, str):
+            known.append(part)
+    return known
 
 
 def _shards(job: ImageJob, side: str, records: Sequence[Record]) -> Iterator[Unit]:
@@ -198,7 +216,7 @@ def _shards(job: ImageJob, side: str, records: Sequence[Record]) -> Iterator[Uni
 
 
 def _cut(parts: Iterable[tuple[dict[str, Any], str]], samples_per_shard: int | None) -> Iterator[list[Span]]:
-    """Spans of each shard, which is full when ``ImageWriter`` finds it full."""
+    """Yield the spans of each shard."""
     found, samples, size = list[Span](), 0, 0
     for entry, ends in parts:
         begin = 0

@@ -21,18 +21,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rewurst import UsageError
-from rewurst.datamodules.imaging.facts import Facts
 from rewurst.datamodules.storage import remote
 from rewurst.datamodules.storage.url import Url
-from rewurst.preparation.cluster.image_units import _cut, _text
-from rewurst.preparation.cluster.text_units import spans
+from rewurst.preparation.engine.image_units import _cut, _text
+from rewurst.preparation.engine.text_units import spans
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.sources.documents import Skipped, expand, identity, read
 from rewurst.preparation.text import prepare_text, train_tokenizer
 from rewurst.preparation.writing import image_writer
 from rewurst.preparation.writing.destination import Target
-from rewurst.preparation.writing.image_writer import ImageWriter, Sample
 from rewurst.preparation.writing.row_layout import MemberBuffer, RowLayout
+from rewurst.preparation.writing.shard_file import ShardFile
 from rewurst.train import main
 
 
@@ -83,7 +82,7 @@ def test_spans_are_what_a_slice_of_the_whole_stream_holds(counts: list[int], dat
     if begin == end:
         return
     found = spans([f"run {run}" for run in range(len(counts))], np.array(counts), begin, end)
-    assert [(span.unit, i) for span in found for i in range(span.begin, span.end)] == stream[begin:end]
+    assert [(span.part, i) for span in found for i in range(span.begin, span.end)] == stream[begin:end]
     assert all(span.begin < span.end for span in found)
 
 
@@ -112,19 +111,24 @@ def test_each_shard_by_itself_has_the_rows_of_one_pass(
 
 
 @pytest.mark.parametrize("limit", [None, 1, 3])
-def test_shards_of_pictures_are_cut_where_the_writer_cuts_them(
+def test_shards_of_pictures_are_cut_by_the_bytes_that_a_tar_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
     monkeypatch.setattr(image_writer, "SHARD_BYTES", 9000)
     sizes = np.random.default_rng(0).integers(1, 5000, 40)
-    writer = ImageWriter(tmp_path / "out", "a", limit, "x")
-    for size in sizes:
-        writer.append(Sample({"png": bytes(size)}, Facts(1, 1, caption_length=1), 0.0, None))
-    writer.close()
+    expected, file = list[int](), ShardFile(tmp_path / "0.tar")
+    for number, size in enumerate(sizes):
+        file.add_members(str(number), {"png": bytes(size)})
+        if file.samples == limit or (limit is None and file.bytes >= 9000):
+            expected.append(file.close().samples)
+            file = ShardFile(tmp_path / f"{len(expected)}.tar")
+    if file.samples:
+        expected.append(file.samples)
+    file.discard()
     stored = 512 + -(-sizes // 512) * 512  # header and padded content
     parts = [({"name": str(i)}, _text(np.cumsum(stored[i : i + 7]).astype("<u8"))) for i in range(0, 40, 7)]
     found = [sum(span.end - span.begin for span in shard) for shard in _cut(parts, limit)]
-    assert found == [shard.samples for shard in writer.shards]
+    assert found == expected
 
 
 def test_text_on_a_server_reads_as_on_the_disk(loopback: Any, tmp_path: Path) -> None:
@@ -242,9 +246,18 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_local_engine_writes_to_a_disk(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*arguments, "--out", "s3://bucket/out"]) == 2
-    assert "out s3://bucket/out is a URL, which --engine ray writes to; expected a folder" in capsys.readouterr().err
+@pytest.mark.filterwarnings("ignore:.*tells neither ETag nor Last-Modified")
+def test_the_local_engine_writes_to_a_url_too(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_file_systems", {})
+    options = ["--sequence_length", "8"]
+    assert main([*arguments, "--out", "memory://local/out", *options]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "out"), *options]) == 0
+    there, here = Target("memory://local/out"), Target(str(tmp_path / "out"))
+    assert {name: there.read(name) for name in there.names()} == {name: here.read(name) for name in here.names()}
+    assert "train/index.json" in here.names()
+    fsspec.filesystem("memory").rm("/local", recursive=True)
 
 
 def test_the_folder_of_an_unfinished_preparation_may_be_overwritten(arguments: list[str], tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""Preparation in resumable units, on many machines."""
