@@ -275,3 +275,13 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     client.close()
     remote._file_systems.clear()
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[Any]:
+    """Starts command lines in processes that have imported everything already."""
+    from fork_server import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fork_server import ForkServer, Process
 
-ROOT = Path(__file__).parent.parent
-STEPS, DEADLINE_SECONDS = 120, 120
+STEPS, DEADLINE_SECONDS = 60, 120
 
 LOG = """
 import os
@@ -42,6 +40,7 @@ class Log(Callback):
 """
 
 Parts = dict[str, Any]
+Start = Callable[..., Process]
 
 
 def language_model(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
@@ -143,13 +142,13 @@ def part(class_path: str, /, **arguments: Any) -> Parts:
 
 @pytest.fixture
 def start(
-    request: pytest.FixtureRequest, write_corpus: Callable[..., str], tmp_path: Path
-) -> Callable[..., subprocess.Popen[bytes]]:
+    request: pytest.FixtureRequest, write_corpus: Callable[..., str], tmp_path: Path, fork_server: ForkServer
+) -> Start:
     """Starts a run with replay, accumulation and frequent checkpoints and validations."""
     (tmp_path / "kill_log.py").write_text(LOG)
     parts = KINDS[getattr(request, "param", "language model")](write_corpus, tmp_path)
 
-    def begin(name: str, workers: int) -> subprocess.Popen[bytes]:
+    def begin(name: str, workers: int) -> Process:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         data = parts["data"]["init_args"] | {"micro_batch_size": 4, "global_batch_size": 8, "num_workers": workers}
@@ -176,10 +175,8 @@ def start(
             },
         }  # fmt: skip
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(folder / "config.yaml")]
-        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        with (folder / "said.txt").open("ab") as said:
-            return subprocess.Popen(command, stdout=said, stderr=said, env={**environment, "OMP_NUM_THREADS": "1"})
+        command = ["fit", "--config", str(folder / "config.yaml")]
+        return fork_server.start(command, folder / "said.txt", {"PYTHONPATH": str(tmp_path)})
 
     return begin
 
@@ -189,7 +186,7 @@ def lines(folder: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> bool:
+def kill_when(process: Process, reached: Callable[[], bool]) -> bool:
     """Kills the process as soon as something has happened; whether it was still running then."""
     for _ in range(DEADLINE_SECONDS * 500):
         if reached():
@@ -203,7 +200,7 @@ def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> 
     raise AssertionError("the run neither ended nor came to where it was to be killed")
 
 
-def survive(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, kills: int, seed: int) -> None:
+def survive(start: Start, tmp_path: Path, kills: int, seed: int) -> None:
     reference = start("whole", workers=0)
     assert reference.wait(timeout=DEADLINE_SECONDS) == 0, (tmp_path / "whole/said.txt").read_text()[-2000:]
     whole = lines(tmp_path / "whole")
@@ -245,17 +242,13 @@ def first_step_since(folder: Path, seen: int) -> int | None:
     return (int(since[0].split()[1])) // 2 if since else None
 
 
-def test_killed_three_times(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    survive(start, tmp_path, kills=3, seed=0)
-
-
-@pytest.mark.parametrize("start", ["stage A", "stage B", "stage C"], indirect=True)
-def test_stages_killed(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", KINDS, indirect=True)
+def test_killed_at_any_moment_and_within_a_save(start: Start, tmp_path: Path) -> None:
     survive(start, tmp_path, kills=2, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", KINDS, indirect=True)
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_twenty_times(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, seed: int) -> None:
+def test_killed_twenty_times(start: Start, tmp_path: Path, seed: int) -> None:
     survive(start, tmp_path, kills=5, seed=seed + 1)
