@@ -28,14 +28,14 @@ UNIT = (
     r"corpus|latent|stage|layer|block|prompt|core|rank|shard|element|file|run|line|CPU-second)"
 )
 PHRASES = {  # a pattern and what to write instead
-    rf"\b{AMOUNT} an? {UNIT}\b": "per",
-    r"(?<!here )\b(?:is|are|was|were|be) no (?!longer\b|more\b|less\b)": "is not a",
-    r"\b(?:go|goes|going|went|gone) on\b(?! top)": "continue, or resume",
-    r"\b(?:begin|begins|begun|beginning|start|starts) anew\b": "start from the beginning",
+    rf"\b{AMOUNT}\s+an?\s+{UNIT}\b": "per",
+    r"(?<!here\s)\b(?:is|are|was|were|be)\s+no\b(?!\s+(?:longer|more|less)\b)": "is not a",
+    r"\b(?:go|goes|going|went|gone)\s+on\b(?!\s+top)": "continue, or resume",
+    r"\b(?:begin|begins|begun|beginning|start|starts)\s+anew\b": "start from the beginning",
     r"\bbeside\b": "next to, or besides",
-    r"\b(?:lies|lie|lay) (?:in|there|under|below|apart)\b": "is in, or is stored in",
-    r"\bwould do no\b": "has no ... left",
-    r"\bto be had\b": "available",
+    r"\b(?:lies|lie|lay)\s+(?:in|there|under|below|apart)\b": "is in, or is stored in",
+    r"\bwould\s+do\s+no\b": "has no ... left",
+    r"\bto\s+be\s+had\b": "available",
 }
 RIDDLE = re.compile(r"(?:Of|What|Whose|Who|Whom|Which|That|Nothing)\b")
 
@@ -50,11 +50,13 @@ def findings(name: str, text: str) -> Iterator[tuple[int, str, str]]:
         name: File name; docstrings are read from ``.py`` files.
         text: Content of the file.
     """
-    for number, line in enumerate(text.splitlines(), 1):
-        for pattern, better in PHRASES.items():
-            for match in re.finditer(pattern, line):
-                if not any(allowed in line and match.group() in allowed for allowed in ALLOWED):
-                    yield number, match.group(), f"write {better!r}"
+    prose = re.sub(r"^[ \t]*#", lambda mark: " " * len(mark.group()), text, flags=re.MULTILINE)  # comments wrap, too
+    for pattern, better in PHRASES.items():
+        for match in re.finditer(pattern, prose):
+            context = " ".join(prose[max(0, match.start() - 80) : match.end() + 80].split())
+            phrase = " ".join(match.group().split())
+            if not any(phrase in allowed and allowed in context for allowed in ALLOWED):
+                yield prose.count("\n", 0, match.start()) + 1, phrase, f"write {better!r}"
     if not name.endswith(".py"):
         return
     for node in ast.walk(ast.parse(text)):

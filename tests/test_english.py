@@ -21,7 +21,7 @@ def check_english(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("It is no Lightning checkpoint.", "is no "),
+        ("It is no Lightning checkpoint.", "is no"),
         ("about 932 tokens a second", "tokens a second"),
         ("The loss is 4.5 nats a token.", "nats a token"),
         ("2.03 bytes a parameter", "bytes a parameter"),
@@ -31,6 +31,7 @@ def check_english(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("--overwrite begins anew", "begins anew"),
         ("an index beside the shards", "beside"),
         ("the file lies in a folder", "lies in"),
+        ("    # The same command goes\n    # on.", "goes on"),
     ],
 )
 def test_finds_a_bad_phrase(check_english: ModuleType, text: str, found: str) -> None:
@@ -57,6 +58,12 @@ def test_finds_a_docstring_that_is_a_riddle(check_english: ModuleType, start: st
 )
 def test_leaves_good_english_alone(check_english: ModuleType, text: str) -> None:
     assert not list(check_english.findings("page.md", text))
+
+
+def test_leaves_an_allowed_text_alone(check_english: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_english, "ALLOWED", {"what is going on": "an idiom"})
+    assert not list(check_english.findings("page.md", "Nobody knows what is going\non here."))
+    assert list(check_english.findings("page.md", "The run is going on."))
 
 
 def test_fails_on_a_bad_line_and_passes_here(
