@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-# A stamp, so that it runs once and again only when what is to be installed has changed.
+# The stamp makes it run only once, and again when the requirements have changed.
 $(STAMP): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "rewurst needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
@@ -29,11 +29,12 @@ soak: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python docs/check_english.py
 
 types: $(STAMP)
 	$(BIN)/mypy
 
-# The site, into build/site; a link that leads nowhere is an error.
+# Build the site into build/site; a broken link is an error.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -48,7 +49,7 @@ bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/lm.py --suite gpu --out benchmarks/results/lm-gpu.json
 	$(BIN)/python benchmarks/wuerstchen.py --suite released --device cuda --dtype bfloat16 --out benchmarks/results/wuerstchen-gpu.json
 
-# The papers' experiments at the smallest scale, three seeds and one; stopped or killed, the same command goes on.
+# The papers' experiments at the smallest scale, three seeds and one; stopped or killed, the same command resumes.
 reproduce: $(STAMP)
 	$(BIN)/rewurst reproduce continual --out runs/reproduce --scale tiny --seeds 3
 	$(BIN)/rewurst reproduce wuerstchen --out runs/reproduce_wuerstchen

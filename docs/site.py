@@ -1,7 +1,7 @@
-"""What the site has beside the files of this folder: its navigation, the API pages, the home page from the README.
+"""Build the parts of the site that are not files of this folder: navigation, API pages, the home page from README.
 
-1. ``on_config`` lists every page: what is put into docs/ or docs/reports/ is in the navigation without being named.
-2. ``on_files`` makes a page of each public name from its docstring, and of the Markdown files outside of docs/.
+1. ``on_config`` lists every page: a new file in docs/, docs/reports/ or docs/notes/ appears in the navigation.
+2. ``on_files`` makes a page from each public name's docstring, and from the Markdown files outside of docs/.
 3. ``on_page_markdown`` turns links that leave docs/ into links to those pages, or into plain names of files.
 4. ``on_page_content`` turns references of docstrings (:class:`...`) into names.
 """
@@ -32,7 +32,7 @@ REFERENCE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>~?([\w.]+)</co
 
 
 def public_names(package: str) -> dict[str, str]:
-    """Public names of a package and where each is defined, read without importing anything."""
+    """Return the public names of a package and where each is defined, without importing anything."""
     init = ROOT / package.replace(".", "/") / "__init__.py"
     tree = ast.parse(init.read_text(encoding="utf8"))
     defined: dict[str, str] = {}
@@ -46,7 +46,7 @@ def public_names(package: str) -> dict[str, str]:
 
 
 def api_pages() -> dict[str, str]:
-    """Markdown of the API pages by path: one for each callback, one for each other package."""
+    """Return the Markdown of the API pages by path: one for each callback, one for each other package."""
     pages: dict[str, str] = {}
     for package in API:
         names = public_names(package)
@@ -64,17 +64,18 @@ def api_pages() -> dict[str, str]:
 
 
 def outside_pages() -> dict[str, str]:
-    """Path in the site of each file outside of docs/ that has a page."""
+    """Return the path in the site of each file outside of docs/ that has a page."""
     return {source: page for source, page in OUTSIDE.items() if (ROOT / source).is_file()}
 
 
 def on_config(config: Any) -> Any:
-    """Makes the navigation."""
+    """Set the navigation."""
     docs = ROOT / "docs"
     guides = sorted(path.stem for path in docs.glob("*.md"))
     ordered = [name for name in GUIDES if name in guides] + [name for name in guides if name not in GUIDES]
     tutorials = sorted(path.relative_to(docs).as_posix() for path in (docs / "tutorials").glob("*.md"))
     reports = sorted(path.relative_to(docs).as_posix() for path in (docs / "reports").rglob("*.md"))
+    notes = sorted(path.relative_to(docs).as_posix() for path in (docs / "notes").glob("*.md"))
     api = sorted(api_pages())
     of_callbacks = [page for page in api if page.startswith("api/callbacks/")]
     config.nav = [
@@ -82,6 +83,7 @@ def on_config(config: Any) -> Any:
         {"Tutorials": tutorials},
         {"Guides": [f"{name}.md" for name in ordered]},
         *([{"Reports": reports}] if reports else []),
+        *([{"Notes": notes}] if notes else []),
         {"API": [{"Callbacks": of_callbacks}, *(page for page in api if page not in of_callbacks)]},
         {"Project": [page for source, page in outside_pages().items() if source != "README.md"]},
     ]
@@ -89,7 +91,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages that are made."""
+    """Add the generated pages."""
     made = {page: (ROOT / source).read_text(encoding="utf8") for source, page in outside_pages().items()}
     for path, content in (made | api_pages()).items():
         files.append(File.generated(config, path, content=content))
@@ -97,7 +99,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrites links that leave docs/, seen from where the page's text comes from."""
+    """Rewrite links that leave docs/, as seen from the file that the page's text comes from."""
     here = page.file.src_uri
     source = next((source for source, made in outside_pages().items() if made == here), f"docs/{here}")
 
@@ -117,7 +119,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turns Sphinx's references into names, and its ``Example::`` into text."""
+    """Turn Sphinx's references into names, and its ``Example::`` into text."""
 
     def name(match: re.Match[str]) -> str:
         return f"<code>{html.escape(match.group(1).rpartition('.')[2])}</code>"

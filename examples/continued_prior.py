@@ -1,4 +1,4 @@
-"""A prior that keeps learning: the demo's Stage C goes on with other shapes in other colours, and what that costs.
+"""Continue the demo's Stage C on other shapes in other colors, and measure what it forgets.
 
 Four runs begin with the demo's Stage C and learn the new pictures as configs/wuerstchen/continue_c.yaml says:
 re-warmed without replay, with 5 and with 25 % of what they read being old pictures, and at a constant low learning
@@ -46,7 +46,7 @@ Accuracy = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """A way to go on: its name, the share of old pictures, and whether the learning rate is re-warmed."""
+    """One way to continue: its name, the share of old pictures, and whether the learning rate is re-warmed."""
 
     name: str
     title: str
@@ -64,7 +64,7 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a run logged: (steps since the start, loss) on old and new pictures, the start included."""
+    """Logged values of a run: (steps since the start, loss) on old and new pictures, including the start."""
 
     run: Run
     losses: dict[str, Curve]
@@ -118,7 +118,7 @@ def captions_cut(tokenizer: Path) -> float:
 
 
 def fit(run: Run, steps: int) -> None:
-    """Trains a run by a config of its own, which lies beside what it logs."""
+    """Train a run with its own config, which is written next to its logs."""
     path = OUT / run.name / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config_of(run, steps), sort_keys=False), encoding="utf8")

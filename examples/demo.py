@@ -1,13 +1,13 @@
-"""Both halves on this machine: learn prose, then code, with and without replay; and pictures from text, stage by stage.
+"""Run both halves on this machine: learn prose, then code, with and without replay; then pictures from text.
 
-Every step is a command that can be typed (they are printed as they run). What is there already is not done again, so
-that a run that was stopped goes on.
+Every step is a command that you can type; it is printed when it runs. Finished steps are not repeated, so a stopped
+demo resumes.
 
     python examples/demo.py                       # three language-model runs, then Stages A, B and C (pictures.py)
     python examples/demo.py --only continual      # one half; or --only wuerstchen
     python examples/demo.py --runs all            # and replay of 1, 10, 25 and 50 %
 
-Reports are written under runs/demo; the stages' runs and data lie where their configs say.
+Reports are written under runs/demo; the stages' runs and data are where their configs say.
 """
 
 from __future__ import annotations

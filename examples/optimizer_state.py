@@ -1,4 +1,4 @@
-"""One checkpoint, three ways on: resumed, re-warmed with the optimizer's state kept, and re-warmed with a fresh one.
+"""Continue one checkpoint in three ways: resumed, re-warmed with the optimizer's state, re-warmed with a fresh one.
 
 Uses the data that ``make demo`` prepared; writes docs/rewarming.png and prints the losses. By hand, in Python, what the
 YAML of the demo says: ``python examples/optimizer_state.py``.
@@ -92,7 +92,7 @@ def draw(runs: dict[str, Curves], out: Path) -> None:
         joined = run.val if run is begin else {max(begin.val): begin.val[max(begin.val)], **run.val}
         for panel, curve in zip(panels, (run.rates, run.train, joined), strict=True):
             panel.plot(list(curve), list(curve.values()), color=colour, label=name, linewidth=1.2)
-    for panel, label in zip(panels, ("learning rate", "training loss (nats a token)", "held-out loss"), strict=True):
+    for panel, label in zip(panels, ("learning rate", "training loss (nats per token)", "held-out loss"), strict=True):
         panel.set(xlabel="step", ylabel=label)
         panel.grid(alpha=0.3)
     panels[1].set(xlim=(230, 300), ylim=(3.9, 4.8), title="around the restore")

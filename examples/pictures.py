@@ -95,7 +95,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def prepare(command: Command) -> None:
-    """Drawn pictures of both families, and a tokenizer of their captions: Stage C may go on with the second."""
+    """Prepare drawn pictures of both families and a tokenizer of their captions; Stage C may continue on the second."""
     for source, folder in (("builtin:shapes", DATA), ("builtin:shapes-new", NEW_DATA)):
         if not all((folder / side / "index.json").exists() for side in ("train", "val", "unseen")):
             command("prepare", "images", source, "--out", str(folder), "--overwrite")
@@ -106,7 +106,7 @@ def prepare(command: Command) -> None:
 
 
 def latents(command: Command) -> None:
-    """What the compressor makes of every picture, once."""
+    """Write the compressor's embedding of every picture, once."""
     for side in ("train", "val", "unseen"):
         options = ["--stage_b", str(checkpoint("b")), "--image_size", str(SIDE), "--out", str(DATA / "latents" / side)]
         command("prepare", "latents", str(DATA / side), *options)

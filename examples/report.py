@@ -19,7 +19,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Result:
-    """What one run logged: (tokens seen, loss) of each corpus, and the replay share asked for and read."""
+    """Logged values of one run: (tokens seen, loss) per corpus, and the replay share asked for and read."""
 
     name: str
     title: str
@@ -89,7 +89,7 @@ def _draw(results: list[Result], figure: Path) -> None:
             curve = result.losses[corpus] if result is start else [start.losses[corpus][-1], *result.losses[corpus]]
             panel.plot([x / 1e6 for x, _ in curve], [y for _, y in curve], "o-", color=colour, label=result.title)
         panel.axvline(start.tokens / 1e6, color="grey", linewidth=0.8, linestyle=":")
-        panel.set(title=f"held-out {corpus}", xlabel="tokens seen (millions)", ylabel="loss (nats a token)")
+        panel.set(title=f"held-out {corpus}", xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
         panel.grid(alpha=0.3)
     panels[-1].legend()
     canvas.savefig(figure, dpi=110)
@@ -101,8 +101,8 @@ def _markdown(results: list[Result], samples: dict[str, str], prompt: str, figur
     lines = [
         "# Continual pre-training: prose, then code",
         "",
-        "Losses in nats a token on held-out documents. The old corpus is prose, the new one code; every run after the",
-        "first begins with its weights, re-warms the learning rate and trains on the same number of tokens.",
+        "Losses in nats per token on held-out documents. The old corpus is prose, the new one is code. Every run after",
+        "the first starts with its weights, re-warms the learning rate and trains on the same number of tokens.",
         f"The whole took {seconds:.0f} s.",
         "",
         "| run | prose | code | average | prose against the start | replay read |",

@@ -1,7 +1,7 @@
-"""Re-warm a checkpoint of your own project: somebody's module, somebody's checkpoint, three lines of rewurst.
+"""Re-warm a checkpoint of your own project: your module, your checkpoint, three lines of rewurst.
 
-The module has a CosineAnnealingLR of its own, which ran to its end. Restored as it is, it would go on at a learning
-rate of nothing. With ``LRRewarming`` it is re-warmed for the new data: run ``python examples/rewarm_your_own.py``.
+The module has its own CosineAnnealingLR, which ran to its end. Restored as it is, the run would continue at a learning
+rate of 0. ``LRRewarming`` re-warms it for the new data: run ``python examples/rewarm_your_own.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rewurst.callbacks import LRRewarming, WarmupCosine  # 1
 
 
 class Regression(LightningModule):
-    """Nothing in here knows rewurst."""
+    """A module that does not use rewurst."""
 
     def __init__(self, own_schedule: bool) -> None:
         super().__init__()

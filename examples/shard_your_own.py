@@ -1,6 +1,6 @@
 """Shard a module of your own project over processes: one line, and nothing of it in the module.
 
-Two processes train a transformer of PyTorch's own layers, save folders of shards, and go on from one of them:
+Two processes train a transformer of PyTorch's own layers, save folders of shards, and resume from one of them:
 run ``python examples/shard_your_own.py``.
 """
 

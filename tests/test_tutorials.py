@@ -1,20 +1,12 @@
-"""The tutorials' commands, files and Python, one after another, on little data and few steps."""
+"""The tutorials' commands, files and Python run one after another, on little data and for few steps."""
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
-import yaml
-
-from rewurst.train import main
-
-ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r'^```(bash|yaml|python)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-Changes = list[tuple[str, str]]
+from documentation import ROOT, Changes, run_blocks, write_small_recipes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",
@@ -26,26 +18,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def run(tutorial: str, changes: Changes) -> list[str]:
-    """Does what a tutorial says in the working directory, and returns the commands that were run."""
-    text = (ROOT / "docs" / "tutorials" / tutorial).read_text(encoding="utf8")
-    for what, small in changes:
-        assert what in text, f"{what!r} is to be made small and is not there"
-        text = text.replace(what, small)
-    commands = []
-    for language, title, body in BLOCK.findall(text):
-        if language == "yaml":
-            assert title, "a config in a tutorial says which file it is"
-            yaml.safe_load(body)
-            Path(title).write_text(body, encoding="utf8")
-        elif language == "python":
-            exec(compile(body, tutorial, "exec"), {"__name__": "tutorial"})
-        else:
-            for line in body.splitlines():
-                program, *arguments = shlex.split(line, comments=True)
-                assert program == "rewurst"
-                assert main(arguments) == 0, line
-                commands.append(line)
-    return commands
+    """Run a tutorial in the working directory and return its commands."""
+    return run_blocks((ROOT / "docs" / "tutorials" / tutorial).read_text(encoding="utf8"), changes)
 
 
 @pytest.fixture(autouse=True)
@@ -86,26 +60,8 @@ def test_continual(tmp_path: Path) -> None:
         }
 
 
-def small_recipe(stage: str) -> str:
-    """A recipe of drawn shapes with few steps, samples and channels."""
-    content = yaml.safe_load((ROOT / "configs" / "wuerstchen" / "shapes" / f"{stage}.yaml").read_text(encoding="utf8"))
-    content["model"]["init_args"] |= {
-        "stage_a": {"vqgan": {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 16}},
-        "stage_b": {"sampling_steps": 2},
-        "stage_c": {"sampling_steps": 2, "stage_b_steps": 2},
-    }[stage]
-    content["data"]["init_args"] |= {"micro_batch_size": 4, "global_batch_size": 4}
-    content["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1, "log_every_n_steps": 1}
-    arguments = {callback["class_path"]: callback.get("init_args") for callback in content["trainer"]["callbacks"]}
-    arguments["LogSamples"]["samples"] = 1
-    return yaml.safe_dump(content)
-
-
 def test_wuerstchen() -> None:
-    recipes = Path("configs/wuerstchen/shapes")
-    recipes.mkdir(parents=True)
-    for stage in ("stage_a", "stage_b", "stage_c"):
-        (recipes / f"{stage}.yaml").write_text(small_recipe(stage))
+    write_small_recipes("shapes")
     changes = [
         ("builtin:shapes --out", "builtin:shapes --pictures 1 --out"),
         ("--prior_steps 25", "--prior_steps 2 --steps 2"),
