@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fork_server import ForkServer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -387,7 +385,9 @@ Path(f"{settings['out']}-{trainer.global_rank}.json").write_text(json.dumps([mod
 """
 
 
-def test_global_batches_survive_other_numbers_of_processes(write_corpus: Callable[..., str], tmp_path: Path) -> None:
+def test_global_batches_survive_other_numbers_of_processes(
+    fork_server: ForkServer, write_corpus: Callable[..., str], tmp_path: Path
+) -> None:
     """1 -> 2 -> 1 processes, other micro-batches and workers, stopped within a global batch too."""
     folders = {name: write_corpus(name, 21 + 9 * seed, seed) for seed, name in enumerate(("prose", "code"))}
     (tmp_path / "world.py").write_text(WORLD)
@@ -396,10 +396,7 @@ def test_global_batches_survive_other_numbers_of_processes(write_corpus: Callabl
         settings = {**folders, "devices": devices, "micro": micro, "stop": stop, "workers": workers, "load": load}
         settings |= {"out": str(tmp_path / name), "save": str(tmp_path / f"{name}.ckpt")}
         (tmp_path / f"{name}.json").write_text(json.dumps(settings))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, str(tmp_path / "world.py"), str(tmp_path / f"{name}.json")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+        fork_server.run_script(tmp_path / "world.py", str(tmp_path / f"{name}.json"), processes=devices)
         batches: dict[int, list[list[int]]] = {}
         for rank in range(devices):
             read, total = json.loads((tmp_path / f"{name}-{rank}.json").read_text())

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkServer
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from stage_runs import column, fit_six_steps, trainer
@@ -329,7 +327,7 @@ if trainer.is_global_zero:
 """
 
 
-def test_two_processes_train_and_validate_as_one(stage_a_folder: str, tmp_path: Path) -> None:
+def test_two_processes_train_and_validate_as_one(fork_server: ForkServer, stage_a_folder: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     conftest = Path(__file__).parents[1] / "conftest.py"
     results = []
@@ -339,10 +337,7 @@ def test_two_processes_train_and_validate_as_one(stage_a_folder: str, tmp_path: 
         model = {**SMALL, "stage_a": stage_a_folder, "sampled_batches": 9}
         settings = {"conftest": str(conftest), "model": model, "devices": devices, "folder": str(folder)}
         (folder / "settings.json").write_text(json.dumps(settings))
-        command = [sys.executable, str(tmp_path / "script.py"), str(folder / "settings.json")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+        fork_server.run_script(tmp_path / "script.py", str(folder / "settings.json"), processes=devices)
         results.append(json.loads((folder / "result.json").read_text()))
         assert len(list((folder / "samples").glob("*.png"))) == 2
     (metrics, weights), (metrics_of_two, weights_of_two) = results

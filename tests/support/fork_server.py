@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.002
+DEADLINE_SECONDS = 300
 
 
 class Process:
@@ -76,7 +79,10 @@ class ForkServer:
     def start(
         self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> Process:
-        """Start ``rewurst`` with these arguments, its output appended to a file, in a session of its own."""
+        """Start ``rewurst``, or a Python file, with arguments; its output is appended to a file.
+
+        It gets a session of its own, as processes that are killed with their group want it.
+        """
         request = {"command": list(command), "log": str(log), "env": dict(environment or {}), "cwd": str(cwd or Path())}
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
@@ -84,6 +90,26 @@ class ForkServer:
         while not self._started:
             self.collect(1.0)
         return Process(self, self._started.pop(0))
+
+    def run_script(self, script: Path, *arguments: str, processes: int = 1) -> str:
+        """Run a Python file in processes that know each other as ranks, and return what they printed.
+
+        Raises:
+            AssertionError: One of them failed.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        log = script.with_name(f"{script.stem}-{port}.txt")
+        ranks = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+        running = []
+        for rank in range(processes):
+            own = ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            running.append(self.start([str(script), *arguments], log, {"GLOO_SOCKET_IFNAME": "lo", **own}))
+        statuses = [process.wait(DEADLINE_SECONDS) for process in running]
+        printed = log.read_text(errors="replace")
+        assert statuses == [0] * processes, printed[-3000:]
+        return printed
 
     def collect(self, seconds: float = 0.0) -> None:
         """Take in what the server has reported, waiting at most so long for it."""
@@ -157,10 +183,15 @@ def _child(request: dict[str, Any]) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     for descriptor, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, descriptor)
-    from rewurst.train import main
-
-    sys.argv = ["rewurst", *request["command"]]
+    script, *arguments = request["command"]
     try:
+        if script.endswith(".py"):
+            sys.argv = [script, *arguments]
+            runpy.run_path(script, run_name="__main__")
+            return 0
+        from rewurst.train import main
+
+        sys.argv = ["rewurst", *request["command"]]
         return main(request["command"])
     except BaseException as error:
         import traceback
