@@ -1,6 +1,6 @@
-"""Bytes of an image file to upright RGB pixels, safely: nothing is decoded whose header says too much.
+"""Decode the bytes of an image file to upright RGB pixels, safely: nothing is decoded whose header says too much.
 
-1. The header is read by ``image_header`` and checked against ``max_pixels``; only then is memory taken, and a decoder
+1. The header is read by ``header`` and checked against ``max_pixels``; only then is memory taken, and a decoder
    that finds another size than the header's is stopped before it decodes.
 2. JPEGs that are wanted much smaller are decoded at a half, a quarter or an eighth of their size, by leaving out high
    frequencies of their cosine transform; simplejpeg does it where installed, otherwise Pillow.
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import importlib
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from ... import UsageError
 from .header import MAX_PIXELS, DecodeError, Header, read_header
 
 __all__ = ["MAX_PIXELS", "DecodeError", "Header", "decode", "read_header", "reduction_for"]
@@ -69,6 +71,24 @@ def decode(
     if pixels is None:
         pixels = _with_pillow(data, header, reduction)
     return np.ascontiguousarray(_upright(pixels, header.orientation))
+
+
+def read_image(path: str | Path) -> Pixels:
+    """Read an image file as training reads it.
+
+    Returns:
+        RGB, upright, shape (height, width, 3).
+
+    Raises:
+        UsageError: The file cannot be read or decoded.
+    """
+    try:
+        return decode(Path(path).read_bytes())
+    except (OSError, DecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"{path} cannot be read as an image ({reason}): give a .png, .jpg, .webp or .gif file"
+        ) from None
 
 
 def reduction_for(header: Header, at_least: tuple[int, int] | None) -> int:

@@ -23,6 +23,8 @@ from ..networks import (
 )
 from .folders import read_cascade
 
+ORIENTATION = 0x0112  # EXIF's tag
+
 
 class Cascade:
     """All networks of text to image. They run in their own dtype; what is sampled stays in float32.
@@ -167,13 +169,23 @@ class Cascade:
         return self.vqgan.to_images(latents.to(next(self.vqgan.parameters()).dtype))
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Cut the middle out of an image, to the largest size that fits within it."""
+        """Cut the middle out of an image, to the largest size that fits within it.
+
+        Raises:
+            UsageError: The image is too small, is not RGB, or has an EXIF orientation that has not been applied:
+                converting it here could show something else than training saw.
+        """
+        if image.mode != "RGB" or image.getexif().get(ORIENTATION, 1) != 1:
+            raise UsageError(
+                f"the image has mode {image.mode} and EXIF orientation {image.getexif().get(ORIENTATION, 1)}, expected "
+                "upright RGB: read the file with rewurst.datamodules.imaging.decoding.decode, as training does"
+            )
         sides = [next((side for side in range(given, 0, -1) if self.fits(side)), 0) for given in image.size]
         if 0 in sides:
             smallest = next(side for side in range(1, 10**6) if self.fits(side))
             raise UsageError(f"the image is {image.width}x{image.height} pixels: it needs at least {smallest} each way")
         left, top = ((given - side) // 2 for given, side in zip(image.size, sides, strict=True))
-        return image.convert("RGB").crop((left, top, left + sides[0], top + sides[1]))
+        return image.crop((left, top, left + sides[0], top + sides[1]))
 
 
 def wide(network: torch.nn.Module) -> torch.dtype:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -180,21 +179,6 @@ class TextToImage(Cascade):
         through_a = self.vqgan.to_images(self.vqgan.to_latents(pixels.to(dtype)))
         a, b = (_converted(images, "pil")[0] for images in (through_a, self.pixels(latents)))
         return Reconstruction(fitted, a, b)
-
-
-def reconstruct(folder: str | Path, image: str | Path, **options: Any) -> Reconstruction:
-    """Load the cascade in ``folder`` and reconstruct an image file; options are those of ``TextToImage.reconstruct``.
-
-    Raises:
-        UsageError: The folder lacks a part, or the image cannot be read or is too small.
-    """
-    pipeline = TextToImage.from_folder(folder)
-    try:
-        with Image.open(image) as opened:
-            opened.load()
-            return pipeline.reconstruct(opened, **options)
-    except OSError:
-        raise UsageError(f"{image} cannot be read as an image: give a .png, .jpg or .webp file") from None
 
 
 def _converted(images: Tensor, output_type: str) -> Any:

@@ -317,9 +317,11 @@ def _run_generate_image(args: Parsed) -> None:
 def _run_reconstruct(args: Parsed) -> None:
     from PIL import Image
 
-    from ..modules.pipeline.text_to_image import reconstruct
+    from ..datamodules.imaging.decoding import read_image
+    from ..modules.pipeline.text_to_image import TextToImage
 
-    images = reconstruct(args.folder, args.image, num_inference_steps=args.steps, seed=args.seed, progress=True)
+    pipeline, image = TextToImage.from_folder(args.folder), Image.fromarray(read_image(args.image))
+    images = pipeline.reconstruct(image, num_inference_steps=args.steps, seed=args.seed, progress=True)
     width, height = images.original.size
     row = Image.new("RGB", (3 * width, height))
     for index, picture in enumerate(images):

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Generator, nn
 
 from rewurst import UsageError
+from rewurst.datamodules.imaging.decoding import decode
 from rewurst.modules.networks import VQGAN, Prior, SemanticCompressor, StageBUNet, describe, weight_files
 from rewurst.modules.pipeline.export import export_diffusers
 from rewurst.modules.pipeline.prompts import read_prompts
-from rewurst.modules.pipeline.text_to_image import TextToImage, reconstruct
+from rewurst.modules.pipeline.text_to_image import TextToImage
 from rewurst.train import main
 
 FAST: dict[str, Any] = {"prior_num_inference_steps": 3, "num_inference_steps": 2}
@@ -262,28 +263,73 @@ def test_released_sizes() -> None:
     assert [pixels for pixels in range(1, 2049) if released.fits(pixels)] == list(range(128, 2049, 128))
 
 
+def _pictures(folder: Path) -> list[Path]:
+    """Files as phones and editors write them: turned, transparent, of 16 bits, of a palette, for print, of one bit."""
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 50, 4), dtype=np.uint8)
+    rgba, rgb = Image.fromarray(pixels, "RGBA"), Image.fromarray(pixels[..., :3])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    rgb.save(folder / "phone.jpg", exif=turned)
+    rgba.save(folder / "rgba.png")
+    Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0]).save(folder / "16bit.png")
+    rgb.quantize(16).save(folder / "palette.png", transparency=3)
+    rgb.convert("CMYK").save(folder / "print.jpg")
+    rgba.convert("LA").save(folder / "grey.png")
+    rgb.convert("1").save(folder / "bits.png")
+    return sorted(folder.iterdir())
+
+
 class TestReconstruct:
-    def test_sizes(self, pair: Path, tmp_path: Path) -> None:
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)).save(tmp_path / "x.png")
-        result = reconstruct(pair, tmp_path / "x.png", num_inference_steps=2, seed=1)
+    def test_sizes(self, pair: Path) -> None:
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8))
+        pipeline = TextToImage.from_folder(pair)
+        result = pipeline.reconstruct(image, num_inference_steps=2, seed=1)
         assert [image.size for image in result] == [(48, 64)] * 3
-        again = reconstruct(pair, tmp_path / "x.png", num_inference_steps=2, seed=1)
+        again = pipeline.reconstruct(image, num_inference_steps=2, seed=1)
         assert all(np.array_equal(one, other) for one, other in zip(result, again, strict=True))
+
+    def test_files_are_shown_as_training_shows_them(self, pair: Path, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        for path in _pictures(tmp_path / "in"):
+            out = tmp_path / "row.png"
+            assert main(["generate", "reconstruction", str(pair), str(path), "--steps", "1", "--out", str(out)]) == 0
+            trained = decode(path.read_bytes())
+            height, width = trained.shape[0] // 16 * 16, trained.shape[1] // 16 * 16
+            top, left = (trained.shape[0] - height) // 2, (trained.shape[1] - width) // 2
+            with Image.open(out) as row:
+                assert row.size == (3 * width, height)
+                shown = np.asarray(row)[:, :width]
+            np.testing.assert_array_equal(shown, trained[top : top + height, left : left + width], err_msg=path.name)
 
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("none.png", "none.png cannot be read as an image: give a .png, .jpg or .webp file"),
-            ("text.png", "text.png cannot be read as an image"),
+            ("none.png", "none.png cannot be read as an image (No such file or directory): give a .png, .jpg"),
+            ("text.png", "text.png cannot be read as an image (not a JPEG, PNG, WebP or GIF"),
             ("small.png", "the image is 9x9 pixels: it needs at least 16 each way"),
         ],
     )
-    def test_bad_images(self, name: str, message: str, pair: Path, tmp_path: Path) -> None:
+    def test_bad_files(
+        self, name: str, message: str, pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         (tmp_path / "text.png").write_text("no image")
         Image.new("RGB", (9, 9)).save(tmp_path / "small.png")
-        with pytest.raises(UsageError) as error:
-            reconstruct(pair, tmp_path / name, num_inference_steps=1)
-        assert message in str(error.value)
+        out = str(tmp_path / "out.png")
+        assert main(["generate", "reconstruction", str(pair), str(tmp_path / name), "--out", out]) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK", "I;16"])
+    def test_images_that_training_would_convert_are_refused(self, mode: str, pipeline: TextToImage) -> None:
+        with pytest.raises(
+            UsageError, match=r"the image has mode \S+ and EXIF orientation 1, expected upright RGB"
+        ):
+            pipeline.reconstruct(Image.new(mode, (32, 32)))
+
+    def test_an_image_that_lies_on_its_side_is_refused(self, pipeline: TextToImage) -> None:
+        turned = Image.new("RGB", (32, 32))
+        turned.getexif()[0x0112] = 6
+        with pytest.raises(UsageError, match="mode RGB and EXIF orientation 6"):
+            pipeline.reconstruct(turned)
 
     def test_without_compressor(self, pipeline: TextToImage) -> None:
         bare = copy.copy(pipeline)
