@@ -19,6 +19,7 @@ from webdataset.gopen import gopen_pipe
 
 from .. import UsageError
 from .storage.random_access import is_remote
+from .storage.zstd_files import open_zstd
 
 Sample = dict[str, Any]
 
@@ -70,7 +71,7 @@ def _samples(url: str) -> Iterator[Sample]:
                 yield {"key": sample["__key__"], "members": members}
     except UsageError:
         raise
-    except Exception as error:  # tarfile, gzip, zstandard and webdataset have their own, and add the stream to them
+    except Exception as error:  # tarfile, gzip, zstd and webdataset have their own, and add the stream to them
         reason = error.strerror if isinstance(error, OSError) and error.strerror else (error.args or [""])[0]
         raise UsageError(f"{url}: cannot be read ({reason or type(error).__name__})") from None
 
@@ -78,12 +79,8 @@ def _samples(url: str) -> Iterator[Sample]:
 def _open(url: str) -> IO[bytes]:
     if _is_pipe(url):
         return cast(IO[bytes], gopen_pipe(url))
-    file = open(url.removeprefix("file://"), "rb")  # noqa: SIM115  # closed by the caller
-    if not url.endswith(".zst"):
-        return file  # tarfile finds gzip, bzip2 and xz by itself
-    import zstandard
-
-    return cast(IO[bytes], zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    path = url.removeprefix("file://")
+    return open_zstd(path) if url.endswith(".zst") else open(path, "rb")  # tarfile finds gzip, bzip2 and xz by itself
 
 
 def _is_pipe(url: str) -> bool:

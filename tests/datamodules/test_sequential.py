@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
-import zstandard
+from backports import zstd
 from torch.utils.data import DataLoader
 
 from rewurst import UsageError
@@ -52,14 +52,14 @@ def gzipped(path: str) -> str:
     return path + ".gz"
 
 
-def zstd(path: str) -> str:
+def zstandard(path: str) -> str:
     content = Path(path).read_bytes()
-    frames = [zstandard.compress(part) for part in (content[:700], content[700:])]
+    frames = [zstd.compress(part) for part in (content[:700], content[700:])]
     Path(path + ".zst").write_bytes(b"".join(frames))
     return path + ".zst"
 
 
-@pytest.mark.parametrize("compress", [gzipped, zstd, lambda path: f"file://{path}"])
+@pytest.mark.parametrize("compress", [gzipped, zstandard, lambda path: f"file://{path}"])
 def test_compressed_shards(tmp_path: Path, compress: Callable[[str], str]) -> None:
     assert keys([compress(path) for path in write(tmp_path)]) == EXPECTED
 

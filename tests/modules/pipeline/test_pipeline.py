@@ -320,9 +320,7 @@ class TestReconstruct:
 
     @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK", "I;16"])
     def test_images_that_training_would_convert_are_refused(self, mode: str, pipeline: TextToImage) -> None:
-        with pytest.raises(
-            UsageError, match=r"the image has mode \S+ and EXIF orientation 1, expected upright RGB"
-        ):
+        with pytest.raises(UsageError, match=r"the image has mode \S+ and EXIF orientation 1, expected upright RGB"):
             pipeline.reconstruct(Image.new(mode, (32, 32)))
 
     def test_an_image_that_lies_on_its_side_is_refused(self, pipeline: TextToImage) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
+from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -137,7 +137,7 @@ def test_text_on_a_server_reads_as_on_the_disk(loopback: Any, tmp_path: Path) ->
     files = {
         "a.jsonl": lines,
         "a.jsonl.gz": gzip.compress(lines),
-        "a.jsonl.zst": zstandard.compress(lines),
+        "a.jsonl.zst": zstd.compress(lines),
         "b.txt": b"one document\n" * 20_000,
         "c.parquet": (tmp_path / "c.parquet").read_bytes(),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
+from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +41,7 @@ def json_lines(texts: list[str]) -> bytes:
 
 def put(path: Path, content: bytes) -> Path:
     """Write ``content`` compressed as the suffix says."""
-    compress: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    compress: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress}
     path.write_bytes(compress.get(path.suffix, bytes)(content))
     return path
 
@@ -68,8 +68,32 @@ def test_parquet_gives_the_same_documents(tmp_path: Path, kind: pa.DataType) -> 
 def test_compressed_files_of_several_frames_are_read_to_the_end(tmp_path: Path) -> None:
     parts = [json_lines([text]) for text in DOCUMENTS]
     (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, parts)))
-    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, parts)))
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(map(zstd.compress, parts)))
     assert documents([str(tmp_path)]) == DOCUMENTS * 2
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_frames_with_long_windows_are_read(tmp_path: Path, window_log: int) -> None:
+    """As `zstd --long` writes them: dumps of forums and The Pile."""
+    options = {zstd.CompressionParameter.window_log: window_log}
+    compressor = zstd.ZstdCompressor(options=options)
+    whole = b"".join(compressor.compress(json_lines([text])) for text in DOCUMENTS) + compressor.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(whole)
+    assert documents([str(tmp_path)]) == DOCUMENTS
+
+
+def test_skippable_frames_are_skipped(tmp_path: Path) -> None:
+    note = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"note"
+    first, second = (zstd.compress(json_lines(part)) for part in (DOCUMENTS[:2], DOCUMENTS[2:]))
+    (tmp_path / "a.jsonl.zst").write_bytes(note + first + note + second)
+    assert documents([str(tmp_path)]) == DOCUMENTS
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9, 20])
+def test_a_truncated_frame_is_one_line(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(json_lines(DOCUMENTS))[:-cut])
+    with pytest.raises(UsageError, match=r"a\.jsonl\.zst: truncated or damaged \.zst file \(.*end-of-stream"):
+        documents([str(tmp_path)])
 
 
 def test_folders_are_read_in_the_order_of_their_paths_and_unknown_files_are_counted(tmp_path: Path) -> None:

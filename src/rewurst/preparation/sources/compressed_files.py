@@ -1,4 +1,4 @@
-"""Bytes and text of one file, plain or compressed, in pieces of bounded size and with errors that say where."""
+"""Read the bytes or the text of a file, plain or compressed, in pieces of bounded size."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from ... import UsageError
 from ...datamodules.storage.url import Place
+from ...datamodules.storage.zstd_files import ZstdError, open_zstd
 
 COMPRESSIONS = (".gz", ".zst")
 BLOCK_BYTES = 2**18
-# A block of zstd holds up to 128 KiB and compresses to 4 bytes at best: this much input gives 32 MiB of output at most.
-ZSTD_INPUT_BYTES = 2**10
 
 
 @contextmanager
 def open_bytes(path: Place) -> Iterator[BinaryIO]:
-    """Open ``path`` decompressed by its suffix; what goes wrong inside the block is told in one line.
+    """Open ``path``, decompressed by its suffix; errors inside the block become one line.
 
     Raises:
         UsageError: The file cannot be read, is truncated or is not what its suffix says.
@@ -33,20 +32,21 @@ def open_bytes(path: Place) -> Iterator[BinaryIO]:
                 with gzip.GzipFile(fileobj=raw) as file:
                     yield io.BufferedReader(file, BLOCK_BYTES)
             elif compression == ".zst":
-                yield io.BufferedReader(_ZstdStream(raw), BLOCK_BYTES)
+                with open_zstd(raw) as file:
+                    yield cast(BinaryIO, file)
             else:
                 yield raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, ZstdError) as error:
         raise UsageError(f"{path}: truncated or damaged {compression} file ({error})") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def text_pieces(path: Place, piece_chars: int) -> Iterator[str]:
-    """The text of a UTF-8 file, cut after the last line end within ``piece_chars`` characters, or there if none.
+    """Yield the text of a UTF-8 file, cut after the last line end within ``piece_chars`` characters, else there.
 
     Raises:
-        UsageError: Invalid UTF-8, with its byte offset in the decompressed file, and what ``open_bytes`` raises.
+        UsageError: Invalid UTF-8 (with its byte offset in the decompressed file), or an error of ``open_bytes``.
     """
     buffer = ""
     for text in _decoded(path):
@@ -59,10 +59,10 @@ def text_pieces(path: Place, piece_chars: int) -> Iterator[str]:
 
 
 def lines(path: Place, maximum_bytes: int) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers from 1.
+    """Yield the lines of a UTF-8 file with their numbers from 1.
 
     Raises:
-        UsageError: A line that is longer than ``maximum_bytes``, invalid UTF-8, and what ``open_bytes`` raises.
+        UsageError: A line is longer than ``maximum_bytes`` or not UTF-8, or an error of ``open_bytes``.
     """
     offset, number = 0, 0
     with open_bytes(path) as file:
@@ -89,7 +89,7 @@ def _decoded(path: Place) -> Iterator[str]:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, offset - pending + error.start, error.object[error.start]) from None
-            yield text.removeprefix("\ufeff") if offset == 0 else text  # a byte order mark is no text
+            yield text.removeprefix("\ufeff") if offset == 0 else text  # a byte order mark is not text
             offset += len(block)
             if not block:
                 return
@@ -97,44 +97,3 @@ def _decoded(path: Place) -> Iterator[str]:
 
 def _not_utf8(path: Place, offset: int, byte: int) -> UsageError:
     return UsageError(f"{path}: byte {offset} (0x{byte:02x}) is not valid UTF-8; convert the file or leave it out")
-
-
-class _ZstdStream(io.RawIOBase):
-    """Frames of zstd one after the other; unlike zstandard's own reader it notices a truncated last one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._new_frame, self._error = raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self._frame = self._new_frame()
-        self._fed = False  # has the present frame been given a byte
-        self._input, self._output = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
-        while not self._output and self._refill():
-            pass
-        count = min(len(target), len(self._output))
-        target[:count] = self._output[:count]
-        self._output = self._output[count:]
-        return count
-
-    def _refill(self) -> bool:
-        data = self._input or self._raw.read(ZSTD_INPUT_BYTES)
-        self._input = b""
-        if not data:
-            if self._fed and not self._frame.eof:
-                raise EOFError("it ends within a frame")
-            return False
-        if self._frame.eof:
-            self._frame = self._new_frame()
-        self._fed = True
-        try:
-            self._output = memoryview(self._frame.decompress(data))
-        except self._error as error:
-            raise EOFError(str(error)) from None
-        if self._frame.eof:
-            self._input = self._frame.unused_data
-        return True
