@@ -92,7 +92,6 @@ class MemoryPlan:
         states: The optimizer's.
         copies: Averaged weights, frozen networks.
         buffers: What DDP or FSDP gathers and reduces in.
-        logits: Of all tokens, or of a chunk, with what is computed of them.
         activations: And temporary tensors; of the optimizer, if the peak is in its step.
         peak_in: When that is.
     """
@@ -102,7 +101,6 @@ class MemoryPlan:
     states: int
     copies: int
     buffers: int
-    logits: int
     activations: int
     peak_in: Literal["forward", "backward", "step"]
 
@@ -120,9 +118,6 @@ def plan(
     weights: Sequence[Weight],
     step: StepBytes,
     layout: Layout,
-    beside: int = 0,
-    logits: int = 0,
-    logits_stay: bool = False,
     workspace: int = 0,
 ) -> MemoryPlan:
     """Memory of the device that holds most, when it does.
@@ -134,10 +129,7 @@ def plan(
         weights: All parameters of the module.
         step: What one micro-batch takes, computed with the weights as they are gathered.
         layout: Over the devices.
-        beside: Frozen networks that are no part of the module, and buffers.
-        logits: Bytes of logits, or of a chunk of them, within ``step.forward``.
-        logits_stay: Whether they are there in the backward pass too.
-        workspace: Of the optimizer's step.
+        workspace: Bytes that the optimizer's step holds for a moment.
     """
     own = _held(weights, layout)
     parameters, gradients, states = (0, 0, 0) if layout.offload else own
@@ -145,16 +137,15 @@ def plan(
     average = own[0] - frozen if layout.averaged else 0
     if layout.offload:
         parameters = frozen
-    copies = beside + average
+    copies = step.beside + average
     forward_buffers, backward_buffers = _buffers(weights, layout)
     # Under FSDP a gradient is reduced when its block is done, into a shard that is there or soon will be.
     full = layout.accumulates or layout.strategy == "fsdp"
     held, of_step = (gradients, step.backward) if full else (step.gradients, step.with_gradients - step.gradients)
-    stay = logits if logits_stay else 0
     moments = [
-        MemoryPlan(parameters, gradients, states, copies, forward_buffers, logits, step.forward - logits, "forward"),
-        MemoryPlan(parameters, held, states, copies, backward_buffers, stay, of_step - stay, "backward"),
-        MemoryPlan(parameters, gradients, states, copies, _at_rest(weights, layout), 0, workspace, "step"),
+        MemoryPlan(parameters, gradients, states, copies, forward_buffers, step.forward, "forward"),
+        MemoryPlan(parameters, held, states, copies, backward_buffers, of_step, "backward"),
+        MemoryPlan(parameters, gradients, states, copies, _at_rest(weights, layout), workspace, "step"),
     ]
     return max(moments, key=lambda moment: moment.total)
 
