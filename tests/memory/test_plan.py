@@ -21,7 +21,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
 def test_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*DEMO, "--memory", "1GiB"]) == 0
     found = lines(capsys)
-    assert "CausalLM, 1.3M parameters, adamw, fp32; 16 rows of 128 tokens a device, 16 in all" in found
+    assert "CausalLM, 1.3M parameters, adamw, fp32; 16 samples per device (input_ids 16x129), 16 in all" in found
     plain, recomputed = (float(value) for value in found["at the peak"])
     assert 0.02 < recomputed < plain < 0.5
     assert found["fits 1 GiB with 10% left"] == ["yes", "yes"]
@@ -59,7 +59,7 @@ def test_stages(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--memory", "80 apples"], "--memory 80 apples is no size: give one such as 80GiB"),
+        (["--memory", "80 apples"], "--memory 80 apples is not a size: give one such as 80GiB"),
         (["--trainer.precision=bf16-true"], "plan knows precision 32-true, 32, None, bf16-mixed, 16-mixed, not bf16"),
         (["--trainer.max_stepz=3"], "there is no option"),
     ],

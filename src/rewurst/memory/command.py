@@ -178,9 +178,10 @@ class Configured:
         return plan(self.facts.weights, step, replace(layout, accumulates=accumulates), workspace)
 
     def answers(self, devices: int) -> list[Answer]:
-        """Return the answers without and with recomputed blocks."""
+        """Return the answers without and, if the module has blocks, with recomputed ones."""
         layout, found = self.layout(devices), []
-        for every in (None, self.recomputed or 1):
+        has_blocks = any(weight.block is not None for weight in self.facts.weights)
+        for every in (None, self.recomputed or 1) if has_blocks else (None,):
             limit = self.memory * (1 - RESERVE)
             largest = largest_micro_batch(lambda rows, every=every: self.at(layout, rows, every).total, limit)  # type: ignore[misc]
             divisors = [n for n in range(1, largest + 1) if self.global_batch_size % (n * devices) == 0]

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from .. import UsageError
 from ..callbacks.fsdp.blocks import find_blocks, frozen_children, recompute
+from ..datamodules.corpora.latents import MAKERS
+from ..datamodules.images import ImageTextDataModule
+from ..datamodules.latents import LatentDataModule
 from ..modules.optimizers.eight_bit import EightBitOptimizer
+from ..modules.shared.text_diffusion import TextStage
 from .arithmetic import Weight
 from .simulation import StepBytes, measure_step, optimizer_bytes, without_memory
 from .stand_ins import rows_of_one_sequence, stand_ins
@@ -114,8 +118,6 @@ def _build(settings: Config, notes: list[str]) -> LightningModule:
 
 def _example_batch(data: LightningDataModule, micro_batch_size: int, image_size: int | None) -> tuple[Any, bool]:
     """Return a batch as training sees it, and whether it has images where latents are still to be prepared."""
-    from ..datamodules import ImageTextDataModule, LatentDataModule
-
     if isinstance(data, LatentDataModule):
         if image_size is None:
             try:
@@ -139,14 +141,14 @@ def _example_batch(data: LightningDataModule, micro_batch_size: int, image_size:
 
 def _prepared(module: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """Return the batch that :class:`LatentDataModule` will give when latents of these images are prepared."""
-    if not hasattr(module, "data_of"):
+    if not isinstance(module, TextStage):
         raise UsageError(f"{type(module).__name__} does not say what latents it needs: prepare them, then plan")
     rest = {name: part for name, part in batch.items() if name != "image"}
     with torch.no_grad():
         latents = module.data_of(batch)
-        if module.text_encoder is not None:
-            rest["text"] = module.encode(batch["caption"]).half()
-    return rest | {"z": latents, "a": latents}
+        made = {"z": latents, "a": latents, "text": module.encode(batch["caption"]).half()}
+    makers = module.frozen_parts()
+    return rest | {name: tensor for name, tensor in made.items() if makers.get(MAKERS[name]) is not None}
 
 
 def _weights(module: nn.Module, states: Mapping[Any, int]) -> list[Weight]:

@@ -226,7 +226,7 @@ def measure_step(
     """
     gc.collect()
     recorder, there = _StepRecorder(live), live.sizes()
-    batch = tree_map_only(Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), batch)
+    batch = tree_map_only(Tensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), batch)
     try:
         with _quiet_lightning():
             _trainer(precision, recorder).fit(module, datamodule=_OneBatch(data, batch))
