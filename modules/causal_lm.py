@@ -66,7 +66,11 @@ class CausalLM(WatchedModule):
     """
 
     flops_formula = "6 N + 12 L d T a token"
-    planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None, "activation_checkpointing": None, "compile": False}
+    planning_arguments: ClassVar[dict[str, Any]] = {
+        "init_from": None,
+        "activation_checkpointing": None,
+        "compile": False,
+    }
     """Arguments that `rewurst plan` replaces: they change no tensor's size, or the plan varies them itself."""
 
     def __init__(

@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from .. import UsageError
-from ..cli.lightning import parse
+from ..cli.lightning import instantiate, parse
 from ..cli.parser import Parser
 from .arithmetic import RESERVE, Layout, MemoryPlan, extrapolate, largest_micro_batch, plan
-from .module import Measured, instantiate, measure
+from .module import Measured, measure
 from .simulation import StepBytes
 
 Config = Mapping[str, Any]

@@ -8,12 +8,12 @@ from pydoc import locate
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 from .. import UsageError
 from ..callbacks.fsdp.blocks import find_blocks, frozen_children, recompute
+from ..cli.lightning import instantiate
 from ..datamodules.corpora.latents import MAKERS
 from ..datamodules.images import ImageTextDataModule
 from ..datamodules.latents import LatentDataModule
@@ -45,17 +45,6 @@ class Measured:
     optimizers: list[str]
     batch: str
     notes: list[str]
-
-
-def instantiate(kind: type, settings: Config) -> Any:
-    """Build what ``class_path`` and ``init_args`` say.
-
-    Raises:
-        UsageError: Arguments do not fit, or whatever the class itself raises.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "it")
-    return parser.instantiate_classes(parser.parse_object({"it": dict(settings)})).it
 
 
 def measure(

@@ -37,7 +37,7 @@ from .. import UsageError
 from ..modules.optimizers.eight_bit import EightBitOptimizer
 from ..modules.shared.frozen import Frozen
 
-LIBRARIES = tuple(str(Path(library.__file__).parent) for library in (torch, lightning))
+LIBRARIES = tuple(str(Path(str(library.__file__)).parent) for library in (torch, lightning))
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _StepRecorder(Callback):
             optimizer.__dict__["step"] = _only_closure
         for parameter in pl_module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self.live.mark_gradient)
+                parameter.register_post_accumulate_grad_hook(self.live.mark_gradient)  # type: ignore[no-untyped-call]
         self.live.read.clear()
         self.live.on_growth = self._record
 

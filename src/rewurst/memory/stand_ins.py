@@ -45,7 +45,7 @@ def stand_ins(model: Mapping[str, Any], notes: list[str]) -> Iterator[None]:
     def text_encoder(name: str) -> TextEncoder:
         return load_text_encoder(name) if Path(name).is_dir() else _clip(_text_width(model), notes)
 
-    def from_config(kind: Any, name: str, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_config(kind: Any, name: str, /, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         return kind(config or kind.config_class.from_pretrained(name))
 
     def perceptual_loss(path: str | None = None, download: bool = False) -> LPIPS:
@@ -75,7 +75,7 @@ def _text_width(model: Mapping[str, Any]) -> int:
     for name, kind, key in (("prior", Prior, "c_cond"), ("unet", StageBUNet, "clip_embd")):
         if name in model:
             with torch.device("meta"):
-                return int(build(kind, model[name]).config[key])  # type: ignore[type-var]
+                return int(build(kind, model[name]).config[key])
     raise UsageError("the text encoder is not in a local folder, and no network says how wide it is: give a folder")
 
 
@@ -86,8 +86,12 @@ def _clip(width: int, notes: list[str]) -> TextEncoder:
     if width not in CLIP_LAYERS:
         notes.append(f"the text encoder of width {width} is not one of CLIP's: it is assumed to have 12 layers")
     heads = max(1, width // 64)
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
-    config = CLIPTextConfig(**sizes, num_hidden_layers=CLIP_LAYERS.get(width, 12))
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=heads,
+        num_hidden_layers=CLIP_LAYERS.get(width, 12),
+    )
     return TextEncoder(CLIPTextModel(config), _NoWords())
 
 
