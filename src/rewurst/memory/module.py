@@ -81,7 +81,7 @@ def measure(
             _narrow(module)
         if unprepared:
             batch = _prepared(module, batch)
-            notes.append("latents are assumed to be prepared with text states")
+            notes.append("latents are assumed to be prepared" + " with text states" * ("text" in batch))
         with rows_of_one_sequence():
             step, optimizers = measure_step(live, module, data, batch, precision)
         states: dict[Any, int] = {}

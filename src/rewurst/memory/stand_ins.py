@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from .. import UsageError
 from ..modules.losses.perceptual import LPIPS
 from ..modules.networks import Prior, StageBUNet, TextEncoder
-from ..modules.networks.base import Network, build
+from ..modules.networks.base import Network
 
 CLIP_LAYERS = {768: 12, 1024: 24, 1280: 32}
 """Layers of CLIP's text models by their width: ViT-L/14, ViT-H/14 and ViT-bigG/14."""
@@ -40,7 +41,7 @@ def stand_ins(model: Mapping[str, Any], notes: list[str]) -> Iterator[None]:
                 config = load(kind, path).config
             return kind.from_config(config)
         notes.append(f"{path} is missing: its {kind.__name__} is assumed to be the paper's")
-        return kind.from_preset("paper")
+        return kind.from_preset("paper", **_fitting(kind, model))
 
     def text_encoder(name: str) -> TextEncoder:
         return load_text_encoder(name) if Path(name).is_dir() else _clip(_text_width(model), notes)
@@ -70,13 +71,30 @@ def rows_of_one_sequence() -> Iterator[None]:
         yield
 
 
+def _learner(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the network that is trained between frozen ones, nothing if there is none."""
+    learners: tuple[tuple[str, type[Network]], ...] = (("prior", Prior), ("unet", StageBUNet))
+    for name, kind in learners:
+        if name in model:
+            given = {"preset": model[name]} if isinstance(model[name], str) else dict(model[name])
+            defaults = {name: parameter.default for name, parameter in signature(kind).parameters.items()}
+            return defaults | kind.presets.get(given.pop("preset", ""), {}) | given
+    return {}
+
+
+def _fitting(kind: type[Network], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the channels that a missing network must have to fit the one that is trained."""
+    channels = {"SemanticCompressor": "c_latent", "VQGAN": "latent_channels"}.get(kind.__name__)
+    learner = _learner(model)
+    return {channels: learner["c_in"]} if channels and learner else {}
+
+
 def _text_width(model: Mapping[str, Any]) -> int:
     """Return the width of the text states that a module's network is built for."""
-    for name, kind, key in (("prior", Prior, "c_cond"), ("unet", StageBUNet, "clip_embd")):
-        if name in model:
-            with torch.device("meta"):
-                return int(build(kind, model[name]).config[key])
-    raise UsageError("the text encoder is not in a local folder, and no network says how wide it is: give a folder")
+    learner = _learner(model)
+    if not learner:
+        raise UsageError("the text encoder is not in a local folder, and no network says how wide it is: give a folder")
+    return int(learner.get("clip_embd", learner["c_cond"]))
 
 
 def _clip(width: int, notes: list[str]) -> TextEncoder:
