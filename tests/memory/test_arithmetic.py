@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from rewurst.memory.arithmetic import RESERVE, Layout, Weight, extrapolate, largest_micro_batch, plan
-from rewurst.memory.simulation import StepBytes
+from rewurst.memory.arithmetic import RESERVE, Layout, StepBytes, Weight, extrapolate, largest_micro_batch, plan
 
 STEP = StepBytes(forward=500, kept=400, backward=450, with_gradients=600, gradients=100, beside=30)
 WEIGHTS = [

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from rewurst.callbacks.fsdp.blocks import find_blocks
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.memory.arithmetic import Layout, extrapolate, plan
+from rewurst.memory.counting import LiveBytes, optimizer_bytes, without_memory
 from rewurst.memory.module import Measured, measure
-from rewurst.memory.simulation import LiveBytes, StepBytes, measure_step, optimizer_bytes, without_memory
+from rewurst.memory.simulation import measure_step
 from rewurst.memory.stand_ins import rows_of_one_sequence
 from rewurst.modules import CausalLM
 
@@ -218,4 +219,3 @@ def test_a_file_that_is_there_says_which_network_it_holds(tmp_path: Path) -> Non
     assert found.notes == []
     tiny = sum(tensor.nbytes for tensor in VQGAN.from_preset("tiny").state_dict().values())
     assert tiny <= found.step.beside < tiny + 1e5  # and buffers of the compressor
-    assert isinstance(found.step, StepBytes)

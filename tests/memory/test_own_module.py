@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from rewurst.memory.simulation import without_memory
+from rewurst.memory.counting import without_memory
 from rewurst.train import main
 
 

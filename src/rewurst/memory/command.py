@@ -16,12 +16,11 @@ from lightning.pytorch import LightningDataModule
 from .. import UsageError
 from ..cli.lightning import instantiate, parse
 from ..cli.parser import Parser
-from .arithmetic import RESERVE, Layout, MemoryPlan, extrapolate, largest_micro_batch, plan
+from .arithmetic import RESERVE, Layout, MemoryPlan, StepBytes, extrapolate, largest_micro_batch, plan
 from .module import Measured, measure
-from .simulation import StepBytes
 
 Config = Mapping[str, Any]
-DESCRIPTION = "Says what a config takes of a device's memory, whether it fits, and the largest micro-batch that does."
+DESCRIPTION = "Say what a config takes of a device's memory, whether it fits, and the largest micro-batch that does."
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 GLIBC = "glibc may take twice that and more in holes between tensors; under MALLOC_MMAP_THRESHOLD_=1048576 it does not"
 PRECISIONS = {"32-true": "32-true", "32": "32-true", "None": "32-true", "bf16-mixed": "bf16-mixed"}

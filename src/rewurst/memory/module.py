@@ -19,8 +19,9 @@ from ..datamodules.images import ImageTextDataModule
 from ..datamodules.latents import LatentDataModule
 from ..modules.optimizers.eight_bit import EightBitOptimizer
 from ..modules.shared.text_diffusion import TextStage
-from .arithmetic import Weight
-from .simulation import StepBytes, measure_step, optimizer_bytes, without_memory
+from .arithmetic import StepBytes, Weight
+from .counting import optimizer_bytes, without_memory
+from .simulation import measure_step
 from .stand_ins import rows_of_one_sequence, stand_ins
 
 Config = Mapping[str, Any]
