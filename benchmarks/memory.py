@@ -178,13 +178,10 @@ def table(names: Sequence[str]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
         args, image_size = LARGE[name]
-        simulated = None  # which neither optimizers nor devices change
         for optimizer in OPTIMIZERS:
+            config = Configured(parse(["fit", *args, f"{MODEL}optimizer={optimizer}"]), image_size, 80 * 2**30)
             for devices in (1, 8, 64):
-                strategy = "auto" if devices == 1 else "rewurst.callbacks.FSDP"
-                options = [f"--trainer.strategy={strategy}", f"{MODEL}optimizer={optimizer}"]
-                config = Configured(parse(["fit", *args, *options]), image_size, 80 * 2**30)
-                simulated = config.simulated = simulated or config.simulated
+                config.strategy = "auto" if devices == 1 else "rewurst.callbacks.FSDP"
                 print(line(f"{name}, {config.micro_batch_size} at a time", optimizer, config, devices), flush=True)
 
 

@@ -117,6 +117,13 @@ class StreamDataModule(LightningDataModule, Generic[R]):
     def reader(self, sources: Sequence[R]) -> Reader:
         """What turns picked rows of these corpora into a batch."""
 
+    @abstractmethod
+    def example_batch(self, micro_batch_size: int) -> Batch:
+        """Return a batch of the shapes and dtypes that ``training_step`` gets; values are of no account.
+
+        `rewurst plan` asks for it before anything is prepared: no corpus is opened where the arguments are enough.
+        """
+
     @property
     def replay_corpora(self) -> Sequence[str]:
         """Names of the corpora to replay."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
@@ -116,6 +117,23 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
     def reader(self, sources: Sequence[ImageRows]) -> Reader:
         """Decodes, crops and captions."""
         return ImageReader(sources, self._showing)
+
+    def example_batch(self, micro_batch_size: int) -> Batch:
+        """Return a batch of black images of the largest shape; no corpus is needed."""
+        n, (height, width) = micro_batch_size, max(self.sizes, key=lambda size: size[0] * size[1])
+        places = np.zeros(n, dtype=np.int64)
+        return {
+            "image": torch.zeros(n, 3, height, width, dtype=torch.uint8),
+            "caption": [""] * n,
+            "seed": np.arange(n),
+            "quantile": np.zeros(n),
+            "original_size": np.array([(height, width)] * n),
+            "crop": np.array([(0, 0, height, width)] * n),
+            "replaced": np.zeros(n, dtype=np.bool_),
+            "corrupt": [],
+            "corpus": places,
+            "row": places,
+        }
 
     def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:
         """Shapes by how many new images have them."""

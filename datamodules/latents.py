@@ -154,6 +154,22 @@ class LatentDataModule(ImageTextDataModule):
         """Reads arrays."""
         return LatentReader(sources, self._showing)
 
+    def example_batch(self, micro_batch_size: int) -> Batch:
+        """Return one sample of the largest shape, repeated: only a corpus knows the shapes of its latents.
+
+        Raises:
+            UsageError: The first corpus is missing.
+        """
+        name, corpus = next(iter(self.corpora.items()))
+        rows = self._opened.get(corpus.path) or self.open_corpus(name, corpus.path)
+        lanes = [lane for lane, count in enumerate(rows.lanes) if count]
+        lane = max(lanes, key=lambda lane: self.sizes[lane][0] * self.sizes[lane][1])
+        zeros = np.zeros(micro_batch_size, dtype=np.int64)
+        row = rows.in_lane(lane, zeros)
+        seed, quantile = np.arange(micro_batch_size), zeros.astype(np.float64)
+        picks = Picks(zeros, row, seed, lane, training=True, quantile=quantile)
+        return self.reader([rows])(picks) | {"corpus": zeros, "row": row}
+
     def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:
         """Shapes by how many new images have them; latents of another shape cannot take their place."""
         weights, lanes = super().lane_of(names)

@@ -93,6 +93,12 @@ class TextDataModule(StreamDataModule[TokenShards]):
             raise UsageError(f"corpus {name!r} ({path}) was prepared with another tokenizer than {first.path}")
         return shards
 
+    def example_batch(self, micro_batch_size: int) -> Batch:
+        """Return a batch of zeros; no corpus is needed."""
+        places = np.zeros(micro_batch_size, dtype=np.int64)
+        ids = torch.zeros(micro_batch_size, self.sequence_length + 1, dtype=torch.long)
+        return {"input_ids": ids, "corpus": places, "row": places}
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Widens tokens on the device: as stored they are a quarter of the bytes that workers and copies move."""
         return batch | {"input_ids": batch["input_ids"].long()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -66,6 +66,12 @@ class CausalLM(WatchedModule):
     """
 
     flops_formula = "6 N + 12 L d T a token"
+    planning_arguments: ClassVar[dict[str, Any]] = {
+        "init_from": None,
+        "activation_checkpointing": None,
+        "compile": False,
+    }
+    """Arguments that `rewurst plan` replaces: they change no tensor's size, or the plan varies them itself."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -54,6 +54,9 @@ class LatentDiffusion(TextStage):
     Raises:
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
+
+    planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None}
+    """Arguments that `rewurst plan` replaces: weights change no tensor's size."""
 
     def __init__(
         self,

@@ -79,6 +79,8 @@ class StageA(LightningModule):
         "Share of codes in use": ["train/codebook_usage", "val/codebook_usage/.*"],
     }
     flops_formula = "3 x forward passes"
+    planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None, "revive_after": None, "adversarial_start": 0}
+    """Arguments that `rewurst plan` replaces: reviving reads values, and the discriminator takes part in most steps."""
     counted_optimizers = 1  # of which trainer.global_step counts the steps
 
     def __init__(

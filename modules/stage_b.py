@@ -64,6 +64,8 @@ class StageB(DiffusionStage):
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
 
+    planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None, "backbone_weights": None}
+    """Arguments that `rewurst plan` replaces: they change no tensor's size."""
     charts: ClassVar[dict[str, list[str]]] = {
         "PSNR of pictures (dB)": ["val/psnr/.*"],
         "SSIM of pictures": ["val/ssim/.*"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -66,6 +66,9 @@ class StageC(TextStage):
     Raises:
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
+
+    planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None, "latent_mean": 1.0, "latent_std": 0.0}
+    """Arguments that `rewurst plan` replaces: the compressor's own scale would be read from its weights."""
 
     def __init__(
         self,

@@ -143,14 +143,13 @@ class TextEncoder(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Float[Tensor, "batch n c"]:
         """As ``encode``, for an encoder that is trained."""
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        for text, full in zip(texts, tokens.attention_mask[:, -1].tolist(), strict=True):
-            if full and (count := len(self.tokenizer(text).input_ids)) > self.length:
+        tokens = self.tokenizer(list(texts), padding="max_length", max_length=self.length, truncation=True)
+        for text, mask in zip(texts, tokens.attention_mask, strict=True):
+            if mask[-1] and (count := len(self.tokenizer(text).input_ids)) > self.length:
                 warnings.warn(f"{text!r} has {count} tokens, of which {self.length} are used", stacklevel=2)
         device = next(self.model.parameters()).device
-        out = self.model(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
+        ids, masks = (torch.tensor(rows, device=device) for rows in (tokens.input_ids, tokens.attention_mask))
+        out = self.model(ids, attention_mask=masks)
         states: Tensor = out.last_hidden_state
         return states
 

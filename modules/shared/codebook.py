@@ -23,7 +23,8 @@ class CodebookUse(nn.Module):
 
     def counts(self, indices: Int[Tensor, "batch h w"]) -> Int[Tensor, " codes"]:
         """Return how often each code was taken."""
-        return torch.bincount(indices.flatten(), minlength=len(self.age))
+        taken = indices.flatten()  # bincount would make the host wait for the largest index
+        return torch.zeros_like(self.age).index_add_(0, taken, torch.ones_like(taken))
 
     def update(self, counts: Int[Tensor, " codes"]) -> None:
         """Close a step in which codes were taken so often."""

@@ -143,6 +143,23 @@ def test_samples_come_in_the_slots_of_the_images(write_corpora: Corpora, workers
         assert all(other["caption"])
 
 
+def shapes(batch: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(part.shape), str(part.dtype)) for name, part in batch.items() if hasattr(part, "dtype")}
+
+
+def test_an_example_is_like_a_batch_of_training(write_corpora: Corpora) -> None:
+    images, latents = write_corpora("new", 20)
+    for kind, path, options in ((ImageTextDataModule, images, {"image_size": 64}), (LatentDataModule, latents, {})):
+        data = kind("d", {"new": Corpus(path)}, {}, micro_batch_size=4, global_batch_size=8, **options)  # type: ignore[arg-type]
+        example = data.example_batch(4)
+        [batch, *_] = fit(data, 1).batches
+        assert set(example) == set(batch)
+        assert shapes(example) == shapes(batch)
+        assert len(example["caption"]) == 4
+    nowhere = ImageTextDataModule("d", {"new": Corpus("nowhere")}, {}, 64, 4, 8, shapes=[(32, 32), (64, 48)])
+    assert nowhere.example_batch(2)["image"].shape == (2, 3, 64, 48)
+
+
 def test_a_resumed_run_goes_on(write_corpora: Corpora, tmp_path: Path) -> None:
     _, path = write_corpora("new", 30)
 

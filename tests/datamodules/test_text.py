@@ -103,6 +103,14 @@ def fit(
     return module
 
 
+def test_an_example_is_like_a_batch_of_training(make: Callable[..., TextDataModule]) -> None:
+    data = make()
+    example = data.example_batch(4)
+    [tokens, *_] = fit(data, 1).tokens
+    assert (example["input_ids"].shape, example["input_ids"].dtype) == (tokens.shape, tokens.dtype)
+    assert set(example) == {"input_ids", "corpus", "row"}
+
+
 def test_global_batches_do_not_depend_on_micro_batches_or_workers(make: Callable[..., TextDataModule]) -> None:
     expected = fit(make(), 12)
     for changes in ({"micro_batch_size": 1}, {"micro_batch_size": 8}, {"num_workers": 2}):

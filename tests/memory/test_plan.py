@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rewurst.preparation.text import train_tokenizer
 from rewurst.train import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,7 +22,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
 def test_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*DEMO, "--memory", "1GiB"]) == 0
     found = lines(capsys)
-    assert "CausalLM, 1.3M parameters, adamw, fp32; 16 rows of 128 tokens a device, 16 in all" in found
+    assert "CausalLM, 1.3M parameters, adamw, fp32; 16 samples per device (input_ids 16x129), 16 in all" in found
     plain, recomputed = (float(value) for value in found["at the peak"])
     assert 0.02 < recomputed < plain < 0.5
     assert found["fits 1 GiB with 10% left"] == ["yes", "yes"]
@@ -56,10 +57,28 @@ def test_stages(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["fits 24 GiB with 10% left"] == ["yes", "yes"]
 
 
+@pytest.mark.parametrize(("stage", "latents"), [("stage_c", "z 32x4x2x2"), ("single_stage", "a 32x4x16x16")])
+def test_text_encoders_that_are_trained(
+    stage: str, latents: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("a red circle above a blue square\n" * 9)
+    train_tokenizer([str(tmp_path / "texts.txt")], 260, tmp_path / "tokenizer", progress=False)
+    config = ["plan", "--config", str(CONFIGS / "wuerstchen" / "shapes" / f"{stage}.yaml"), "--memory", "1GiB"]
+    tokenizer = f"--model.init_args.text_encoder.tokenizer={tmp_path / 'tokenizer'}"
+    assert main([*config, "--image_size", "64"]) == 2
+    assert "tokenizer data/shapes/tokenizer: no such folder" in capsys.readouterr().err
+    assert main([*config, tokenizer]) == 2
+    assert "give --image_size, such as 512" in capsys.readouterr().err
+    assert main([*config, tokenizer, "--image_size", "64"]) == 0
+    text = capsys.readouterr().out
+    assert f"Muon, fp32; 32 samples per device ({latents}), 32 in all" in text
+    assert "latents are assumed to be prepared\n" in text
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--memory", "80 apples"], "--memory 80 apples is no size: give one such as 80GiB"),
+        (["--memory", "80 apples"], "--memory 80 apples is not a size: give one such as 80GiB"),
         (["--trainer.precision=bf16-true"], "plan knows precision 32-true, 32, None, bf16-mixed, 16-mixed, not bf16"),
         (["--trainer.max_stepz=3"], "there is no option"),
     ],

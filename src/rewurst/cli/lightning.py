@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,6 +50,14 @@ def parse(args: list[str]) -> dict[str, Any]:
     with _lightning_errors():
         config: dict[str, Any] = _ParseOnly(args).config[args[0]].as_dict()
     return config
+
+
+def instantiate(kind: type, settings: Mapping[str, Any]) -> Any:
+    """Build one class of a parsed config, from its ``class_path`` and ``init_args``."""
+    parser = Parser()
+    parser.add_subclass_arguments(kind, "it")
+    with _lightning_errors():
+        return parser.instantiate_classes(parser.parse_object({"it": dict(settings)})).it
 
 
 _SAID_ALREADY = (

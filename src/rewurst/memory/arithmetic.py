@@ -1,6 +1,6 @@
-"""Memory of a device while it trains: arithmetic over what weights, states and a step's activations take.
+"""Add up what weights, optimizer states and a step's activations take of a device's memory, in bytes.
 
-Everything is in bytes and pure. What a step itself holds comes from :mod:`.simulation`.
+Everything here is pure. What a step itself holds is measured by :mod:`.simulation`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from dataclasses import dataclass, fields
 from math import ceil, prod
 from typing import Literal
 
-from .simulation import StepBytes
-
 RESERVE = 0.1
-"""Share left free: what allocators lose between tensors, kernels' workspaces, a GPU's own context."""
+"""Share of the memory to leave free for allocators' losses, kernels' workspaces and a GPU's own context."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +19,12 @@ class Weight:
     """A parameter.
 
     Attributes:
-        shape: Of the whole.
+        shape: Shape before it is sharded.
         itemsize: Bytes of an element.
         trained: Whether it has a gradient and states.
         states: Bytes of its optimizer states.
-        block: Which block it is part of, none outside of all.
-        whole: Whether it is held whole whatever is sharded.
+        block: Number of its block, None outside of blocks.
+        whole: Whether every process holds all of it, even under FSDP.
     """
 
     shape: tuple[int, ...]
@@ -38,14 +36,37 @@ class Weight:
 
     @property
     def elements(self) -> int:
-        """Of the whole."""
+        """Number of elements before it is sharded."""
         return prod(self.shape)
 
     def held(self, shards: int) -> int:
-        """Elements that the process with the largest part holds: rows are dealt out in equal chunks, rounded up."""
+        """Return the elements of the largest shard: rows are split into equal chunks, rounded up."""
         if self.whole or not self.shape:
             return self.elements
         return ceil(self.shape[0] / shards) * prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that a forward and backward pass hold besides weights, optimizer states and what was there before.
+
+    Attributes:
+        forward: Peak of the forward pass.
+        kept: What is left at its end.
+        backward: Peak of the backward pass, without gradients.
+        with_gradients: Peak of the backward pass with gradients, if there were none before it.
+        gradients: Gradients within ``with_gradients``.
+        largest: The largest tensor that the step makes.
+        beside: Buffers, and frozen networks that the step reads: what it needs that is not a parameter.
+    """
+
+    forward: int
+    kept: int
+    backward: int
+    with_gradients: int
+    gradients: int
+    largest: int = 0
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,16 +74,16 @@ class Layout:
     """How training is laid out over devices.
 
     Attributes:
-        devices: How many.
-        strategy: Of them.
+        devices: Number of devices.
+        strategy: Kind of distribution.
         replicas: Whole copies under FSDP; each is sharded over ``devices / replicas``.
-        gathered_itemsize: Bytes of an element in which FSDP gathers; by default the weights' own.
-        reduced_itemsize: And in which it sums gradients.
-        reshard: Whether blocks are let go after forward.
-        offload: Whether shards, gradients and states lie in the host's memory.
-        accumulates: Whether a global batch is several micro-batches.
-        averaged: Whether an average of the trained weights lies beside them.
-        bucket_views: Whether DDP's gradients lie in its buckets.
+        gathered_itemsize: Bytes of an element that FSDP gathers; by default the weights' own.
+        reduced_itemsize: Bytes of an element in which FSDP sums gradients.
+        reshard: Whether a block's weights are freed after its forward pass.
+        offload: Whether shards, gradients and states are in the host's memory.
+        accumulates: Whether a global batch has several micro-batches.
+        averaged: Whether an average of the trained weights is kept.
+        bucket_views: Whether DDP's gradients are views of its buckets.
     """
 
     devices: int = 1
@@ -78,23 +99,22 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Processes that share one copy of the weights."""
+        """Number of processes that share one copy of the weights."""
         return self.devices // self.replicas if self.strategy == "fsdp" else 1
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a device holds when it holds most, by what it is for.
+    """Bytes on a device at its peak.
 
     Attributes:
-        parameters: Its part of the weights.
-        gradients: Of them.
-        states: The optimizer's.
-        copies: Averaged weights, frozen networks.
-        buffers: What DDP or FSDP gathers and reduces in.
-        logits: Of all tokens, or of a chunk, with what is computed of them.
-        activations: And temporary tensors; of the optimizer, if the peak is in its step.
-        peak_in: When that is.
+        parameters: The device's shards of the weights.
+        gradients: Gradients of these.
+        states: Optimizer states.
+        copies: Averaged weights and frozen networks.
+        buffers: Buffers in which DDP or FSDP gathers and reduces.
+        activations: Activations and temporary tensors; the optimizer's, if the peak is in its step.
+        peak_in: Part of the step in which the peak is.
     """
 
     parameters: int
@@ -102,17 +122,16 @@ class MemoryPlan:
     states: int
     copies: int
     buffers: int
-    logits: int
     activations: int
     peak_in: Literal["forward", "backward", "step"]
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "peak_in")
 
     def fits(self, memory: int) -> bool:
-        """Whether it fits, with :data:`RESERVE` left."""
+        """Return whether it fits with :data:`RESERVE` left."""
         return self.total <= memory * (1 - RESERVE)
 
 
@@ -120,24 +139,18 @@ def plan(
     weights: Sequence[Weight],
     step: StepBytes,
     layout: Layout,
-    beside: int = 0,
-    logits: int = 0,
-    logits_stay: bool = False,
     workspace: int = 0,
 ) -> MemoryPlan:
-    """Memory of the device that holds most, when it does.
+    """Return the peak of the device with the largest shards.
 
-    Three times are looked at: the end of the forward pass, when gradients of the step before are still there (Lightning
-    clears them between the two passes); the backward pass; the optimizer's step.
+    The peak is in the forward pass, when gradients of the step before are still there (Lightning clears them between
+    the two passes), in the backward pass or in the optimizer's step.
 
     Args:
         weights: All parameters of the module.
-        step: What one micro-batch takes, computed with the weights as they are gathered.
-        layout: Over the devices.
-        beside: Frozen networks that are no part of the module, and buffers.
-        logits: Bytes of logits, or of a chunk of them, within ``step.forward``.
-        logits_stay: Whether they are there in the backward pass too.
-        workspace: Of the optimizer's step.
+        step: Bytes of one micro-batch, measured with the weights as they are gathered.
+        layout: Layout over the devices.
+        workspace: Bytes that the optimizer's step holds for a moment.
     """
     own = _held(weights, layout)
     parameters, gradients, states = (0, 0, 0) if layout.offload else own
@@ -145,22 +158,21 @@ def plan(
     average = own[0] - frozen if layout.averaged else 0
     if layout.offload:
         parameters = frozen
-    copies = beside + average
+    copies = step.beside + average
     forward_buffers, backward_buffers = _buffers(weights, layout)
     # Under FSDP a gradient is reduced when its block is done, into a shard that is there or soon will be.
     full = layout.accumulates or layout.strategy == "fsdp"
     held, of_step = (gradients, step.backward) if full else (step.gradients, step.with_gradients - step.gradients)
-    stay = logits if logits_stay else 0
     moments = [
-        MemoryPlan(parameters, gradients, states, copies, forward_buffers, logits, step.forward - logits, "forward"),
-        MemoryPlan(parameters, held, states, copies, backward_buffers, stay, of_step - stay, "backward"),
-        MemoryPlan(parameters, gradients, states, copies, _at_rest(weights, layout), 0, workspace, "step"),
+        MemoryPlan(parameters, gradients, states, copies, forward_buffers, step.forward, "forward"),
+        MemoryPlan(parameters, held, states, copies, backward_buffers, of_step, "backward"),
+        MemoryPlan(parameters, gradients, states, copies, _at_rest(weights, layout), workspace, "step"),
     ]
     return max(moments, key=lambda moment: moment.total)
 
 
 def _held(weights: Iterable[Weight], layout: Layout) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients and states of the process with the largest shards."""
+    """Return the bytes of parameters, gradients and states in the process with the largest shards."""
     parameters = gradients = states = 0
     for weight in weights:
         held = weight.held(layout.shards)
@@ -172,18 +184,18 @@ def _held(weights: Iterable[Weight], layout: Layout) -> tuple[int, int, int]:
 
 
 def _at_rest(weights: Sequence[Weight], layout: Layout) -> int:
-    """DDP's buckets, which are always there."""
+    """Return the bytes of DDP's buckets, which are never freed."""
     if layout.strategy != "ddp" or layout.bucket_views:
         return 0
     return sum(weight.elements * weight.itemsize for weight in weights if weight.trained)
 
 
 def _buffers(weights: Sequence[Weight], layout: Layout) -> tuple[int, int]:
-    """What a strategy holds in the forward and in the backward pass.
+    """Return the bytes of a strategy's buffers in the forward and in the backward pass.
 
-    FSDP: what is outside of blocks is gathered for the whole step, and its gradients stay whole until its end. Of
-    blocks there are the one that computes, and the next one, gathered into one flat tensor and copied out of it; in
-    backward also the gradients of one, and the flat tensor in which they are reduced.
+    FSDP gathers what is outside of blocks for the whole step, and keeps its gradients whole until the end. It holds the
+    block that computes, and the next one twice: gathered into one flat tensor, and copied out of it. In backward it
+    also holds the gradients of one block, and the flat tensor in which they are reduced.
     """
     if layout.strategy != "fsdp":
         return (_at_rest(weights, layout),) * 2
@@ -202,10 +214,7 @@ def _buffers(weights: Sequence[Weight], layout: Layout) -> tuple[int, int]:
 
 
 def extrapolate(at: Mapping[int, StepBytes], micro_batch_size: int) -> StepBytes:
-    """A step's bytes at another micro-batch, on the straight line through those of two.
-
-    Beyond a chunk of the loss everything that a step holds grows with the micro-batch in proportion.
-    """
+    """Return a step's bytes at another micro-batch, on the straight line through two known ones."""
     (a, first), (b, second) = sorted(at.items())
     share = (micro_batch_size - a) / (b - a)
     pairs = ((getattr(first, field.name), getattr(second, field.name)) for field in fields(StepBytes))
@@ -213,11 +222,11 @@ def extrapolate(at: Mapping[int, StepBytes], micro_batch_size: int) -> StepBytes
 
 
 def largest_micro_batch(total: Callable[[int], int], limit: float) -> int:
-    """The largest micro-batch of which the total stays within a limit; 0 if that of a single row does not.
+    """Return the largest micro-batch whose total stays within a limit, 0 if no micro-batch does.
 
     Args:
-        total: Bytes by micro-batch, growing.
-        limit: In bytes.
+        total: Function from a micro-batch to bytes, which grows.
+        limit: Limit in bytes.
     """
     if total(1) > limit:
         return 0

@@ -1,149 +1,200 @@
-"""What a training step holds in memory, found by running it on tensors without any.
+"""Run a module's own training step on tensors that have shapes and no memory, and record what it would hold.
 
-Forward and backward run as they are, recomputation, chunks and masks included; operations only say what shape comes
-out, and every tensor's memory is counted from where it appears to where it is let go.
+Lightning's Trainer does the step: forward, backward, and whatever hooks the module has. Only the optimizers' own steps
+are left out, which :func:`.counting.optimizer_bytes` measures.
 """
 
 from __future__ import annotations
 
-import weakref
+import gc
+import logging
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_map_only
 
 from .. import UsageError
-from ..modules.optimizers.eight_bit import EightBitOptimizer
+from ..modules.shared.frozen import Frozen
+from .arithmetic import StepBytes
+from .counting import LiveBytes
+
+NOT_THE_MODULE = tuple(str(Path(str(file)).parent) for file in (torch.__file__, lightning.__file__, __file__))
+"""Folders whose code is never the cause of what a step meets."""
 
 
-@dataclass(frozen=True)
-class StepBytes:
-    """What a forward and backward pass hold beside weights and, but for the last two, gradients; in bytes.
+class _StepMeasured(Exception):  # noqa: N818  # not an error
+    """Raised to end a run after the step that was measured."""
 
-    Attributes:
-        forward: The most at any time of the forward pass.
-        kept: At its end.
-        backward: The most at any time of the backward pass.
-        with_gradients: The most of that and of gradients, where there were none before.
-        gradients: Those of ``with_gradients``.
+
+class _StepRecorder(Callback):
+    """Record the peaks of one training step, without the optimizers' own, then end the run."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        self.live, self.before = live, live.now
+        self.optimizers: list[Optimizer] = []
+        self.peaks = {"forward": 0, "backward": 0, "with_gradients": 0, "gradients": 0, "largest": 0, "kept": 0}
+        self._phase = "forward"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to record."""
+        self.optimizers = list(trainer.optimizers)
+        for optimizer in self.optimizers:
+            optimizer.__dict__["step"] = _only_closure
+        for parameter in pl_module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self.live.mark_gradient)  # type: ignore[no-untyped-call]
+        self.live.recording = True
+        self.live.on_growth = self._record
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Enter the backward pass."""
+        self.peaks["kept"] = max(self.peaks["kept"], self.live.now - self.before - self.live.gradients)
+        self._phase = "backward"
+        self._record(0)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the backward pass; a module that optimizes manually may compute a second loss."""
+        self._phase = "forward"
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stop recording."""
+        self.live.recording = False
+        self.live.on_growth = lambda size: None
+        raise _StepMeasured
+
+    def _record(self, size: int) -> None:
+        held, peaks = self.live.now - self.before, self.peaks
+        peaks["largest"] = max(peaks["largest"], size)
+        peaks[self._phase] = max(peaks[self._phase], held - self.live.gradients)
+        if self._phase == "backward" and held > peaks["with_gradients"]:
+            peaks["with_gradients"], peaks["gradients"] = held, self.live.gradients
+
+
+def _only_closure(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    """Stand in for an optimizer's step, which is measured by itself."""
+    return None if closure is None else closure()
+
+
+class _OnFakeTensors(SingleDeviceStrategy):
+    """One device, to which nothing is moved: tensors without memory cannot be."""
+
+    def model_to_device(self) -> None:
+        """Leave the module as it is."""
+
+    def teardown(self) -> None:
+        """Leave the module as it is."""
+
+
+class _OneBatch(LightningDataModule):
+    """A data module with the attributes of the real one, and one batch."""
+
+    def __init__(self, data: LightningDataModule, batch: Any) -> None:
+        super().__init__()
+        self.__dict__.update(vars(data))
+        self._example = batch
+
+    def train_dataloader(self) -> Any:
+        """Return the batch in an iterable: a DataLoader would draw a seed, which has no value here."""
+        return iter([self._example])
+
+
+def measure_step(
+    live: LiveBytes, module: LightningModule, data: LightningDataModule, batch: Any, precision: str
+) -> tuple[StepBytes, list[Optimizer]]:
+    """Run a module's training step once, under :func:`.counting.without_memory`; return its bytes, and the optimizers.
+
+    Args:
+        live: Count under which the module was built as well.
+        module: Module to train, with automatic or manual optimization.
+        data: Data module whose attributes the module may look at.
+        batch: Batch as ``training_step`` gets it, with tensors of any values.
+        precision: The Trainer's; the CPU's rules for mixed precision stand for every device's.
+
+    Raises:
+        UsageError: The step needs the values of tensors, or fails.
     """
+    gc.collect()
+    recorder, there = _StepRecorder(live), live.sizes()
+    batch = tree_map_only(Tensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), batch)
+    try:
+        with _quiet_lightning():
+            _trainer(precision, recorder).fit(module, datamodule=_OneBatch(data, batch))
+    except _StepMeasured:
+        pass
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the step of a module meets
+        raise UsageError(_reason(error, type(module).__name__)) from error
+    for optimizer in recorder.optimizers:
+        del optimizer.__dict__["step"]
+    module.zero_grad()
+    beside = sum(there[key] for key in _beside(module, live.read) if key in there)
+    return StepBytes(**recorder.peaks, beside=beside), recorder.optimizers
 
-    forward: int
-    kept: int
-    backward: int
-    with_gradients: int
-    gradients: int
+
+def _beside(module: LightningModule, read: set[int]) -> set[int]:
+    """Return the storages on a module's device besides parameters: those read, and frozen networks as a whole."""
+    frozen = [{*_storages(part.module)} for part in vars(module).values() if isinstance(part, Frozen)]
+    used = read.union(*(storages for storages in frozen if storages & read))
+    buffers = {buffer.untyped_storage()._cdata for buffer in module.buffers()}
+    return buffers | used - {parameter.untyped_storage()._cdata for parameter in module.parameters()}
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the memory of tensors that operations make, for as long as anything refers to it.
+def _storages(network: nn.Module) -> Iterator[int]:
+    yield from (tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers()))
 
-    Attributes:
-        now: Bytes at this time.
-        note: Called whenever there are more.
-    """
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.note: Callable[[], None] = lambda: None
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation and takes in what it has made."""
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._take_in(value)
-        return result
-
-    def _take_in(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._sizes:  # else a view, or an operation in place
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._let_go, key)
-            self.note()
-
-    def _let_go(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+def _trainer(precision: str, recorder: Callback) -> Trainer:
+    return Trainer(
+        strategy=_OnFakeTensors(device="cpu"),
+        accelerator="cpu",
+        precision=precision,  # type: ignore[arg-type]  # checked by whoever read the config
+        callbacks=[recorder],
+        max_steps=1,
+        log_every_n_steps=0,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 @contextmanager
-def without_memory() -> Iterator[LiveBytes]:
-    """Tensors made within have shapes and no memory; yields the count of what they would take."""
-    with FakeTensorMode(), LiveBytes() as live:
-        yield live
+def _quiet_lightning() -> Iterator[None]:
+    """Keep the Trainer from talking of a run that is none."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
-def simulate(live: LiveBytes, module: nn.Module, loss_of: Callable[[], Tensor], autocast: bool) -> StepBytes:
-    """Runs one forward and backward pass, under :func:`without_memory`.
-
-    Args:
-        live: What counts.
-        module: Whose parameters get gradients; built under ``live`` as well.
-        loss_of: The forward pass.
-        autocast: Whether products are in bfloat16. The CPU's rules stand for every device's.
-    """
-    fixed, gradients = live.now, 0
-    most = {"forward": 0, "backward": 0, "with_gradients": 0, "gradients": 0}
-    going = "forward"
-
-    def note() -> None:
-        beside = live.now - fixed
-        most[going] = max(most[going], beside - gradients)
-        if going == "backward" and beside > most["with_gradients"]:
-            most["with_gradients"], most["gradients"] = beside, gradients
-
-    def take_gradient(parameter: Tensor) -> None:
-        nonlocal gradients
-        assert parameter.grad is not None
-        gradients += parameter.grad.nbytes
-
-    trained: list[Any] = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    hooks = [parameter.register_post_accumulate_grad_hook(take_gradient) for parameter in trained]
-    live.note = note
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = loss_of()
-    kept, going = live.now - fixed, "backward"
-    note()
-    loss.backward()  # type: ignore[no-untyped-call]
-    live.note = lambda: None
-    for hook in hooks:
-        hook.remove()
-    module.zero_grad()
-    return StepBytes(kept=kept, **most)
-
-
-def state_bytes(optimizer: Optimizer) -> dict[Tensor, int]:
-    """Bytes of each parameter's states, under :func:`without_memory`.
-
-    Raises:
-        UsageError: The optimizer cannot step on tensors without memory, and is none of ours.
-    """
-    if isinstance(optimizer, EightBitOptimizer):
-        optimizer.allocate()
-    else:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        try:
-            optimizer.step()
-        except Exception as error:  # whatever a foreign optimizer meets
-            raise UsageError(
-                f"the states of {type(optimizer).__name__} cannot be foreseen ({str(error).splitlines()[0]}): plan "
-                "with adamw, adamw_8bit, lion, lion_8bit, muon or one of torch.optim"
-            ) from error
-        optimizer.zero_grad()
-    return {
-        parameter: sum(value.nbytes for value in state.values() if isinstance(value, Tensor) and value.ndim)
-        for parameter, state in optimizer.state.items()
-    }
+def _reason(error: Exception, name: str) -> str:
+    """Say in one line why a step could not be run, and where."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    places = (f"{frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(NOT_THE_MODULE))
+    place = next(places, "unknown place")
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return (
+            f"the training step of {name} needs the values of tensors ({error.func}, {place}), which are not known "
+            "before training: leave that out while planning, or compute it without values"
+        )
+    text = (str(error).splitlines() or [""])[0]
+    return f"the training step of {name} failed on the example batch: {type(error).__name__}: {text} ({place})"
