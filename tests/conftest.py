@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import lightning.pytorch  # noqa: F401  # first imported under a captured stderr, its handler would keep that one
 import numpy as np
 import pytest
@@ -46,6 +47,12 @@ def _one_thread_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> Iterator[None]:
+    yield
+    fork_server.stop()
 
 
 @pytest.fixture

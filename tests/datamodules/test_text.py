@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from rewurst import UsageError
@@ -396,10 +394,7 @@ def test_global_batches_survive_other_numbers_of_processes(write_corpus: Callabl
         settings = {**folders, "devices": devices, "micro": micro, "stop": stop, "workers": workers, "load": load}
         settings |= {"out": str(tmp_path / name), "save": str(tmp_path / f"{name}.ckpt")}
         (tmp_path / f"{name}.json").write_text(json.dumps(settings))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, str(tmp_path / "world.py"), str(tmp_path / f"{name}.json")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+        run_ranks(tmp_path / "world.py", str(tmp_path / f"{name}.json"), processes=devices)
         batches: dict[int, list[list[int]]] = {}
         for rank in range(devices):
             read, total = json.loads((tmp_path / f"{name}-{rank}.json").read_text())

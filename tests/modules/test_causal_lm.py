@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from ranks import run_ranks
 from torch import Tensor
 
 from rewurst import UsageError
@@ -616,12 +617,8 @@ def test_a_sharded_model_has_the_gradients_of_a_whole_one(
     tiny_config: dict[str, Any], tmp_path: Path, parts: str
 ) -> None:
     (tmp_path / "script.py").write_text(SHARDED)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*run, str(tmp_path / "script.py"), json.dumps(tiny_config), parts]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 2
+    said = run_ranks(tmp_path / "script.py", json.dumps(tiny_config), parts, processes=2)
+    assert said.count("equal") == 2
 
 
 TWO_PROCESSES = """
@@ -667,10 +664,14 @@ def test_two_processes_train_and_validate_as_one(
         folder.mkdir()
         settings = {"prose": prose, "code": code, "model": tiny_config, "devices": devices, "folder": str(folder)}
         (folder / "settings.json").write_text(json.dumps(settings))
-        command = [sys.executable, str(tmp_path / "script.py"), str(folder / "settings.json")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+        if devices == 1:
+            run_ranks(tmp_path / "script.py", str(folder / "settings.json"))
+        else:  # as a user starts it: a new interpreter, from which Lightning starts the second process
+            command = [sys.executable, str(tmp_path / "script.py"), str(folder / "settings.json")]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+            environment |= {"MASTER_ADDR": "127.0.0.1"}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            assert done.returncode == 0, done.stderr
         results.append(json.loads((folder / "result.json").read_text()))
     (metrics, weights), (metrics_of_two, weights_of_two) = results
     names = ["train/loss", "tokens", "replay/share_read", "replay/rows/prose", "val/loss/prose", "val/loss/code"]

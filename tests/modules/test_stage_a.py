@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import stage_runs
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import run_ranks
 from stage_runs import trainer
 from torch import Tensor
 
@@ -356,10 +354,7 @@ def test_two_processes_train_and_validate_as_one(tmp_path: Path) -> None:
         )
         settings = {"conftest": str(conftest), "model": model, "devices": devices, "folder": str(folder)}
         (folder / "settings.json").write_text(json.dumps({**settings, "accumulation": accumulation}))
-        command = [sys.executable, str(tmp_path / "script.py"), str(folder / "settings.json")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+        run_ranks(tmp_path / "script.py", str(folder / "settings.json"), processes=devices)
         results.append(json.loads((folder / "result.json").read_text()))
     (metrics, weights), (metrics_of_two, weights_of_two), _ = results
     names = ["train/loss", "train/discriminator", "train/codebook_usage", "val/psnr/unseen", "val/ssim/seen"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import run_ranks
 from stage_runs import column, fit_six_steps, trainer
 from torch import Tensor, nn
 from torchvision.models import efficientnet_v2_s
@@ -339,10 +337,7 @@ def test_two_processes_train_and_validate_as_one(stage_a_folder: str, tmp_path: 
         model = {**SMALL, "stage_a": stage_a_folder, "sampled_batches": 9}
         settings = {"conftest": str(conftest), "model": model, "devices": devices, "folder": str(folder)}
         (folder / "settings.json").write_text(json.dumps(settings))
-        command = [sys.executable, str(tmp_path / "script.py"), str(folder / "settings.json")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+        run_ranks(tmp_path / "script.py", str(folder / "settings.json"), processes=devices)
         results.append(json.loads((folder / "result.json").read_text()))
         assert len(list((folder / "samples").glob("*.png"))) == 2
     (metrics, weights), (metrics_of_two, weights_of_two) = results

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -485,13 +483,8 @@ def test_two_processes_use_the_same_rates_and_rewarm_together(tmp_path: Path) ->
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
     for begin in (0, 10):
-        command = [sys.executable, str(script), str(tmp_path), str(begin)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_TWO})
-        assert result.returncode == 0, result.stderr
+        run_ranks(script, str(tmp_path), str(begin), processes=2)
         for rank in (0, 1):
             rates, start = json.loads((tmp_path / f"{begin}-{rank}.json").read_text())
             assert start == begin
             assert rates == expected(COSINE, 10, range(10))
-
-
-_TWO = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from image_oracles import clip_score, frechet
 from lightning.pytorch import LightningModule, Trainer
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -178,10 +176,7 @@ def test_two_processes_find_what_one_finds(clip_folder: str, tmp_path: Path) -> 
         settings = {"tests": __file__, "conftest": str(tests / "conftest.py"), "support": str(tests / "support")}
         settings |= {"clip": clip_folder, "devices": devices, "out": str(tmp_path / f"{devices}.json")}  # type: ignore[dict-item]
         (tmp_path / f"settings{devices}.json").write_text(json.dumps(settings))
-        command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / f"settings{devices}.json")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_ranks(tmp_path / "script.py", str(tmp_path / f"settings{devices}.json"), processes=devices)
         found.append(json.loads((tmp_path / f"{devices}.json").read_text()))
     assert set(found[0]) == {
         f"val/{measure}/{name}" for measure in ("fid", "clip_score") for name in ("seen", "unseen")
