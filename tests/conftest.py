@@ -28,6 +28,9 @@ install_import_hook(
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# Files that take longest begin first, so that all workers end at about the same time.
+HEAVY = ("test_kill", "test_runner", "test_strategy", "test_optimizers", "test_killed", "test_causal_lm", "test_study")
+
 Randomize = Callable[..., nn.Module]
 TINY = {
     "model_type": "gpt_neox",
@@ -38,6 +41,10 @@ TINY = {
     "intermediate_size": 32,
     "max_position_embeddings": 16,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))
 
 
 @pytest.fixture(autouse=True)

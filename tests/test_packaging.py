@@ -115,6 +115,7 @@ def test_a_foreign_project_uses_the_callbacks(site: Path, tmp_path: Path) -> Non
     assert Path(where).is_relative_to(site)
 
 
+@pytest.mark.types
 def test_the_types_of_a_foreign_project_hold(site: Path, tmp_path: Path) -> None:
     (tmp_path / "project.py").write_text(WITHOUT_TORCHVISION + PROJECT)
     options = ["--strict", "--no-error-summary", "--cache-dir", str(ROOT / ".mypy_cache"), "--config-file="]
