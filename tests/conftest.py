@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import lightning.pytorch  # noqa: F401  # first imported under a captured stderr, its handler would keep that one
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ install_import_hook(
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+
 Randomize = Callable[..., nn.Module]
 TINY = {
     "model_type": "gpt_neox",
@@ -46,6 +48,12 @@ def _one_thread_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> Iterator[None]:
+    yield
+    fork_server.stop()
 
 
 @pytest.fixture
@@ -294,13 +302,3 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     client.close()
     remote._file_systems.clear()
     running.stop()
-
-
-@pytest.fixture(scope="session")
-def fork_server() -> Iterator[Any]:
-    """Starts command lines in processes that have imported everything already."""
-    from fork_server import ForkServer
-
-    server = ForkServer()
-    yield server
-    server.close()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 import yaml
-from fork_server import ForkServer, Process
 
-STEPS, DEADLINE_SECONDS = 60, 120
+ROOT = Path(__file__).parent.parent
+STEPS, SOAK_STEPS, DEADLINE_SECONDS = 60, 120, 120
 
 LOG = """
 import os
@@ -40,6 +43,7 @@ class Log(Callback):
 """
 
 Parts = dict[str, Any]
+Process = fork_server.Popen | subprocess.Popen[bytes]
 Start = Callable[..., Process]
 
 
@@ -141,14 +145,12 @@ def part(class_path: str, /, **arguments: Any) -> Parts:
 
 
 @pytest.fixture
-def start(
-    request: pytest.FixtureRequest, write_corpus: Callable[..., str], tmp_path: Path, fork_server: ForkServer
-) -> Start:
+def start(request: pytest.FixtureRequest, write_corpus: Callable[..., str], tmp_path: Path) -> Start:
     """Starts a run with replay, accumulation and frequent checkpoints and validations."""
     (tmp_path / "kill_log.py").write_text(LOG)
     parts = KINDS[getattr(request, "param", "language model")](write_corpus, tmp_path)
 
-    def begin(name: str, workers: int) -> Process:
+    def begin(name: str, workers: int, steps: int, popen: Callable[..., Process] = fork_server.Popen) -> Process:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         data = parts["data"]["init_args"] | {"micro_batch_size": 4, "global_batch_size": 8, "num_workers": workers}
@@ -159,13 +161,13 @@ def start(
             "model": parts["model"],
             "data": part(parts["data"]["class_path"], **data),
             "trainer": {
-                "accelerator": "cpu", "devices": 1, "max_steps": STEPS, "max_epochs": -1, "val_check_interval": 14,
+                "accelerator": "cpu", "devices": 1, "max_steps": steps, "max_epochs": -1, "val_check_interval": 14,
                 "limit_val_batches": 3,
                 "check_val_every_n_epoch": None, "num_sanity_val_steps": 1, "log_every_n_steps": 1,
                 "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder),
                 "logger": part("CSVLogger", save_dir=str(folder), name="run"),
                 "callbacks": [
-                    part("LRRewarming", length=STEPS, schedule=schedule),
+                    part("LRRewarming", length=steps, schedule=schedule),
                     part("ReplayScheduler", share=0.3),
                     *([parts["average"]] if "average" in parts else []),
                     {"class_path": "ExactResume"},
@@ -175,8 +177,10 @@ def start(
             },
         }  # fmt: skip
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        command = ["fit", "--config", str(folder / "config.yaml")]
-        return fork_server.start(command, folder / "said.txt", {"PYTHONPATH": str(tmp_path)})
+        command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(folder / "config.yaml")]
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        with (folder / "said.txt").open("ab") as said:
+            return popen(command, stdout=said, stderr=said, env={**environment, "OMP_NUM_THREADS": "1"})
 
     return begin
 
@@ -200,16 +204,22 @@ def kill_when(process: Process, reached: Callable[[], bool]) -> bool:
     raise AssertionError("the run neither ended nor came to where it was to be killed")
 
 
-def survive(start: Start, tmp_path: Path, kills: int, seed: int) -> None:
-    reference = start("whole", workers=0)
+def survive(
+    start: Start, tmp_path: Path, steps: int, kills: int, seed: int, popen: Callable[..., Process] = fork_server.Popen
+) -> None:
+    """Compare a run that is killed so many times with one that is not; ``popen`` starts the one that comes to its end.
+
+    Every third kill comes within a save; the others come at any moment.
+    """
+    reference = start("whole", 0, steps)
     assert reference.wait(timeout=DEADLINE_SECONDS) == 0, (tmp_path / "whole/said.txt").read_text()[-2000:]
     whole = lines(tmp_path / "whole")
-    assert len(whole) == 2 * STEPS
+    assert len(whole) == 2 * steps
 
     chance, folder = random.Random(seed), tmp_path / "killed"
     for number in range(kills):
         seen = len(lines(folder))
-        target = seen + chance.randint(15, max(16, 2 * STEPS // (kills + 1)))
+        target = seen + chance.randint(15, max(16, 2 * steps // (kills + 1)))
         within_save = number % 3 == 1
 
         def reached(target: int = target, within_save: bool = within_save) -> bool:
@@ -218,13 +228,17 @@ def survive(start: Start, tmp_path: Path, kills: int, seed: int) -> None:
             return not within_save or any(folder.rglob(".*.tmp"))
 
         newest = newest_step(folder)
-        if not kill_when(start("killed", workers=2 * (number % 2)), reached):
+        if not kill_when(start("killed", 2 * (number % 2), steps), reached):
             break  # it came to its end first
         first = first_step_since(folder, seen)
         assert first is None or number == 0 or first > 0
         assert first is None or first >= newest, "it began before the last whole checkpoint"
-    last = start("killed", workers=0)
+    seen, newest = len(lines(folder)), newest_step(folder)
+    assert newest > 0, "it was killed before anything was saved"
+    last = start("killed", 0, steps, popen)
     assert last.wait(timeout=DEADLINE_SECONDS) == 0, (folder / "said.txt").read_text()[-2000:]
+    first = first_step_since(folder, seen)
+    assert first is None or first >= newest, "it began before the last whole checkpoint"
     assert set(lines(folder)) == set(whole), "a step that was done twice gave the same loss from the same rows"
     assert lines(folder)[-1] == whole[-1]
 
@@ -242,13 +256,17 @@ def first_step_since(folder: Path, seen: int) -> int | None:
     return (int(since[0].split()[1])) // 2 if since else None
 
 
-@pytest.mark.parametrize("start", KINDS, indirect=True)
-def test_killed_at_any_moment_and_within_a_save(start: Start, tmp_path: Path) -> None:
-    survive(start, tmp_path, kills=2, seed=0)
+def test_killed_and_started_again_by_a_new_interpreter(start: Start, tmp_path: Path) -> None:
+    survive(start, tmp_path, STEPS, kills=2, seed=0, popen=subprocess.Popen)
+
+
+@pytest.mark.parametrize("start", ["stage A", "stage B", "stage C"], indirect=True)
+def test_stages_killed(start: Start, tmp_path: Path) -> None:
+    survive(start, tmp_path, STEPS, kills=2, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", KINDS, indirect=True)
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_twenty_times(start: Start, tmp_path: Path, seed: int) -> None:
-    survive(start, tmp_path, kills=5, seed=seed + 1)
+    survive(start, tmp_path, SOAK_STEPS, kills=5, seed=seed + 1)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fork_server import ForkServer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from ranks import run_ranks
 from torch import Tensor, nn
 
 from rewurst import UsageError
@@ -101,14 +101,6 @@ def fit(
     )
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module
-
-
-def test_an_example_is_like_a_batch_of_training(make: Callable[..., TextDataModule]) -> None:
-    data = make()
-    example = data.example_batch(4)
-    [tokens, *_] = fit(data, 1).tokens
-    assert (example["input_ids"].shape, example["input_ids"].dtype) == (tokens.shape, tokens.dtype)
-    assert set(example) == {"input_ids", "corpus", "row"}
 
 
 def test_global_batches_do_not_depend_on_micro_batches_or_workers(make: Callable[..., TextDataModule]) -> None:
@@ -393,9 +385,7 @@ Path(f"{settings['out']}-{trainer.global_rank}.json").write_text(json.dumps([mod
 """
 
 
-def test_global_batches_survive_other_numbers_of_processes(
-    fork_server: ForkServer, write_corpus: Callable[..., str], tmp_path: Path
-) -> None:
+def test_global_batches_survive_other_numbers_of_processes(write_corpus: Callable[..., str], tmp_path: Path) -> None:
     """1 -> 2 -> 1 processes, other micro-batches and workers, stopped within a global batch too."""
     folders = {name: write_corpus(name, 21 + 9 * seed, seed) for seed, name in enumerate(("prose", "code"))}
     (tmp_path / "world.py").write_text(WORLD)
@@ -404,7 +394,7 @@ def test_global_batches_survive_other_numbers_of_processes(
         settings = {**folders, "devices": devices, "micro": micro, "stop": stop, "workers": workers, "load": load}
         settings |= {"out": str(tmp_path / name), "save": str(tmp_path / f"{name}.ckpt")}
         (tmp_path / f"{name}.json").write_text(json.dumps(settings))
-        fork_server.run_script(tmp_path / "world.py", str(tmp_path / f"{name}.json"), processes=devices)
+        run_ranks(tmp_path / "world.py", str(tmp_path / f"{name}.json"), processes=devices)
         batches: dict[int, list[list[int]]] = {}
         for rank in range(devices):
             read, total = json.loads((tmp_path / f"{name}-{rank}.json").read_text())

@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from fork_server import ForkServer
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from ranks import run_ranks
 from torch import Tensor
 
 from rewurst import UsageError
@@ -611,11 +614,11 @@ os._exit(0)  # gloo's threads may still be there when the interpreter ends, whic
 
 @pytest.mark.parametrize("parts", ["blocks", "head"])
 def test_a_sharded_model_has_the_gradients_of_a_whole_one(
-    fork_server: ForkServer, tiny_config: dict[str, Any], tmp_path: Path, parts: str
+    tiny_config: dict[str, Any], tmp_path: Path, parts: str
 ) -> None:
     (tmp_path / "script.py").write_text(SHARDED)
-    printed = fork_server.run_script(tmp_path / "script.py", json.dumps(tiny_config), parts, processes=2)
-    assert printed.count("equal") == 2
+    said = run_ranks(tmp_path / "script.py", json.dumps(tiny_config), parts, processes=2)
+    assert said.count("equal") == 2
 
 
 TWO_PROCESSES = """
@@ -651,7 +654,7 @@ if trainer.is_global_zero:
 
 
 def test_two_processes_train_and_validate_as_one(
-    fork_server: ForkServer, tiny_config: dict[str, Any], write_corpus: Callable[..., str], tmp_path: Path
+    tiny_config: dict[str, Any], write_corpus: Callable[..., str], tmp_path: Path
 ) -> None:
     prose, code = write_corpus("prose", 23), write_corpus("code", 30, seed=1)
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
@@ -661,7 +664,14 @@ def test_two_processes_train_and_validate_as_one(
         folder.mkdir()
         settings = {"prose": prose, "code": code, "model": tiny_config, "devices": devices, "folder": str(folder)}
         (folder / "settings.json").write_text(json.dumps(settings))
-        fork_server.run_script(tmp_path / "script.py", str(folder / "settings.json"), processes=devices)
+        if devices == 1:
+            run_ranks(tmp_path / "script.py", str(folder / "settings.json"))
+        else:  # as a user starts it: a new interpreter, from which Lightning starts the second process
+            command = [sys.executable, str(tmp_path / "script.py"), str(folder / "settings.json")]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+            environment |= {"MASTER_ADDR": "127.0.0.1"}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            assert done.returncode == 0, done.stderr
         results.append(json.loads((folder / "result.json").read_text()))
     (metrics, weights), (metrics_of_two, weights_of_two) = results
     names = ["train/loss", "tokens", "replay/share_read", "replay/rows/prose", "val/loss/prose", "val/loss/code"]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import stage_runs
 import torch
-from fork_server import ForkServer
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import run_ranks
 from stage_runs import trainer
 from torch import Tensor
 
@@ -340,7 +340,7 @@ if trainer.is_global_zero:
 """
 
 
-def test_two_processes_train_and_validate_as_one(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_two_processes_train_and_validate_as_one(tmp_path: Path) -> None:
     """Under plain DDP, with a discriminator that starts at the third step, and with accumulation."""
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     conftest = Path(__file__).parents[1] / "conftest.py"
@@ -354,7 +354,7 @@ def test_two_processes_train_and_validate_as_one(fork_server: ForkServer, tmp_pa
         )
         settings = {"conftest": str(conftest), "model": model, "devices": devices, "folder": str(folder)}
         (folder / "settings.json").write_text(json.dumps({**settings, "accumulation": accumulation}))
-        fork_server.run_script(tmp_path / "script.py", str(folder / "settings.json"), processes=devices)
+        run_ranks(tmp_path / "script.py", str(folder / "settings.json"), processes=devices)
         results.append(json.loads((folder / "result.json").read_text()))
     (metrics, weights), (metrics_of_two, weights_of_two), _ = results
     names = ["train/loss", "train/discriminator", "train/codebook_usage", "val/psnr/unseen", "val/ssim/seen"]

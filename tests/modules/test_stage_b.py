@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fork_server import ForkServer
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import run_ranks
 from stage_runs import column, fit_six_steps, trainer
 from torch import Tensor, nn
 from torchvision.models import efficientnet_v2_s
@@ -327,7 +327,7 @@ if trainer.is_global_zero:
 """
 
 
-def test_two_processes_train_and_validate_as_one(fork_server: ForkServer, stage_a_folder: str, tmp_path: Path) -> None:
+def test_two_processes_train_and_validate_as_one(stage_a_folder: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     conftest = Path(__file__).parents[1] / "conftest.py"
     results = []
@@ -337,7 +337,7 @@ def test_two_processes_train_and_validate_as_one(fork_server: ForkServer, stage_
         model = {**SMALL, "stage_a": stage_a_folder, "sampled_batches": 9}
         settings = {"conftest": str(conftest), "model": model, "devices": devices, "folder": str(folder)}
         (folder / "settings.json").write_text(json.dumps(settings))
-        fork_server.run_script(tmp_path / "script.py", str(folder / "settings.json"), processes=devices)
+        run_ranks(tmp_path / "script.py", str(folder / "settings.json"), processes=devices)
         results.append(json.loads((folder / "result.json").read_text()))
         assert len(list((folder / "samples").glob("*.png"))) == 2
     (metrics, weights), (metrics_of_two, weights_of_two) = results

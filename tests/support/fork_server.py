@@ -1,209 +1,251 @@
-"""Start processes that have imported everything already: forks of one process, which pays for the imports once.
+"""Python processes that start in milliseconds: forked from one that has already imported everything.
 
-Run as a script this file is that process. It reads requests from its standard input, forks, and reports on its
-standard output which processes it started and how they ended.
+:class:`Popen` takes what ``subprocess.Popen`` takes for ``[sys.executable, SCRIPT, ...]`` or ``[sys.executable, "-m",
+MODULE, ...]``. The process is a real one, in a session of its own, that signals reach and kill like any other. All of
+them share the hash seed of their server, so each kind of start also has a test that starts a new interpreter.
 """
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import fcntl
 import json
 import os
+import random
 import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any
 
-POLL_SECONDS = 0.002
-DEADLINE_SECONDS = 300
+TimeoutExpired = subprocess.TimeoutExpired  # this module stands in for subprocess
+MAXIMUM_MESSAGE, MAXIMUM_DESCRIPTORS = 1 << 17, 64
+CLEAR_OF_TARGETS = 512  # received descriptors are moved above every number that a request asks for
+PRELOADED = (
+    "lightning.pytorch.cli",
+    "rewurst.cli.lightning",
+    "rewurst.callbacks",
+    "rewurst.datamodules",
+    "rewurst.modules",
+    "rewurst.preparation.images",
+    "rewurst.preparation.latents",
+    "tensorboard.compat",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "torchmetrics",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+)
+
+_running: list[tuple[socket.socket, subprocess.Popen[bytes]]] = []
 
 
-class Process:
-    """A forked process, with the methods of ``subprocess.Popen`` that tests use.
+class Popen:
+    """A process that is forked from the server, which the first one starts.
 
     Args:
-        server: Server that forked it.
-        pid: Its number.
+        command: The interpreter's path and its arguments: a script or ``-m`` and a module, and their arguments.
+        stdout: File that takes the standard output, or none for the caller's.
+        stderr: File that takes the standard error, or none for the caller's.
+        env: Environment of the process, or none for the caller's.
+        pass_fds: Descriptors that the process keeps, under the same numbers.
+        start_new_session: Accepted for the sake of the interface; there always is a new session.
     """
 
-    def __init__(self, server: ForkServer, pid: int) -> None:
-        self.pid, self._server = pid, server
-        self.returncode: int | None = None
+    def __init__(
+        self,
+        command: Sequence[str],
+        stdout: IO[Any] | int | None = None,
+        stderr: IO[Any] | int | None = None,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        start_new_session: bool = True,
+    ) -> None:
+        assert command[0] == sys.executable, command
+        self.args, self.returncode = list(command), None
+        self._status, theirs = os.pipe()
+        self._null = os.open(os.devnull, os.O_RDWR)
+        targets = {1: self._descriptor(stdout, 1), 2: self._descriptor(stderr, 2), **{fd: fd for fd in pass_fds}}
+        request = {"args": self.args[1:], "cwd": os.getcwd(), "targets": list(targets)}
+        request["env"] = dict(os.environ if env is None else env)
+        try:
+            socket.send_fds(_server(), [json.dumps(request).encode()], [theirs, *targets.values()])
+        finally:
+            os.close(theirs)
+            os.close(self._null)
+        self._said = os.fdopen(self._status, "rb", buffering=0)
+        self.pid = int(self._said.readline())
+
+    def _descriptor(self, given: IO[Any] | int | None, default: int) -> int:
+        if given is None:
+            return default
+        if isinstance(given, int):
+            assert given == subprocess.DEVNULL, "give a file"
+            return self._null
+        return given.fileno()
 
     def poll(self) -> int | None:
-        """Return the exit status, negative for a signal, or None while the process runs."""
-        if self.returncode is None:
-            self._server.collect()
-            self.returncode = self._server.ended.get(self.pid)
-        return self.returncode
+        """Return the exit status if the process has ended: negative for the signal that ended it."""
+        return self._ended(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end of the process and return its exit status."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if end is not None and time.monotonic() > end:
-                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
-            self._server.collect(POLL_SECONDS)
-        assert self.returncode is not None
+        """Return the exit status, or raise ``subprocess.TimeoutExpired``."""
+        status = self._ended(timeout)
+        if status is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return status
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self._said], [], [], timeout)[0]:
+            self.returncode = int(self._said.readline() or -signal.SIGKILL)
+            self._said.close()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless the process has ended."""
+        """Send a signal if the process has not ended."""
         if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):  # it may end in between
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
-
-class ForkServer:
-    """A process that has imported torch, Lightning, transformers and rewurst, and forks."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
-        self.ended: dict[int, int] = {}
-        self._started: list[int] = []
-        self._rest = b""
-
-    def start(
-        self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, cwd: Path | None = None
-    ) -> Process:
-        """Start ``rewurst``, or a Python file, with arguments; its output is appended to a file.
-
-        It gets a session of its own, as processes that are killed with their group want it.
-        """
-        request = {"command": list(command), "log": str(log), "env": dict(environment or {}), "cwd": str(cwd or Path())}
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request).encode() + b"\n")
-        self._server.stdin.flush()
-        while not self._started:
-            self.collect(1.0)
-        return Process(self, self._started.pop(0))
-
-    def run_script(self, script: Path, *arguments: str, processes: int = 1) -> str:
-        """Run a Python file in processes that know each other as ranks, and return what they printed.
-
-        Raises:
-            AssertionError: One of them failed.
-        """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        log = script.with_name(f"{script.stem}-{port}.txt")
-        ranks = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
-        running = []
-        for rank in range(processes):
-            own = ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            running.append(self.start([str(script), *arguments], log, {"GLOO_SOCKET_IFNAME": "lo", **own}))
-        statuses = [process.wait(DEADLINE_SECONDS) for process in running]
-        printed = log.read_text(errors="replace")
-        assert statuses == [0] * processes, printed[-3000:]
-        return printed
-
-    def collect(self, seconds: float = 0.0) -> None:
-        """Take in what the server has reported, waiting at most so long for it."""
-        assert self._server.stdout is not None
-        descriptor = self._server.stdout.fileno()
-        if not select.select([descriptor], [], [], seconds)[0]:
-            return
-        content = os.read(descriptor, 65536)
-        assert content, "the fork server has died"
-        *lines, self._rest = (self._rest + content).split(b"\n")
-        for line in lines:
-            report = json.loads(line)
-            if "started" in report:
-                self._started.append(report["started"])
-            else:
-                self.ended[report["ended"]] = report["status"]
-
-    def close(self) -> None:
-        """End the server; processes that it has started go on."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
 
 
-def _serve() -> None:
-    import rewurst.cli.lightning
-    import rewurst.datamodules.images
-    import rewurst.datamodules.latents
-    import rewurst.modules.stage_a
-    import rewurst.modules.stage_b
-    import rewurst.modules.stage_c  # noqa: F401
+def _server() -> socket.socket:
+    """Return the connection to the server of this process, which ends when the connection does."""
+    if not _running:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, str(theirs.fileno())]
+        with theirs:
+            server = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True, env=environment)
+        _running.append((ours, server))
+    return _running[0][0]
 
-    reports = os.dup(1)
-    children: set[int] = set()
-    rest = b""
+
+def stop() -> None:
+    """End the server, if there is one, and all of its processes."""
+    while _running:
+        connection, server = _running.pop()
+        connection.close()
+        server.wait()
+
+
+def serve(connection: socket.socket) -> None:
+    """Fork a process for every request, and report its exit status, until the connection ends."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake)
+    statuses: dict[int, int] = {}
     while True:
-        ready, _, _ = select.select([0], [], [], 0.01 if children else None)
-        if ready:
-            content = os.read(0, 65536)
-            if not content:
-                return
-            *lines, rest = (rest + content).split(b"\n")
-            for line in lines:
-                children.add(_fork(json.loads(line), reports))
-        for child in sorted(children):
-            if os.waitpid(child, os.WNOHANG)[0]:
-                children.discard(child)
+        ready = select.select([connection, woken], [], [])[0]
+        if woken in ready:
+            os.read(woken, 4096)
+            _report(statuses)
+        if connection in ready:
+            message, descriptors = _receive(connection)
+            if not message:
+                break
+            if (child := os.fork()) == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for inherited in (connection.detach(), woken, wake, *statuses.values()):
+                    os.close(inherited)
+                _become(json.loads(message), descriptors)
+            os.write(descriptors[0], b"%d\n" % child)
+            statuses[child] = descriptors[0]
+            for descriptor in descriptors[1:]:
+                os.close(descriptor)
+    for child in statuses:
+        os.killpg(child, signal.SIGKILL)
 
 
-def _fork(request: dict[str, Any], reports: int) -> int:
-    """Fork a guardian, which forks the process itself and reports its start and its end."""
-    if guardian := os.fork():
-        return guardian
-    pid = os.fork()
-    if pid == 0:
-        os._exit(_child(request))
-    os.write(reports, json.dumps({"started": pid}).encode() + b"\n")
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.write(reports, json.dumps({"ended": pid, "status": status}).encode() + b"\n")
-    os._exit(0)
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    message, descriptors, _, _ = socket.recv_fds(connection, MAXIMUM_MESSAGE, MAXIMUM_DESCRIPTORS)
+    return message, descriptors
 
 
-def _child(request: dict[str, Any]) -> int:
+def _report(statuses: dict[int, int]) -> None:
+    while statuses:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if not ended:
+            return
+        pipe = statuses.pop(ended)
+        with suppress(BrokenPipeError):  # nobody waits for it
+            os.write(pipe, b"%d\n" % os.waitstatus_to_exitcode(status))
+        os.close(pipe)
+
+
+def _become(request: dict[str, Any], descriptors: list[int]) -> None:
+    """Turn a fork of the server into the process that was asked for, and end it."""
     os.setsid()
+    os.close(descriptors[0])
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, CLEAR_OF_TARGETS) for descriptor in descriptors[1:]]
+    for descriptor in descriptors[1:]:
+        os.close(descriptor)
+    for descriptor, target in zip(moved, request["targets"], strict=True):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
     os.chdir(request["cwd"])
+    os.environ.clear()
     os.environ.update(request["env"])
-    sys.path[:0] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
-    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, source in ((0, null), (1, log), (2, log)):
-        os.dup2(source, descriptor)
-    script, *arguments = request["command"]
+    os._exit(_run(request["args"]))
+
+
+def _run(args: list[str]) -> int:
+    """Run a script or a module as the interpreter does, to the exit status."""
+    import numpy as np
+    import torch
+
+    random.seed()
+    np.random.seed()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    status: Any = 0
     try:
-        if script.endswith(".py"):
-            sys.argv = [script, *arguments]
-            runpy.run_path(script, run_name="__main__")
-            return 0
-        from rewurst.train import main
-
-        sys.argv = ["rewurst", *request["command"]]
-        return main(request["command"])
-    except BaseException as error:
-        import traceback
-
-        if isinstance(error, SystemExit):
-            return error.code if isinstance(error.code, int) else 1
+        if args[0] == "-m":
+            sys.argv = args[1:]
+            sys.path.insert(0, os.getcwd())
+            runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = args
+            sys.path.insert(0, os.path.dirname(os.path.abspath(args[0])))
+            runpy.run_path(args[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+    except BaseException:
         traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the interpreter does at its end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status if isinstance(status, int) else int(status is not None)
 
 
 if __name__ == "__main__":
-    _serve()
+    import importlib
+
+    sys.path.append(sys.path.pop(0))  # this folder: what scripts share with tests
+    for name in PRELOADED:
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "threads do not outlive a fork"
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        serve(connection)

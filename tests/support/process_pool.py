@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
+
 WORKER = Path(__file__).parent / "fsdp_worker.py"
 DEADLINE_SECONDS = 300
 
@@ -31,12 +33,11 @@ class Pool:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in the process that asks
         environment["REWURST_TRACEBACK"] = "1"  # errors of a command line are answers
-        self._process = subprocess.Popen(
+        self._process = fork_server.Popen(
             [sys.executable, str(WORKER), *map(str, theirs)],
             pass_fds=theirs,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
             env=environment,
         )
         for descriptor in theirs:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from fork_server import ForkServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -479,11 +479,11 @@ trainer.save_checkpoint(folder / "a.ckpt")
 """
 
 
-def test_two_processes_use_the_same_rates_and_rewarm_together(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_two_processes_use_the_same_rates_and_rewarm_together(tmp_path: Path) -> None:
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
     for begin in (0, 10):
-        fork_server.run_script(script, str(tmp_path), str(begin), processes=2)
+        run_ranks(script, str(tmp_path), str(begin), processes=2)
         for rank in (0, 1):
             rates, start = json.loads((tmp_path / f"{begin}-{rank}.json").read_text())
             assert start == begin

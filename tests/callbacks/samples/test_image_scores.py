@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fork_server import ForkServer
 from image_oracles import clip_score, frechet
 from lightning.pytorch import LightningModule, Trainer
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -167,7 +167,7 @@ if run.is_global_zero:
 """
 
 
-def test_two_processes_find_what_one_finds(fork_server: ForkServer, clip_folder: str, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(clip_folder: str, tmp_path: Path) -> None:
     """Of shares of unequal size."""
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     tests = Path(__file__).parents[2]
@@ -176,7 +176,7 @@ def test_two_processes_find_what_one_finds(fork_server: ForkServer, clip_folder:
         settings = {"tests": __file__, "conftest": str(tests / "conftest.py"), "support": str(tests / "support")}
         settings |= {"clip": clip_folder, "devices": devices, "out": str(tmp_path / f"{devices}.json")}  # type: ignore[dict-item]
         (tmp_path / f"settings{devices}.json").write_text(json.dumps(settings))
-        fork_server.run_script(tmp_path / "script.py", str(tmp_path / f"settings{devices}.json"), processes=devices)
+        run_ranks(tmp_path / "script.py", str(tmp_path / f"settings{devices}.json"), processes=devices)
         found.append(json.loads((tmp_path / f"{devices}.json").read_text()))
     assert set(found[0]) == {
         f"val/{measure}/{name}" for measure in ("fid", "clip_score") for name in ("seen", "unseen")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import yaml
 
@@ -22,6 +23,12 @@ from rewurst.reproduce.continual.scales import SCALES, Scale
 from rewurst.reproduce.runner import Runner, Stopped, launch
 
 STEPS = 120
+
+
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have runs forked from a process that has imported everything."""
+    monkeypatch.setattr("rewurst.reproduce.runner.subprocess", fork_server)
 
 
 @pytest.fixture
@@ -65,6 +72,7 @@ def when_saved(job: Job, then: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.usefixtures("_forked")
 def test_stopped_and_killed_runs_come_to_the_same_end(two: Callable[[str], list[Job]]) -> None:
     whole = Runner(two("whole"), LossLedger(), at_once=2).run()
     assert {name: result.steps for (name, _), result in whole.items()} == {"old": STEPS, "replay_5": 2 * STEPS}
