@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from .. import UsageError
 from ..hints import closest
+from ..lightning_compat import logged_step, validation_from_its_beginning
 
 
 class Forgetting(Callback):
@@ -96,24 +96,12 @@ class Forgetting(Callback):
             if corpora:
                 metrics[f"{name}/average"] = sign * sum(moved[corpus] for corpus in corpora) / len(corpora)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(metrics, step=logged_step(trainer))
 
     def _validate(self, trainer: Trainer) -> None:
-        """A whole validation before the first step, as the training loop runs it between two.
-
-        A restored loop believes that it stands where the checkpoint's validation stood, and would begin there; what
-        it believes is put back afterwards, since the training loop goes by it.
-        """
-        loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-        believed = (loop.restarting, loop._has_run, copy.deepcopy(loop.batch_progress.state_dict()))
-        first = connector._first_loop_iter
-        loop.restarting = False
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
-        connector._first_loop_iter = first
-        loop.restarting, loop._has_run, progress = believed
-        loop.batch_progress.load_state_dict(progress)
+        """Run a whole validation before the first step, as the training loop runs it between two."""
+        with validation_from_its_beginning(trainer) as loop:
+            loop.run()
 
     def _loss(self, trainer: Trainer, corpus: str) -> float:
         name = self.metric.format(corpus=corpus)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .. import UsageError
+from ..lightning_compat import logs_now
 from .learning_rate.lengths import in_steps, parse_length
 from .learning_rate.schedule_types import Schedule
 
@@ -106,7 +107,7 @@ class ReplayScheduler(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs at the trainer's logging interval."""
-        if self._source is None or not trainer._logger_connector.should_update_logs:
+        if self._source is None or not logs_now(trainer):
             return
         rows = self._rows_of_all_ranks(trainer)
         total = sum(rows.values())

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from .. import UsageError
+from ..lightning_compat import keep_samplers
 from .sampling.buckets import Lanes
 from .sampling.micro_batches import Batch, EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
 from .sampling.mixture import Mixture, RunningShare
@@ -150,7 +151,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
                 self._opened[path] = self.open_corpus(name, path)
         if self.trainer is not None and self.trainer.world_size > 1:
             # Every rank gets its own rows here; Lightning's sampler would take a part of that part.
-            self.trainer._accelerator_connector.use_distributed_sampler = False
+            keep_samplers(self.trainer)
         if stage == "fit" and self.trainer is not None:
             if not self.val:
                 self.trainer.limit_val_batches = 0  # Lightning warns of loaders that are a dict of none

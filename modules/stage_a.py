@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .. import UsageError
+from ..lightning_compat import logs_now, uncount_batch
 from .losses.adversarial import ADVERSARIAL, AdversarialLoss, without_gradients
 from .losses.perceptual import LPIPS, cached_vgg16
 from .networks import VQGAN, PatchDiscriminator, describe
@@ -26,7 +27,7 @@ from .shared.codebook import CodebookUse, drawn_rows, snap
 from .shared.flops import stage_a_flops
 from .shared.frozen import Frozen
 from .shared.image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
-from .shared.monitored import FiniteWatch, check_max_grad_norm, logs_now, look, place_of, scales_losses
+from .shared.monitored import FiniteWatch, check_max_grad_norm, look, place_of, scales_losses
 
 Losses = dict[str, Tensor]
 
@@ -162,7 +163,7 @@ class StageA(LightningModule):
         if closes:
             self._step()
         else:  # for the loggers Lightning counts each batch of manual optimization as one that stepped
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+            uncount_batch(self.trainer)
 
     def _losses(self, batch: Batch) -> Losses:
         """Weighted terms of both networks: one backward pass gives each network the gradients of its own terms."""

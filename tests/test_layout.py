@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ FLOORS = (
     ("checkpoints",),
     ("tokenizer_files",),
     ("files",),
+    ("lightning_compat",),
     ("hints",),
     ("dtensor",),
     ("__init__",),
@@ -124,6 +126,35 @@ def test_no_module_imports_itself_through_others() -> None:
 
 def test_networks_know_no_lightning() -> None:
     assert _external(PACKAGE, "modules.networks", "lightning pytorch_lightning") == []
+
+
+def _private_lightning(package: Path) -> list[str]:
+    """Attributes of trainers, and names imported from Lightning, that begin with an underscore."""
+    found = []
+    for name, path in _files(package).items():
+        if name == "lightning_compat":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning"):
+                found += [f"{name}: {alias.name}" for alias in node.names if alias.name.startswith("_")]
+            elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                owner = ast.unparse(node.value)
+                if re.search(r"\btrainer\b|_loop\b|\bstrategy\b|connector\b", owner):
+                    found.append(f"{name}: {owner}.{node.attr}")
+    return found
+
+
+def test_private_names_of_lightning_stand_in_one_file() -> None:
+    assert _private_lightning(PACKAGE) == []
+
+
+def test_a_private_name_of_lightning_is_noticed(tmp_path: Path) -> None:
+    lines = ["from lightning.fabric.utilities.rank_zero import _get_rank", "trainer.fit_loop._should_accumulate()"]
+    _write(tmp_path, {"callbacks/a.py": "\n".join(lines)})
+    assert _private_lightning(tmp_path) == [
+        "callbacks.a: _get_rank",
+        "callbacks.a: trainer.fit_loop._should_accumulate",
+    ]
 
 
 def test_a_room_holds_few_files() -> None:

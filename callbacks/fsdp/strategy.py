@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,6 +28,7 @@ from ... import UsageError
 from ...checkpoints.optimizer_names import named_state, refuse_optimizers, restore_named_state
 from ...checkpoints.sharded_reading import load_checkpoint
 from ...checkpoints.sharded_writing import remove_checkpoint, save_checkpoint
+from ...lightning_compat import optimizers_to_device
 from .blocks import DType, compile_blocks, find_blocks, frozen_children, mixed_precision, recompute
 from .weights import any_rank_is_empty, hand_out, refuse_empty_frozen, share_buffers, whole_on_rank_zero
 
@@ -147,7 +147,7 @@ class FSDP(ModelParallelStrategy):
             refuse_optimizers(self.optimizers)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING and not self.cpu_offload:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            optimizers_to_device(self.optimizers, self.root_device)
 
     def _shard_and_fill(self, module: nn.Module) -> nn.Module:
         """Shards; where a process has no memory yet, or replicas could differ, the first one's values go to all."""

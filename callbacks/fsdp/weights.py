@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from lightning.fabric.utilities.rank_zero import _get_rank
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ... import UsageError
+from ...lightning_compat import launched_rank
 from .blocks import tensors_of
 
 
@@ -32,7 +32,7 @@ def construct_on_rank_zero() -> Iterator[bool]:
             module = CausalLM({"model_type": "gpt_neox", ...}, init_from="folder" if first else None)
         Trainer(strategy=FSDP(), devices=8).fit(module, data)
     """
-    if (_get_rank() or 0) == 0:
+    if launched_rank() == 0:
         yield True
         return
     try:

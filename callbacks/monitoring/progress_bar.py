@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from ...lightning_compat import logs_now
 from .throughput import Throughput
 
 
@@ -49,7 +50,7 @@ class StepProgressBar(TQDMProgressBar):
         elif self._should_update(trainer.global_step, trainer.max_steps):
             bar = self.train_progress_bar
             bar.n = trainer.global_step
-            if trainer._logger_connector.should_update_logs:  # reading a metric waits for the device
+            if logs_now(trainer):  # reading a metric waits for the device
                 bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.refresh()
 

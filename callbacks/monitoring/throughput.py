@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ... import UsageError
+from ...lightning_compat import is_accumulating, log_metrics, logged_step, logs_now
 from .stopwatch import PartProfiler, PartTimes, StepClock
 
 PARTS = ("step", "data", "validation", "checkpoint")
@@ -116,12 +117,8 @@ class Throughput(ThroughputMonitor):
         if self._clock is None:
             return
         self._clock.lap((self.batch_size_fn(batch), self.tokens_fn(batch), _flops(pl_module, batch)))
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if (
-            step != self._logged_at
-            and trainer._logger_connector.should_update_logs
-            and not trainer.fit_loop._should_accumulate()
-        ):
+        step = logged_step(trainer)
+        if step != self._logged_at and logs_now(trainer) and not is_accumulating(trainer):
             self._take_in()
             self._log(trainer)
 
@@ -205,8 +202,8 @@ class Throughput(ThroughputMonitor):
                     metrics[f"throughput/{name}"] = value * factor
             if (speed := rates.get("device/batches_per_sec")) is not None:
                 metrics["throughput/seconds_per_step"] = _accumulation(trainer) / speed
-        self.latest, self._logged_at = metrics, trainer.fit_loop.epoch_loop._batches_that_stepped
-        trainer._logger_connector.log_metrics(metrics)  # type: ignore[arg-type]
+        self.latest, self._logged_at = metrics, logged_step(trainer)
+        log_metrics(trainer, metrics)
 
     def _time_shares(self) -> dict[str, float]:
         seconds = self._parts.read()

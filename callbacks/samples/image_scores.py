@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ... import UsageError
 from ...hints import closest
+from ...lightning_compat import logged_step
 from .image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
-from .validation_batches import completed_steps, corpora, length, select, valid
+from .validation_batches import corpora, length, select, valid
 
 
 class ImageScores(Callback):
@@ -148,7 +149,7 @@ class ImageScores(Callback):
                 pl_module.log(f"val/{measure}/{corpus}", value, sync_dist=True)
             judge.reset()
             self._knows_images.add(corpus)
-            self._scored_at = completed_steps(trainer)
+            self._scored_at = logged_step(trainer)
         self._taken = {}
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -156,7 +157,7 @@ class ImageScores(Callback):
             return False
         if self.every_n_steps is None or self._scored_at is None or trainer.state.fn != "fit":
             return True
-        return completed_steps(trainer) // self.every_n_steps > self._scored_at // self.every_n_steps
+        return logged_step(trainer) // self.every_n_steps > self._scored_at // self.every_n_steps
 
     def _judge(self, corpus: str, device: torch.device) -> ImageJudge:
         if corpus not in self._judges:

@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ... import UsageError
+from ...lightning_compat import logged_step
 from .image_quality import as_bytes
-from .validation_batches import completed_steps, corpora, length, select, valid
+from .validation_batches import corpora, length, select, valid
 
 Pixels = NDArray[np.uint8]
 SIDE = 128  # pixels; smaller pictures are enlarged by a whole number
@@ -134,7 +135,7 @@ class LogSamples(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the grids."""
-        step = completed_steps(trainer)
+        step = logged_step(trainer)
         rows, self._rows = self._rows, {}
         if not trainer.is_global_zero:
             return
@@ -159,7 +160,7 @@ class LogSamples(Callback):
             return False
         if self.every_n_steps is None or self._drawn_at is None or trainer.state.fn != "fit":
             return True
-        return completed_steps(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
+        return logged_step(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
 
 
 def grid(rows: list[Row]) -> Image.Image:

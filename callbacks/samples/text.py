@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ... import UsageError
-from .validation_batches import completed_steps
+from ...lightning_compat import logged_step
 
 
 class LogText(Callback):
@@ -75,7 +75,7 @@ class LogText(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes, where it is time."""
-        step = completed_steps(trainer)
+        step = logged_step(trainer)
         if trainer.sanity_checking or not self._is_due(trainer, step):
             return
         devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []

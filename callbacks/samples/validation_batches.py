@@ -18,11 +18,6 @@ def corpora(trainer: Trainer) -> list[str]:
     return [str(index) for index in range(len(loaders))] if isinstance(loaders, (list, tuple)) else ["0"]
 
 
-def completed_steps(trainer: Trainer) -> int:
-    """Completed global batches, as the logged metrics' steps are counted."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
 def length(batch: Mapping[str, Any]) -> int:
     """Samples of a batch: the first dimension of its tensors."""
     return len(next(value for value in batch.values() if isinstance(value, Tensor)))

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ... import UsageError
+from ...lightning_compat import logs_now
 
 
 class WatchedModule(LightningModule):
@@ -127,11 +128,6 @@ class WatchedModule(LightningModule):
     @property
     def _logging(self) -> bool:
         return logs_now(self.trainer)
-
-
-def logs_now(trainer: Trainer) -> bool:
-    """Whether loggers take in what is logged at this step."""
-    return bool(trainer._logger_connector.should_update_logs)
 
 
 def look(watch: FiniteWatch, trainer: Trainer | None) -> None:

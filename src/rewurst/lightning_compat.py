@@ -1,0 +1,68 @@
+"""Every use of Lightning's private names, in one place to look at when Lightning is upgraded (written for 2.6)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch import Trainer
+
+optimizers_to_device = _optimizers_to_device
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step under which loggers record metrics: completed global batches."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def uncount_batch(trainer: Trainer) -> None:
+    """Take back the count of a batch: with manual optimization Lightning counts each one as a step."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Return whether loggers record at this step."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Send metrics to the loggers at once, outside of a module's own logging."""
+    trainer._logger_connector.log_metrics(metrics)  # type: ignore[arg-type]
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Return whether the next micro-batch belongs to the same global batch."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def keep_samplers(trainer: Trainer) -> None:
+    """Keep Lightning from giving each rank a part of a loader that already gives it its own."""
+    trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def launched_rank() -> int:
+    """Return this process's rank before there is a Trainer, 0 if no launcher has set one."""
+    return _get_rank() or 0
+
+
+@contextmanager
+def validation_from_its_beginning(trainer: Trainer) -> Iterator[Any]:
+    """Yield the validation loop, ready to run once from its first batch in the middle of training.
+
+    A restored loop takes itself to be where the checkpoint's validation was. Its state is put back afterwards, because
+    the training loop relies on it.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    before = loop.restarting, loop._has_run, copy.deepcopy(loop.batch_progress.state_dict())
+    first = connector._first_loop_iter
+    loop.restarting = False
+    trainer.validating = True
+    yield loop
+    trainer.training = True
+    connector._first_loop_iter = first
+    loop.restarting, loop._has_run, progress = before
+    loop.batch_progress.load_state_dict(progress)
