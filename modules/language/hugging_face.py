@@ -17,13 +17,13 @@ from .initial_weights import build, lightning_state
 
 
 def export_hugging_face(checkpoint: Path, out: Path, tokenizer: Path | None = None, overwrite: bool = False) -> None:
-    """Writes a checkpoint of :class:`CausalLM` as a folder that transformers loads.
+    """Write a checkpoint of CausalLM as a folder that transformers loads.
 
     Args:
-        checkpoint: A Lightning checkpoint.
-        out: New folder for config, safetensors and tokenizer; it appears whole or not at all.
-        tokenizer: Folder of the tokenizer; by default the one that the data was prepared with.
-        overwrite: Replace a folder that an export wrote before.
+        checkpoint: Lightning checkpoint of CausalLM.
+        out: Folder to write; it appears whole or not at all.
+        tokenizer: Folder of the tokenizer (default: the one the data was prepared with).
+        overwrite: Replace an export that is there.
 
     Raises:
         UsageError: No checkpoint of a causal language model, the tokenizer is gone, ``out`` exists.
@@ -54,14 +54,14 @@ def generate_text(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """Continues a prompt with a language model.
+    """Continue a prompt with a language model.
 
     Args:
         folder: Hugging Face folder or hub name.
         prompt: Text to continue.
-        max_new_tokens: Most tokens added.
-        temperature: 0 takes the likeliest token each time; higher is more varied.
-        top_p: Draw from the likeliest tokens that hold this probability together.
+        max_new_tokens: Largest number of tokens to add.
+        temperature: Temperature of the draw; 0 takes the likeliest token.
+        top_p: Probability of the likeliest tokens to draw from, in (0, 1].
         seed: Seed of the draw; the global random state stays as it is.
 
     Returns:

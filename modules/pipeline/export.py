@@ -56,15 +56,14 @@ def export_diffusers(
     become two folders, ``prior`` and ``decoder``, because the combined pipeline has these numbers built in.
 
     Args:
-        stage_a: Checkpoint of ours, the authors' file or a network's folder; so are the next two.
-        stage_b: If it holds the Semantic Compressor too, that is written as well, for reconstructions.
-        stage_c: See ``stage_a``.
-        out: Must not exist, or be empty.
-        stage_c_mean: A second checkpoint of Stage C: the mean of both is written, which is how the release was made.
-        text_encoder: Of Stage B: a hub name or folder; by default what the checkpoint names as "text_encoder".
-        prior_text_encoder: The same of Stage C; by default the one that Stage C's checkpoint names or, having trained
-            it, holds, or else Stage B's. A Stage B that was trained without text gets Stage C's.
-        resolution_multiple: Pixels on each side of a compressor latent; by default the compressor's, or else 42.67.
+        stage_a: Checkpoint of Stage A, the authors' file or a network's folder.
+        stage_b: Checkpoint of Stage B; its Semantic Compressor is written too, if it has one.
+        stage_c: Checkpoint of Stage C.
+        out: Folder to write, new or empty.
+        stage_c_mean: Second checkpoint of Stage C: the mean of both is written, which is how the release was made.
+        text_encoder: Hub name or folder of Stage B's text encoder (default: the checkpoint's).
+        prior_text_encoder: Hub name or folder of Stage C's text encoder (default: the checkpoint's, or Stage B's).
+        resolution_multiple: Pixels on each side of a compressor latent (default: the compressor's, or 42.67).
 
     Raises:
         UsageError: A checkpoint is another stage's, broken or not finite; parts do not fit; ``out`` is taken.

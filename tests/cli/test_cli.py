@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 import yaml
 
+from rewurst.cli.parser import parser_of
+from rewurst.cli.tools import TOOLS
 from rewurst.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -258,10 +261,10 @@ def test_wrong_use_is_one_line_and_status_2(
     ("arguments", "message"),
     [
         (["fitt"], "no command 'fitt'; did you mean 'fit'?"),
+        (["prepare", "texts", "a"], "no command 'texts'; did you mean 'text'?"),
         (
-            ["prepare", "texts", "a"],
-            "invalid choice: 'texts' (choose from 'tokenizer', 'text', 'index', 'images', 'latents', 'verify'); "
-            "did you mean",
+            ["prepare", "everything"],
+            "no command 'everything'; there are tokenizer, text, images, latents, index, verify",
         ),
         (["prepare", "text", "a", "--tokeniser", "b", "--out", "c"], "--tokenizer"),
         (["prepare", "text", "builtin:pros", "--tokenizer", "b", "--out", "c"], "builtin:prose"),
@@ -287,7 +290,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
         "assert status == 0 and not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "prepare text SOURCE" in result.stdout
+    assert "prepare text" in result.stdout
     assert main(["--version"]) == 0
 
 
@@ -298,3 +301,42 @@ def test_both_programs_are_the_same() -> None:
     said = [subprocess.run([*c, "generate", "text"], capture_output=True, text=True, check=False) for c in commands]
     assert said[0].returncode == said[1].returncode == 2
     assert said[0].stderr == said[1].stderr != ""
+
+
+COMMANDS = [[group, name] if name else [group] for group, tools in TOOLS.items() for name in tools]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for command in [*COMMANDS, ["schedule"], ["plan"], ["fit"], ["validate"], ["test"], ["predict"]]:
+        assert re.search(rf"^  (.*\| )?{' '.join(command)}( |$)", listed, re.M), command
+    for group in ("prepare", "export", "generate", "reproduce"):
+        assert main([group, "--help"]) == 0
+        listed = capsys.readouterr().out
+        assert all(f"  {group} {name} " in listed for name in TOOLS[group])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_option_has_a_help_text_that_stands_alone(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    assert not re.search("``|:class:|:func:", capsys.readouterr().out)
+    tool = TOOLS[command[0]][command[1] if command[1:] else ""]
+    module, _, name = tool.function.partition(":")
+    parser = parser_of(getattr(import_module(f"rewurst.{module}"), name), "rewurst", tool.positional)
+    for action in parser._actions[1:]:
+        first = (action.help or "").partition(" ")[0]
+        assert first[:1].isupper(), f"{command} {action.dest}: {action.help!r}"
+        assert first.lower() not in {"of", "by", "that", "which", "whose", "what", "who", "to"}, action.help
+
+
+def test_help_and_wrong_use_of_tools_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from rewurst.train import main\n"
+        "for line in ('--help', 'prepare --help', 'prepare text --hlep', 'prepare txt'): main(line.split())\n"
+        "print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "no command 'txt'; did you mean 'text'?" in result.stderr

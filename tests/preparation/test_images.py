@@ -19,7 +19,6 @@ import webdataset as wds
 from PIL import Image
 
 from rewurst import UsageError
-from rewurst.cli.tools import run
 from rewurst.datamodules.corpora.index import Shard
 from rewurst.datamodules.imaging.facts import FACTS_DTYPE
 from rewurst.preparation.engine import image_units
@@ -30,6 +29,7 @@ from rewurst.preparation.steps.recoding import Fault, Recoding, sample_of
 from rewurst.preparation.verify import verify
 from rewurst.preparation.writing import shard_file
 from rewurst.preparation.writing.image_writer import Sample
+from rewurst.train import main as run
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 

@@ -77,13 +77,12 @@ def split(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
 
 
 def consolidate(path: Path, out: Path, prefix: str = "") -> int:
-    """Writes the module's tensors of a checkpoint, sharded or not, as one safetensors file.
+    """Write the module's tensors of a checkpoint, sharded or not, as one safetensors file.
 
     Args:
-        path: The checkpoint.
-        out: The file; it appears whole or not at all.
-        prefix: Only tensors whose names begin so, named without it: ``"model."`` for what
-            ``CausalLM(init_from=...)`` reads.
+        path: Checkpoint, a file or a folder of shards.
+        out: Safetensors file to write; it appears whole or not at all.
+        prefix: Prefix of the names to keep, which they lose: ``model.`` for what ``CausalLM(init_from=...)`` reads.
 
     Returns:
         How many tensors.

@@ -51,25 +51,24 @@ def prepare_images(
     call resumes it. Pictures on a server are recognized by their names.
 
     Args:
-        source: A folder of images, each with a ``.txt`` of the same name beside it, and perhaps a ``.json``; a
-            ``.jsonl`` or ``.parquet`` with file names (or images) and captions; a folder that holds such a table as
-            ``metadata.jsonl`` or ``metadata.parquet``; the URL of one of these; ``builtin:shapes`` or
-            ``builtin:shapes-new``.
-        out: Folder, empty or new; with engine ``ray`` every machine sees it, and it may be a URL.
-        held_out: Share of the pictures for validation, in [0, 1); drawn pictures bring their own.
-        recoding: How pictures are stored, by default as they are. ``image_size`` is the side of drawn ones (64).
-        workers: Processes that read and check, by default this one alone; with engine ``ray`` at most so many at once.
-        max_corrupt: Share of the pictures that may be corrupt, and are left out; with more the preparation fails.
-        skip_without_caption: Leave pictures without a caption out, instead of failing.
+        source: Folder of images with a .txt next to each (and perhaps a .json), .jsonl or .parquet with file names or
+            images and captions, folder with metadata.jsonl or metadata.parquet, URL of one of these, builtin:shapes or
+            builtin:shapes-new.
+        out: Folder or URL to write, new or empty; every machine of a cluster has to see it.
+        held_out: Share of the pictures kept for validation, in [0, 1); drawn pictures have their own.
+        recoding: Size and format in which pictures are stored.
+        workers: Number of worker processes (default: 1; with ray: all there is room for).
+        max_corrupt: Share of the pictures that may be corrupt; they are left out.
+        skip_without_caption: Leave out pictures without a caption instead of failing.
         image_field: Field of a table with file names (default: file_name, image or path).
         caption_field: Field of a table with captions (default: text or caption).
-        samples_per_shard: By default shards have about 256 MiB.
-        pictures: Drawn of each combination.
-        seed: Of drawn pictures.
+        samples_per_shard: Number of pictures per shard (default: shards of about 256 MiB).
+        pictures: Number of pictures drawn per combination of builtin:shapes.
+        seed: Seed of drawn pictures.
         overwrite: Replace what an earlier preparation left in ``out``.
-        engine: ``local``, or ``ray`` for the machines of a Ray cluster.
-        ray_address: Of the cluster, see :class:`.engine.ray_tasks.Ray`.
-        progress: Show a progress bar on stderr.
+        engine: Engine that runs the work: local, or ray for the machines of a Ray cluster.
+        ray_address: Address of the Ray cluster (default: RAY_ADDRESS, or a cluster that is started here).
+        progress: Whether to show progress bars on stderr.
 
     Returns:
         Samples of each side.

@@ -9,7 +9,6 @@ Processes share the shards: by number (``shard_of``), or as the units of a Ray c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,7 @@ def prepare_latents(
     stage_b: str,
     image_size: int,
     *,
-    what: Sequence[str] = ("z",),
+    what: tuple[str, ...] = ("z",),
     text_encoder: str | None = None,
     stage_a: str | None = None,
     max_aspect: float = 1.0,
@@ -54,27 +53,27 @@ def prepare_latents(
     stopped, killed or failed is resumed by the same call; shards that are done stay.
 
     Args:
-        source: Folder of the images, with ``index.json``, or its URL.
-        out: Folder to fill, or its URL; with engine ``ray`` every machine sees it, as it does the networks' files.
-        stage_b: Checkpoint with the Semantic Compressor, or its folder.
-        image_size: As the data module's; so are ``max_aspect``, ``bucket_multiple`` and ``resize``.
-        what: Arrays to make: ``z``; ``a`` for Stage A's latents, ``text`` for text states.
-        text_encoder: Folder or hub name of a frozen CLIP text model.
-        stage_a: Checkpoint or folder of Stage A; by default the one that Stage B's checkpoint names.
-        max_aspect: See ``image_size``.
-        bucket_multiple: See ``image_size``.
-        resize: See ``image_size``.
-        batch_size: Images that networks see at once.
-        workers: Processes that decode; with engine ``ray`` for each shard in work.
-        device: To run networks on; with engine ``ray`` a shard in work takes a GPU of the cluster for ``cuda``.
-        dtype: Of the arrays, ``float16`` or ``float32``.
-        samples_per_shard: By default shards have up to 256 MiB.
-        shard_of: This process's number and how many there are: each makes its share of the shards.
+        source: Folder or URL of the images, with ``index.json``.
+        out: Folder or URL to write, new or one to resume; every machine of a cluster has to see it.
+        stage_b: Checkpoint of Stage B with its Semantic Compressor, or a compressor's folder.
+        image_size: Side in pixels at which images are shown.
+        what: Arrays to store, separated by commas: z, a (Stage A's latents), text (states of the text encoder).
+        text_encoder: Folder or hub name of a frozen CLIP text model, for text.
+        stage_a: Checkpoint or folder of Stage A, for a (default: the one that Stage B's checkpoint names).
+        max_aspect: Largest ratio of the longer to the shorter side of the shapes that images are cropped to.
+        bucket_multiple: Number of pixels that the sides of these shapes are multiples of.
+        resize: Side of a square that images cover before they are cropped (default: the shape itself).
+        batch_size: Number of images that the networks see at once.
+        workers: Number of processes that decode images (with ray: per shard in work).
+        device: Device that the networks run on, such as cuda.
+        dtype: Type of the stored arrays: float16 or float32.
+        samples_per_shard: Number of samples per shard (default: shards of up to 256 MiB).
+        shard_of: Share I of N of the shards that this process makes.
         max_corrupt: Share of the images that may be corrupt; they have rows without latents.
         overwrite: Replace what an earlier preparation left in ``out``.
-        engine: ``local``, or ``ray`` for the machines of a Ray cluster.
-        ray_address: Of the cluster, see :class:`.engine.ray_tasks.Ray`.
-        progress: Show a progress bar on stderr.
+        engine: Engine that runs the work: local, or ray for the machines of a Ray cluster.
+        ray_address: Address of the Ray cluster (default: RAY_ADDRESS, or a cluster that is started here).
+        progress: Whether to show a progress bar on stderr.
 
     Returns:
         One line that says what there is now.
@@ -93,7 +92,7 @@ def prepare_latents(
         out=str(out),
         stage_b=stage_b,
         image_size=image_size,
-        what=tuple(what),
+        what=what,
         text_encoder=text_encoder,
         stage_a=stage_a,
         max_aspect=max_aspect,

@@ -52,18 +52,19 @@ def prepare_text(
     killed or failed leaves no index behind; the same call resumes it.
 
     Args:
-        sources: Files, folders, URLs of either and built-in corpora (see ``sources.expand``).
-        tokenizer: Folder with a ``tokenizer.json``, or hub name.
-        out: Folder, empty or new; with engine ``ray`` every machine sees it, and it may be a URL.
-        sequence_length: Predicted tokens a row.
-        held_out: Share of the documents for validation, in [0, 1).
-        workers: Processes that tokenize, by default this one alone; with engine ``ray`` at most so many at once.
-        text_field: Field of JSON lines, column of Parquet files.
-        rows_per_shard: By default shards have about 256 MiB.
+        sources: Text files (.txt, .md, .jsonl, .parquet, .gz and .zst too), .tar of captioned images, folders or URLs
+            of them, builtin:prose or builtin:code.
+        tokenizer: Folder with a ``tokenizer.json``, or hub name of a fast tokenizer.
+        out: Folder or URL to write, new or empty; every machine of a cluster has to see it.
+        sequence_length: Number of predicted tokens per row.
+        held_out: Share of the documents kept for validation, in [0, 1).
+        workers: Number of worker processes (default: 1; with ray: all there is room for).
+        text_field: Field of .jsonl and column of .parquet with the text.
+        rows_per_shard: Number of rows per shard (default: shards of about 256 MiB).
         overwrite: Replace what an earlier preparation left in ``out``.
-        engine: ``local``, or ``ray`` for the machines of a Ray cluster.
-        ray_address: Of the cluster, see :class:`.engine.ray_tasks.Ray`.
-        progress: Show a progress bar on stderr.
+        engine: Engine that runs the work: local, or ray for the machines of a Ray cluster.
+        ray_address: Address of the Ray cluster (default: RAY_ADDRESS, or a cluster that is started here).
+        progress: Whether to show progress bars on stderr.
 
     Returns:
         The index of each side: ``train``, and ``val`` where something is held out.

@@ -37,11 +37,10 @@ class Recoding:
     """How pictures are stored.
 
     Args:
-        image_size: Shortest side in pixels; pictures with a longer one are made smaller, none larger.
-        format: ``jpg``, ``png`` or ``webp``. By default files stay as they are, byte by byte, and those that are made
-            smaller keep their format (GIF becomes PNG).
-        quality: Of JPEG and WebP, 1 to 100.
-        max_pixels: Larger pictures count as corrupt.
+        image_size: Shortest side in pixels to shrink larger pictures to; the side of drawn ones (default: 64).
+        format: Format to encode all pictures in: jpg, png or webp (default: files stay as they are, byte for byte).
+        quality: Quality of JPEG and WebP, 1 to 100.
+        max_pixels: Number of pixels above which a picture counts as corrupt.
     """
 
     image_size: int | None = None

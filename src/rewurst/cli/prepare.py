@@ -1,0 +1,72 @@
+"""Commands of ``rewurst prepare`` whose arguments differ from those of the functions behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from .. import UsageError
+from ..preparation.tokenizer import train_tokenizer
+
+
+def tokenizer(
+    sources: Sequence[str], out: Path, vocab_size: int, text_field: str = "text", overwrite: bool = False
+) -> str:
+    """Train a byte-level BPE tokenizer.
+
+    Args:
+        sources: Text files (.txt, .md, .jsonl, .parquet, .gz and .zst too), .tar of captioned images, folders or URLs
+            of them, builtin:prose or builtin:code.
+        out: Folder to write, new or empty.
+        vocab_size: Number of tokens, the end token and 256 bytes included.
+        text_field: Field of .jsonl and column of .parquet with the text.
+        overwrite: Replace a tokenizer that is there.
+    """
+    size = train_tokenizer(sources, vocab_size, out, text_field=text_field, overwrite=overwrite)
+    return f"{out}: a tokenizer of {size} tokens"
+
+
+def index(
+    shards: Sequence[str],
+    out: Path | None = None,
+    kind: Literal["text", "images"] | None = None,
+    tokenizer: str | None = None,
+    caption_key: str | None = None,
+    max_corrupt: float | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+) -> str:
+    """Index existing tar shards of token rows or of images in one pass.
+
+    Args:
+        shards: Paths, globs, braces, folders or URLs of tars.
+        out: Folder of the index (default: the folder of the tars).
+        kind: Kind of corpus (default: what the first sample looks like).
+        tokenizer: Folder or hub name of the tokenizer that made the rows of tokens.
+        caption_key: Key of the .json that has the caption of an image (default: the .txt is the caption).
+        max_corrupt: Share of the images that may be unreadable (default: 0.1).
+        workers: Number of processes that scan.
+        overwrite: Replace an index that is there.
+    """
+    from ..preparation.index import index_shards
+
+    given = {"tokenizer": tokenizer, "caption_key": caption_key, "max_corrupt": max_corrupt}
+    options = {name: value for name, value in given.items() if value is not None}
+    return index_shards(shards, out, kind=kind, workers=workers, overwrite=overwrite, options=options)
+
+
+def verify(folder: Path) -> str:
+    """Compare every byte of a folder's shards with its index.
+
+    Args:
+        folder: Folder with index.json, or with such folders.
+    """
+    from ..preparation.verify import verify as problems_of
+
+    problems = problems_of(folder)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UsageError(f"{folder}: {len(problems)} problems; prepare it again")
+    return f"{folder}: every shard is as its index says"
