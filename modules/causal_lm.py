@@ -19,7 +19,7 @@ from .language.initial_weights import build, load_initial_weights
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .optimizers.choice import OptimizerChoice, OptimizerSettings, make_optimizer
 from .shared.flops import flops_a_token
-from .shared.monitored import WatchedModule
+from .shared.monitored import MeasuredByCorpus, WatchedModule
 
 Batch = dict[str, Tensor]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -29,7 +29,7 @@ PAPERS = OptimizerSettings(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
 """Of the optimizer, in both papers (Ibrahim et al. 2024, section 5.3)."""
 
 
-class CausalLM(WatchedModule):
+class CausalLM(MeasuredByCorpus, WatchedModule):
     """Any transformers causal language model as a LightningModule.
 
     Batches are dicts with ``input_ids`` (rows, sequence_length + 1): the model sees all but the last token and
@@ -185,18 +185,6 @@ class CausalLM(WatchedModule):
         valid = batch.get("valid", torch.ones_like(tokens, dtype=torch.bool))
         sums = torch.stack([losses.where(valid, 0).sum(), tokens.where(valid, 0).sum().double()])
         self._sums[dataloader_idx] = self._sums.get(dataloader_idx, torch.zeros_like(sums)) + sums
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the mean loss of every corpus and their average."""
-        self._log_corpora("val", self.trainer.val_dataloaders)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As validation, logged under ``test/``."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the mean loss of every corpus and their average."""
-        self._log_corpora("test", self.trainer.test_dataloaders)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Cross-entropy of every token, (rows, sequence_length), without rows that only fill up."""

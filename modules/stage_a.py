@@ -27,12 +27,12 @@ from .shared.codebook import CodebookUse, drawn_rows, snap
 from .shared.flops import stage_a_flops
 from .shared.frozen import Frozen
 from .shared.image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
-from .shared.monitored import FiniteWatch, check_max_grad_norm, look, place_of, scales_losses
+from .shared.monitored import FiniteWatch, MeasuredByCorpus, check_max_grad_norm, look, place_of, scales_losses
 
 Losses = dict[str, Tensor]
 
 
-class StageA(LightningModule):
+class StageA(MeasuredByCorpus, LightningModule):
     """Würstchen's Stage A as a LightningModule.
 
     The loss is ``mse + perceptual_weight lpips + codebook + adversarial_weight adversarial``; from step
@@ -294,18 +294,6 @@ class StageA(LightningModule):
         self._means.add("ssim", dataloader_idx, ssim(decoded, images), counted)
         counts = self.codebook_use.counts(quantized.indices[counted])
         self._codes[dataloader_idx] = self._codes.get(dataloader_idx, torch.zeros_like(counts)) + counts
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the means of every corpus and the average of their losses."""
-        self._log_corpora("val", self.trainer.val_dataloaders)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As validation, logged under ``test/``."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the means of every corpus and the average of their losses."""
-        self._log_corpora("test", self.trainer.test_dataloaders)
 
     def _log_corpora(self, stage: str, loaders: Any) -> None:
         means = self._means.reduce(self.trainer.strategy)

@@ -15,13 +15,13 @@ from ..optimizers.choice import STAGES, OptimizerChoice, make_optimizer
 from .batches import Batch, uniforms
 from .frozen import Frozen
 from .image_metrics import CorpusMeans, log_means
-from .monitored import WatchedModule
+from .monitored import MeasuredByCorpus, WatchedModule
 
 BUCKETS = 5
 """Intervals of t that the validation loss is told apart by."""
 
 
-class DiffusionStage(WatchedModule):
+class DiffusionStage(MeasuredByCorpus, WatchedModule):
     """A diffusion model that is trained on what frozen networks make of captioned images.
 
     Subclasses take in losses with :meth:`take_in` in their ``validation_step``. Logged are, for each corpus, the means
@@ -73,18 +73,6 @@ class DiffusionStage(WatchedModule):
         self._means.add("loss", corpus, losses, counted)
         for index in range(BUCKETS):
             self._means.add(f"loss_at/{index}", 0, errors, counted & (bucket == index))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the means of every corpus, the average of their losses, and the error by intervals of t."""
-        self._log_corpora("val", self.trainer.val_dataloaders)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As validation, logged under ``test/``."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As after validation."""
-        self._log_corpora("test", self.trainer.test_dataloaders)
 
     def _log_corpora(self, stage: str, loaders: Any) -> None:
         means = self._means.reduce(self.trainer.strategy)

@@ -20,6 +20,25 @@ from ... import UsageError
 from ...lightning_compat import logs_now
 
 
+class MeasuredByCorpus(LightningModule):
+    """A module whose validation and test batches add to sums, which are logged per corpus at the end."""
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of every corpus, and their average."""
+        self._log_corpora("val", self.trainer.val_dataloaders)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure as in validation; metrics are logged under ``test/``."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means of every corpus, and their average."""
+        self._log_corpora("test", self.trainer.test_dataloaders)
+
+    def _log_corpora(self, stage: str, loaders: Any) -> None:
+        raise NotImplementedError
+
+
 class WatchedModule(LightningModule):
     """A module with automatic optimization that watches what it trains on.
 

@@ -22,6 +22,8 @@ from typing import IO, Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from .. import UsageError
+
 _POLL_SECONDS = 0.5
 _SAVING_SECONDS = 120.0
 _LOG_LINES = 15
@@ -172,6 +174,37 @@ class Runner(Generic[J, R]):
         bar.set_description(f"{len(self.results)} of {len(self.jobs)} runs", refresh=False)
         bar.set_postfix_str(under_way, refresh=False)
         bar.refresh()
+
+
+def bring_to_end(
+    runner: Runner[J, R], report: Callable[[dict[Name, R]], None], report_only: bool, what: str = "runs"
+) -> dict[Name, R]:
+    """Run what has no result yet and write the report, also when it is stopped.
+
+    Args:
+        runner: Jobs and their ledger.
+        report: Function that writes the report of the results that are there.
+        report_only: Run nothing.
+        what: Name of the jobs in messages.
+
+    Raises:
+        UsageError: It was stopped, or jobs failed; the report is written without them.
+    """
+    if report_only:
+        results = results_of(runner.jobs, runner.ledger)
+        report(results)
+        return results
+    try:
+        runner.run()
+    except Stopped:
+        report(runner.results)
+        done = f"{len(runner.results)} of {len(runner.jobs)} {what} are done"
+        raise UsageError(f"stopped: {done}; run the same command again to resume") from None
+    report(runner.results)
+    if runner.failures:
+        first, why = next(iter(runner.failures.items()))
+        raise UsageError(f"{len(runner.failures)} of {len(runner.jobs)} {what} failed. {first}: {why}")
+    return runner.results
 
 
 def results_of(jobs: Sequence[J], ledger: Ledger[J, R]) -> dict[Name, R]:

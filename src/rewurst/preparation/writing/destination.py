@@ -124,13 +124,6 @@ class Target:
         else:
             shutil.rmtree(self._path(folder), ignore_errors=True)  # another process may be at it too
 
-    def remove_file(self, name: str) -> None:
-        """Delete a file, if there is one."""
-        if self.is_remote:
-            delete([self.where(name)] if self.read(name) is not None else [])
-        else:
-            self._path(name).unlink(missing_ok=True)
-
     def refuse_file(self) -> None:
         """Raise where a file stands in its place."""
         if not self.is_remote and self._path("").exists() and not self._path("").is_dir():

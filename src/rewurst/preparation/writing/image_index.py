@@ -17,27 +17,6 @@ from ...datamodules.imaging.facts import FACTS_DTYPE
 from .destination import Target
 
 
-def write_image_index(
-    folder: Path,
-    shards: Sequence[Shard],
-    facts: Sequence[NDArray[Any]],
-    sources: Sequence[str],
-    caption_key: str | None = None,
-) -> ImageIndex:
-    """Write ``facts.npy`` and then ``index.json``, whose presence says that the corpus is whole.
-
-    Args:
-        folder: Of the corpus.
-        shards: Written, with their sidecars.
-        facts: ``FACTS_DTYPE`` rows of each shard.
-        sources: As asked for.
-        caption_key: Key of the .json with the caption; by default it is the .txt.
-    """
-    index = image_index(folder, shards, facts, sources, caption_key)
-    index.save(folder)
-    return index
-
-
 def image_index(
     folder: str | Path,
     shards: Sequence[Shard],

@@ -13,7 +13,7 @@ from ... import UsageError
 from ...datamodules.corpora.index import INDEX_FILE, Shard
 from ...datamodules.corpora.tokens import TokenIndex
 from ...files import writing
-from .row_layout import ROWS_PER_SAMPLE, MemberBuffer, RowLayout, token_key
+from .row_layout import MemberBuffer, RowLayout, token_key
 from .shard_file import ShardFile
 
 
@@ -24,54 +24,20 @@ class TokenWriter:
     however it is cut into pieces.
 
     Args:
-        folder: Made with the first shard if it does not exist.
-        name: Beginning of the shards' names.
-        sequence_length: Predicted tokens a row.
-        vocab_size: Every token must be below it; decides between uint16 and uint32.
-        end_token: Recorded in the index.
-        tokenizer_sha256: Recorded in the index.
-        sources: Recorded in the index.
-        rows_per_sample: Rows of a tar member.
-        rows_per_shard: A multiple of ``rows_per_sample``; by default shards have about 256 MiB.
+        folder: Folder to write; it is made with the first shard.
+        layout: Fields of :class:`RowLayout`.
 
     Raises:
-        UsageError: Numbers that fit no shard, tokens outside the vocabulary, a stream shorter than one row.
+        UsageError: Numbers that fit no shard, tokens outside the vocabulary, or a stream shorter than one row.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        name: str,
-        sequence_length: int,
-        vocab_size: int,
-        end_token: int = 0,
-        tokenizer_sha256: str = "",
-        sources: tuple[str, ...] = (),
-        rows_per_sample: int = ROWS_PER_SAMPLE,
-        rows_per_shard: int | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self.layout = RowLayout(
-            name=name,
-            sequence_length=sequence_length,
-            vocab_size=vocab_size,
-            end_token=end_token,
-            tokenizer_sha256=tokenizer_sha256,
-            sources=sources,
-            rows_per_sample=rows_per_sample,
-            rows_per_shard=rows_per_shard,
-        )
+    def __init__(self, folder: str | Path, **layout: Any) -> None:
+        self.folder, self.layout = Path(folder), RowLayout(**layout)
         self._members = MemberBuffer(self.layout)
         self.tokens_appended = 0
         self.documents = 0
         self._shards: list[Shard] = []
         self._open: ShardFile | None = None
-
-    @classmethod
-    def with_layout(cls, folder: str | Path, layout: RowLayout) -> Self:
-        """A writer of shards of this layout."""
-        return cls(folder, **vars(layout))
 
     def append(self, tokens: NDArray[np.integer[Any]], documents: int = 0) -> None:
         """Add ``tokens``, shape (n,), to the stream, and ``documents`` to the count of documents."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ... import UsageError
-from ..runner import Runner, Stopped, results_of
+from ..runner import Runner, bring_to_end
 from .corpora import BUILTIN, Data, of_recipe, prepare
 from .jobs import Job, make_jobs
 from .report import write_report
@@ -41,7 +40,7 @@ class Options:
 
 
 def reproduce(options: Options) -> Results:
-    """Runs what has not been run yet and writes ``report.md``, ``report.json`` and figures; also when it is stopped.
+    """Run what has not been run yet and write ``report.md``, ``report.json`` and figures, also when it is stopped.
 
     Raises:
         UsageError: Runs failed; the report is written without them.
@@ -50,23 +49,9 @@ def reproduce(options: Options) -> Results:
     scale = options.scale
     runs = grid(scale.steps, scale.split_steps, scale.peak, splits=bool(data.splits))
     jobs = make_jobs(runs, list(range(options.seeds)), scale, data, options.out)
-    if options.report_only:
-        results = results_of(jobs, LossLedger())
-        _report(options, jobs, data, results)
-        return results
     runner = Runner(jobs, LossLedger(), options.at_once)
     runner.finished = lambda results: _report_seed(options, jobs, data, results)
-    try:
-        runner.run()
-    except Stopped:
-        _report(options, jobs, data, runner.results)
-        done = f"{len(runner.results)} of {len(jobs)} runs are done"
-        raise UsageError(f"stopped: {done}; the same command goes on") from None
-    _report(options, jobs, data, runner.results)
-    if runner.failures:
-        first, why = next(iter(runner.failures.items()))
-        raise UsageError(f"{len(runner.failures)} of {len(jobs)} runs failed. {first}: {why}")
-    return runner.results
+    return bring_to_end(runner, lambda results: _report(options, jobs, data, results), options.report_only)
 
 
 def _data(options: Options) -> Data:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ... import UsageError
 from ...preparation.images import prepare_images
 from ...preparation.sources.shapes import PICTURES
 from ...preparation.tokenizer import train_tokenizer
-from ..runner import Runner, Stopped, results_of
+from ..runner import Runner, bring_to_end
 from .costs import Cost, costs_of
 from .evidence import Evidence
 from .jobs import PictureJob, Pictures, Plan, make_jobs
@@ -58,7 +59,7 @@ class Options:
 
 
 def reproduce(options: Options) -> Outcomes:
-    """Runs what has not been run yet and writes ``report.md``, ``report.json`` and figures; also when it is stopped.
+    """Run what has not been run yet and write ``report.md``, ``report.json`` and figures, also when it is stopped.
 
     Raises:
         UsageError: Something given is missing or does not fit, or jobs failed; the report is written without them.
@@ -71,23 +72,9 @@ def reproduce(options: Options) -> Outcomes:
     plan = Plan(recipes, pictures, options.out, options.prompts, options.inception, options.short_steps)
     costs, seeds = costs_of(recipes, pictures.tokenizer), list(range(options.seeds))
     jobs = make_jobs(plan, costs, seeds)
-    ledger = PictureLedger()
-    if options.report_only:
-        results = results_of(jobs, ledger)
-        _report(options, plan, costs, jobs, results)
-        return results
-    runner: Runner[PictureJob, Outcome] = Runner(jobs, ledger, options.at_once)
-    try:
-        runner.run()
-    except Stopped:
-        _report(options, plan, costs, jobs, runner.results)
-        done = f"{len(runner.results)} of {len(jobs)} jobs are done"
-        raise UsageError(f"stopped: {done}; the same command goes on") from None
-    _report(options, plan, costs, jobs, runner.results)
-    if runner.failures:
-        first, why = next(iter(runner.failures.items()))
-        raise UsageError(f"{len(runner.failures)} of {len(jobs)} jobs failed. {first}: {why}")
-    return runner.results
+    runner: Runner[PictureJob, Outcome] = Runner(jobs, PictureLedger(), options.at_once)
+    report = partial(_report, options, plan, costs, jobs)
+    return bring_to_end(runner, report, options.report_only, "jobs")
 
 
 def prepare(options: Options) -> Pictures:
