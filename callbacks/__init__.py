@@ -5,33 +5,10 @@ from .exact_resume import ExactResume
 from .forgetting import Forgetting
 from .fsdp.strategy import FSDP
 from .fsdp.weights import construct_on_rank_zero
+from .learning_rate import schedule_types, schedules
 from .learning_rate.rewarming import LRRewarming
-from .learning_rate.schedule_types import (
-    Constant,
-    InfiniteCosine,
-    InfiniteInverseSqrt,
-    Schedule,
-    WarmupCosine,
-    WarmupInverseSqrt,
-    WarmupLinear,
-    WarmupStableDecay,
-    chain,
-    lambda_lr,
-)
-from .learning_rate.schedules import (
-    constant,
-    cosine,
-    exponential,
-    infinite_cosine,
-    infinite_inverse_sqrt,
-    inverse_square_root,
-    linear,
-    piecewise,
-    warmup_cosine,
-    warmup_inverse_sqrt,
-    warmup_linear,
-    warmup_stable_decay,
-)
+from .learning_rate.schedule_types import *  # noqa: F403  # whatever schedules there are
+from .learning_rate.schedules import *  # noqa: F403
 from .monitoring.hyperparameters import LogHyperparameters
 from .monitoring.progress_bar import StepProgressBar
 from .monitoring.tensorboard_layout import TensorBoardLayout
@@ -46,12 +23,9 @@ from .weight_average import WeightAverage
 __all__ = [
     "FSDP",
     "AtomicCheckpointIO",
-    "Constant",
     "ExactResume",
     "Forgetting",
     "ImageScores",
-    "InfiniteCosine",
-    "InfiniteInverseSqrt",
     "LRRewarming",
     "LogHyperparameters",
     "LogSamples",
@@ -59,28 +33,11 @@ __all__ = [
     "ReplayScheduler",
     "ReplaySource",
     "SaveOnSignal",
-    "Schedule",
     "StepProgressBar",
     "TensorBoardLayout",
     "Throughput",
-    "WarmupCosine",
-    "WarmupInverseSqrt",
-    "WarmupLinear",
-    "WarmupStableDecay",
     "WeightAverage",
-    "chain",
-    "constant",
     "construct_on_rank_zero",
-    "cosine",
-    "exponential",
-    "infinite_cosine",
-    "infinite_inverse_sqrt",
-    "inverse_square_root",
-    "lambda_lr",
-    "linear",
-    "piecewise",
-    "warmup_cosine",
-    "warmup_inverse_sqrt",
-    "warmup_linear",
-    "warmup_stable_decay",
 ]
+__all__ += schedule_types.__all__
+__all__ += schedules.__all__

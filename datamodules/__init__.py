@@ -7,13 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .base import Corpus
-    from .images import ImageTextDataModule
-    from .imaging.filters import Filters
-    from .latents import LatentDataModule
-    from .text import TextDataModule
+    from .base import Corpus as Corpus
+    from .images import ImageTextDataModule as ImageTextDataModule
+    from .imaging.filters import Filters as Filters
+    from .latents import LatentDataModule as LatentDataModule
+    from .text import TextDataModule as TextDataModule
 
-__all__ = ["Corpus", "Filters", "ImageTextDataModule", "LatentDataModule", "TextDataModule"]
 _MODULES = {
     "Corpus": "base",
     "Filters": "imaging.filters",
@@ -21,6 +20,7 @@ _MODULES = {
     "LatentDataModule": "latents",
     "TextDataModule": "text",
 }
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

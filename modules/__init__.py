@@ -6,14 +6,16 @@ Classes are imported when they are asked for: a language model needs no torchvis
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .causal_lm import CausalLM
-    from .latent_diffusion import LatentDiffusion
-    from .optimizers.eight_bit import AdamW8bit, Lion, Lion8bit
-    from .optimizers.muon import Muon
-    from .pipeline.text_to_image import TextToImage
-    from .stage_a import StageA
-    from .stage_b import StageB
-    from .stage_c import StageC
+    from .causal_lm import CausalLM as CausalLM
+    from .latent_diffusion import LatentDiffusion as LatentDiffusion
+    from .optimizers.eight_bit import AdamW8bit as AdamW8bit
+    from .optimizers.eight_bit import Lion as Lion
+    from .optimizers.eight_bit import Lion8bit as Lion8bit
+    from .optimizers.muon import Muon as Muon
+    from .pipeline.text_to_image import TextToImage as TextToImage
+    from .stage_a import StageA as StageA
+    from .stage_b import StageB as StageB
+    from .stage_c import StageC as StageC
 
 _MODULES = {
     "AdamW8bit": "optimizers.eight_bit",
@@ -28,18 +30,7 @@ _MODULES = {
     "TextToImage": "pipeline.text_to_image",
 }
 
-__all__ = [
-    "AdamW8bit",
-    "CausalLM",
-    "LatentDiffusion",
-    "Lion",
-    "Lion8bit",
-    "Muon",
-    "StageA",
-    "StageB",
-    "StageC",
-    "TextToImage",
-]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

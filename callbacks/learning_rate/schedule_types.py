@@ -17,6 +17,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from ... import UsageError
 from . import schedules
 
+__all__ = [
+    "Constant",
+    "InfiniteCosine",
+    "InfiniteInverseSqrt",
+    "Schedule",
+    "WarmupCosine",
+    "WarmupInverseSqrt",
+    "WarmupLinear",
+    "WarmupStableDecay",
+    "chain",
+    "lambda_lr",
+]
+
 
 class Schedule(ABC):
     """A value for every step of a length. Subclasses are frozen dataclasses over one function of :mod:`.schedules`.

@@ -13,6 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+__all__ = [
+    "constant",
+    "cosine",
+    "exponential",
+    "infinite_cosine",
+    "infinite_inverse_sqrt",
+    "inverse_square_root",
+    "linear",
+    "piecewise",
+    "warmup_cosine",
+    "warmup_inverse_sqrt",
+    "warmup_linear",
+    "warmup_stable_decay",
+]
+
 Steps = int | float | NDArray[Any]
 Phase = tuple[int, Callable[[Steps], Any]]
 
