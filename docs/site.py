@@ -33,16 +33,22 @@ REFERENCE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>~?([\w.]+)</co
 
 def public_names(package: str) -> dict[str, str]:
     """Return the public names of a package and where each is defined, without importing anything."""
-    init = ROOT / package.replace(".", "/") / "__init__.py"
-    tree = ast.parse(init.read_text(encoding="utf8"))
+    folder = ROOT / package.replace(".", "/")
     defined: dict[str, str] = {}
-    names: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-            defined |= {alias.name: f"rewurst.{package}.{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            names = list(ast.literal_eval(node.value))
-    return {name: defined[name] for name in sorted(names) if name in defined}
+    for node in ast.walk(ast.parse((folder / "__init__.py").read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            where = f"rewurst.{package}.{node.module}" if node.level == 1 else f"rewurst.{node.module}"
+            file = folder / f"{node.module.replace('.', '/')}.py"
+            names = _all_of(file) if node.names[0].name == "*" else [alias.name for alias in node.names]
+            defined |= {name: f"{where}.{name}" for name in names if not (file.with_suffix("") / f"{name}.py").exists()}
+    return dict(sorted(defined.items()))
+
+
+def _all_of(file: Path) -> list[str]:
+    for node in ast.parse(file.read_text(encoding="utf8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return list(ast.literal_eval(node.value))
+    raise ValueError(f"{file} has no __all__")
 
 
 def api_pages() -> dict[str, str]:
