@@ -1,9 +1,7 @@
-"""Checkpoints that are there whole or not at all, also after a crash of the machine."""
+"""Save checkpoints whole or not at all, also if the machine crashes."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,11 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from .. import UsageError
+from ..files import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes unsharded checkpoints beside their final place, syncs, and renames.
+    """Write unsharded checkpoints next to their final place, sync, and rename.
 
     Lightning stages them in ``$TMPDIR``, which on another file system ends in a copy, and syncs neither way. A run
     killed while it saves leaves the checkpoint before as it was, and perhaps a hidden temporary file, which the next
@@ -24,7 +23,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves a checkpoint, whole or not at all.
+        """Save a checkpoint, whole or not at all.
 
         Raises:
             UsageError: The folder cannot be written, or its disk is full; the checkpoint before is still there.
@@ -36,37 +35,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target)
-            _write(checkpoint, target)
+            with replacing(target) as file:
+                torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
             raise UsageError(f"checkpoint {target} cannot be written: {str(error).splitlines()[0]}") from error
 
 
-def _write(checkpoint: dict[str, Any], target: Path) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself, not only the bytes
-    finally:
-        os.close(folder)
-
-
 def _remove_leftovers(target: Path) -> None:
-    """Temporary files of saves of this name that were killed."""
+    """Remove temporary files of killed saves of this name."""
     for leftover in target.parent.glob(f".{target.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -183,15 +183,6 @@ def tidy(leftover: Path) -> str:
     return "removed"
 
 
-def fsync(folder: Path) -> None:
-    """Syncs the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _renameat2(new: Path, target: Path) -> bool:
     """Linux's exchange of two names; whether it could."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from .. import UsageError
-from .sharded_files import LEFTOVERS, exchange, fsync, tidy
+from ..files import replacing, sync_folder
+from .sharded_files import LEFTOVERS, exchange, tidy
 from .sharded_reading import SHARDED, Checkpoint, read_checkpoint
 
 
@@ -99,9 +100,8 @@ def consolidate(path: Path, out: Path, prefix: str = "") -> int:
     if not kept:
         raise UsageError(f"{path} holds no tensor that begins with {prefix!r}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    save_file(kept, temporary, metadata={"format": "pt"})
-    os.replace(temporary, out)
+    with replacing(out) as file:
+        save_file(kept, file.name, metadata={"format": "pt"})
     return len(kept)
 
 
@@ -139,9 +139,9 @@ def _finish(meta: Checkpoint, temporary: Path, target: Path) -> str:
             torch.save(meta, file)
             file.flush()
             os.fsync(file.fileno())
-        fsync(temporary)
+        sync_folder(temporary)
         exchange(temporary, target)
-        fsync(target.parent)
+        sync_folder(target.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
         return _reason(error)
     return ""

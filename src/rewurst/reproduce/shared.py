@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from .. import UsageError
+from ..files import write_atomically
 
 KEY_DIGITS = 10
 _STEP = re.compile(r"step=(\d+)")
@@ -34,7 +34,7 @@ def write_config(folder: Path, config: Config) -> Path:
     """Writes a run's config into its folder, whole or not at all, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    write_whole(path, f"# rewurst fit --config {path}\n{yaml.safe_dump(config, sort_keys=False)}")
+    write_atomically(path, f"# rewurst fit --config {path}\n{yaml.safe_dump(config, sort_keys=False)}")
     return path
 
 
@@ -55,13 +55,6 @@ def deciding(trainer: Config, callbacks: Sequence[str] = _DECIDING) -> Config:
 def digest(content: Any) -> str:
     """SHA-256 of what JSON can say."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    part.write_text(text, encoding="utf8")
-    os.replace(part, path)
 
 
 def fingerprint(path: str) -> str:

@@ -12,17 +12,17 @@ from ...tokenizer_files import TOKENIZER_FILES
 from .destination import UNFINISHED
 
 # A layout is a pattern that the path of every file in the folder matches; temporary files of a killed run included.
-_TOKENIZER = rf"\.?({'|'.join(map(re.escape, TOKENIZER_FILES))})(\.\w+)?"
+_TOKENIZER = rf"\.?({'|'.join(map(re.escape, TOKENIZER_FILES))})(\.\w+)*"
 TOKENIZER_LAYOUT = re.compile(_TOKENIZER)
 _UNFINISHED = rf"{re.escape(UNFINISHED)}/.+"  # of a preparation in units that was stopped
 CORPUS_LAYOUT = re.compile(
-    rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)?|tokenizer/{_TOKENIZER})|{_UNFINISHED}"
+    rf"(train|val)/([^/]+-\d{{6,}}\.(tar|idx)|\.?index\.json(\.\w+)*|tokenizer/{_TOKENIZER})|{_UNFINISHED}"
 )
 LATENT_LAYOUT = re.compile(
-    rf"latents-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|empty_text\.npy|index\.json)(\.\w+)?|{_UNFINISHED}"
+    rf"latents-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|empty_text\.npy|index\.json)(\.\w+)*|{_UNFINISHED}"
 )
 IMAGE_LAYOUT = re.compile(
-    rf"(train|val|unseen)/([^/]+-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)?)|{_UNFINISHED}"
+    rf"(train|val|unseen)/([^/]+-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)*)|{_UNFINISHED}"
 )
 
 

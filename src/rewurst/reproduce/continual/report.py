@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..shared import write_whole
+from ...files import write_atomically
 from ..verdicts import Row, claim_row
 from .claims import Tested, examine
 from .corpora import Data
@@ -47,8 +47,8 @@ def write_report(out: Path, scale: Scale, jobs: Sequence[Job], data: Data, resul
         "table": table,
         "claims": [_claim(each) for each in tested],
     }
-    write_whole(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_whole(out / "report.md", _markdown(content, scale, jobs, figures))
+    write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_atomically(out / "report.md", _markdown(content, scale, jobs, figures))
     return content
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...checkpoints.newest import newest_checkpoint
-from ..shared import RESULT, Events, _versions, write_whole
+from ...files import write_atomically
+from ..shared import RESULT, Events, _versions
 from .jobs import Job
 
 Curve = list[tuple[int, float]]
@@ -93,7 +94,7 @@ def keep_result(job: Job, before: Result | None, seconds: float) -> Result | Non
     shares = [value for events in versions for _, value in events.get("replay/share_read", [])]
     share = shares[-1] if shares else 0.0
     result = Result(job.key, losses, job.steps * job.tokens_per_step, job.steps, share, round(seconds, 1))
-    write_whole(job.folder / RESULT, json.dumps(asdict(result)) + "\n")
+    write_atomically(job.folder / RESULT, json.dumps(asdict(result)) + "\n")
     return result
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..shared import KEY_DIGITS, Config, deciding, digest, fingerprint, saved_steps, write_config, write_whole
+from ...files import write_atomically
+from ..shared import KEY_DIGITS, Config, deciding, digest, fingerprint, saved_steps, write_config
 from .costs import Cost
 from .recipes import SHORT_STEPS, Recipes, Where, image_size_of, placed, steps_of, variants, watched, whole_parts
 
@@ -55,7 +56,7 @@ class PictureJob:
         """Writes the config or the task, and says which program takes it."""
         if self.config is not None:
             return ["-m", "rewurst.train", "fit", "--config", str(write_config(self.folder, self.config))]
-        write_whole(self.folder / TASK, json.dumps(self.task, indent=1) + "\n")
+        write_atomically(self.folder / TASK, json.dumps(self.task, indent=1) + "\n")
         return ["-m", "rewurst.reproduce.wuerstchen.work", str(self.folder / TASK)]
 
     def steps_done(self) -> int:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...checkpoints.newest import newest_checkpoint
+from ...files import write_atomically
 from ...modules.networks.weight_files import read_file
-from ..shared import RESULT, scalars, write_whole
+from ..shared import RESULT, scalars
 from .jobs import DONE, PictureJob
 
 TAGS = ("val/loss", "val/psnr")
@@ -50,7 +51,7 @@ class PictureLedger:
         if values is None:
             return None
         outcome = Outcome(job.key, values, round(seconds, 1))
-        write_whole(job.folder / RESULT, json.dumps(asdict(outcome)) + "\n")
+        write_atomically(job.folder / RESULT, json.dumps(asdict(outcome)) + "\n")
         return outcome
 
     def told(self, outcome: Outcome) -> str:

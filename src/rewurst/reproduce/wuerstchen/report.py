@@ -7,9 +7,9 @@ import os
 import platform
 from typing import Any
 
+from ...files import write_atomically
 from ...preparation.sources.shapes import Shape
 from ..continual.report import claims_table
-from ..shared import write_whole
 from ..verdicts import claim_row
 from .costs import a100_hours, as_rows, released
 from .evidence import CASCADE, CLAIMS, SINGLE, Claim, Evidence
@@ -69,8 +69,8 @@ def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
         "released": released(),
         "a100_hours": a100_hours(),
     }
-    write_whole(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_whole(out / "report.md", _markdown(content, evidence, figures))
+    write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_atomically(out / "report.md", _markdown(content, evidence, figures))
     return content
 
 

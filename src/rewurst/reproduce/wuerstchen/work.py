@@ -19,10 +19,10 @@ import yaml
 from lightning.pytorch import LightningModule
 
 from ... import modules
+from ...files import write_atomically
 from ...modules import LatentDiffusion, StageB, StageC
 from ...modules.networks.weight_files import read_file
 from ...preparation.latents import prepare_latents
-from ..shared import write_whole
 from .jobs import DONE
 from .judging import draw_for_prompts, prompts_of, read_attributes, reconstructed, scored_by_fid
 
@@ -36,7 +36,7 @@ def main(path: Path) -> None:
     """Does a task."""
     task: Task = json.loads(path.read_text(encoding="utf8"))
     kinds: dict[str, Callable[[Task, Path], Task]] = {"latents": make_latents, "judge": judge, "timing": measure_time}
-    write_whole(path.with_name(DONE), json.dumps(kinds[task["kind"]](task, path.parent)) + "\n")
+    write_atomically(path.with_name(DONE), json.dumps(kinds[task["kind"]](task, path.parent)) + "\n")
 
 
 def make_latents(task: Task, folder: Path) -> Task:
@@ -67,7 +67,7 @@ def judge(task: Task, folder: Path) -> Task:
         else:
             found = scored_by_fid(module, task["val"], task["side"], task["prompts"], task["inception"])
             points[str(step)] = found
-        write_whole(part, json.dumps(points))
+        write_atomically(part, json.dumps(points))
     return {"points": points}
 
 
