@@ -92,7 +92,7 @@ def prepare_latents(
         out=str(out),
         stage_b=stage_b,
         image_size=image_size,
-        what=what,
+        what=tuple(what),
         text_encoder=text_encoder,
         stage_a=stage_a,
         max_aspect=max_aspect,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from .. import UsageError
-from ..hints import closest
 
 
 def continual(
     out: Path,
-    scale: str = "tiny",
+    scale: Literal["tiny", "small", "405m"] = "tiny",
     seeds: int = 3,
     jobs: int | None = None,
     old: Sequence[str] | None = None,
@@ -26,7 +26,7 @@ def continual(
 
     Args:
         out: Folder for data, runs and report.
-        scale: Size of models and data: tiny, small or 405m.
+        scale: Size of models and data.
         seeds: Number of runs of everything, each with another seed.
         jobs: Runs at a time (default: one per core at tiny, else 1).
         old: Sources of the corpus learned first (default: the scale's own).
@@ -37,8 +37,6 @@ def continual(
     from .continual.scales import SCALES
     from .continual.study import Options, reproduce
 
-    if scale not in SCALES:
-        raise UsageError(f"scale is {scale!r}, expected {', '.join(sorted(SCALES))}{closest(scale, SCALES)}")
     _at_least_one(seeds=seeds, jobs=jobs)
     if (old is None) != (new is None):
         raise UsageError("--old and --new go together: give both corpora or neither")
