@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from docstring_parser import parse as parse_docstring
 
 from .. import UsageError
+from ..hints import nearest
 
 HIDDEN = ("progress",)  # parameters for callers in Python only
 
@@ -29,11 +30,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise with the message and what it may have meant."""
-        known = [option for action in self._actions for option in action.option_strings]
-        known += [choice for action in self._actions if action.choices for choice in map(str, action.choices)]
-        words = [word.strip("':,").split("=")[0] for word in message.split()]
-        nearest = [match for word in words if word not in known for match in get_close_matches(word, known, 1)]
-        raise UsageError(message + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+        if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            near = nearest(wrong[1], re.findall(r"[^\s',]+", wrong[2]))
+        else:
+            known = [option for action in self._actions for option in action.option_strings]
+            words = [word.strip("':,").split("=")[0] for word in message.split()]
+            near = [match for word in words if word not in known for match in get_close_matches(word, known, 1)]
+        raise UsageError(message + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def call(
