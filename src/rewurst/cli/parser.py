@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             near = nearest(wrong[1], re.findall(r"[^\s',]+", wrong[2]))
         else:
-            known = [option for action in self._actions for option in action.option_strings]
+            known = [option for action in self._actions[1:] for option in action.option_strings]  # without --help
             words = [word.strip("':,").split("=")[0] for word in message.split()]
             near = [match for word in words if word not in known for match in get_close_matches(word, known, 1)]
         raise UsageError(message + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -79,7 +79,8 @@ def _add(parser: Parser, function: Callable[..., Any], positional: Sequence[str]
         if is_dataclass(kind):
             _add(parser, kind, ())  # type: ignore[arg-type]
             continue
-        options: dict[str, Any] = {"help": helps.get(name, "").rstrip(".").replace("%", "%%"), **_parsed_as(kind)}
+        text = re.sub(r"(?<!\.)\.$", "", helps.get(name, ""))  # no full stop, but an ellipsis stays
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), **_parsed_as(kind)}
         if name in positional:
             parser.add_argument(name, **options | {"metavar": name.upper()})
             continue
