@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fork_server
-
 WORKER = Path(__file__).parent / "fsdp_worker.py"
 DEADLINE_SECONDS = 300
 
@@ -33,11 +31,12 @@ class Pool:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in the process that asks
         environment["REWURST_TRACEBACK"] = "1"  # errors of a command line are answers
-        self._process = fork_server.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, str(WORKER), *map(str, theirs)],
             pass_fds=theirs,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
             env=environment,
         )
         for descriptor in theirs:
