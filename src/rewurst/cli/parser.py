@@ -88,7 +88,7 @@ def _add(parser: Parser, function: Callable[..., Any], positional: Sequence[str]
             options["required"] = True
         elif "action" not in options:
             options["default"] = parameter.default
-            if parameter.default is not None and "default" not in options["help"]:
+            if parameter.default not in (None, "") and "default" not in options["help"]:
                 options["help"] += f" (default: {_shown(parameter.default)})"
         parser.add_argument(f"--{name}", **options)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from .. import UsageError
 from ..datamodules.storage.random_access import join
@@ -39,7 +40,7 @@ def prepare_images(
     pictures: int = PICTURES,
     seed: int = 0,
     overwrite: bool = False,
-    engine: str = "local",
+    engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     progress: bool = True,
 ) -> dict[str, int]:
@@ -66,7 +67,7 @@ def prepare_images(
         pictures: Number of pictures drawn per combination of builtin:shapes.
         seed: Seed of drawn pictures.
         overwrite: Replace what an earlier preparation left in ``out``.
-        engine: Engine that runs the work: local, or ray for the machines of a Ray cluster.
+        engine: Engine that runs the work: worker processes here, or the machines of a Ray cluster.
         ray_address: Address of the Ray cluster (default: RAY_ADDRESS, or a cluster that is started here).
         progress: Whether to show progress bars on stderr.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .. import UsageError
 from ..datamodules.corpora.latents import EMPTY_TEXT_FILE, LatentIndex
@@ -38,12 +38,12 @@ def prepare_latents(
     batch_size: int = 32,
     workers: int = 0,
     device: str = "cpu",
-    dtype: str = "float16",
+    dtype: Literal["float16", "float32"] = "float16",
     samples_per_shard: int | None = None,
     shard_of: tuple[int, int] = (0, 1),
     max_corrupt: float = 0.05,
     overwrite: bool = False,
-    engine: str = "local",
+    engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     progress: bool = True,
 ) -> str:
@@ -66,12 +66,12 @@ def prepare_latents(
         batch_size: Number of images that the networks see at once.
         workers: Number of processes that decode images (with ray: per shard in work).
         device: Device that the networks run on, such as cuda.
-        dtype: Type of the stored arrays: float16 or float32.
+        dtype: Type of the stored arrays.
         samples_per_shard: Number of samples per shard (default: shards of up to 256 MiB).
         shard_of: Share I of N of the shards that this process makes.
         max_corrupt: Share of the images that may be corrupt; they have rows without latents.
         overwrite: Replace what an earlier preparation left in ``out``.
-        engine: Engine that runs the work: local, or ray for the machines of a Ray cluster.
+        engine: Engine that runs the work: worker processes here, or the machines of a Ray cluster.
         ray_address: Address of the Ray cluster (default: RAY_ADDRESS, or a cluster that is started here).
         progress: Whether to show a progress bar on stderr.
 

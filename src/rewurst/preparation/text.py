@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from .. import UsageError
 from ..datamodules.corpora.tokens import TokenIndex
@@ -42,7 +43,7 @@ def prepare_text(
     text_field: str = "text",
     rows_per_shard: int | None = None,
     overwrite: bool = False,
-    engine: str = "local",
+    engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     progress: bool = True,
 ) -> dict[str, TokenIndex]:
@@ -62,7 +63,7 @@ def prepare_text(
         text_field: Field of .jsonl and column of .parquet with the text.
         rows_per_shard: Number of rows per shard (default: shards of about 256 MiB).
         overwrite: Replace what an earlier preparation left in ``out``.
-        engine: Engine that runs the work: local, or ray for the machines of a Ray cluster.
+        engine: Engine that runs the work: worker processes here, or the machines of a Ray cluster.
         ray_address: Address of the Ray cluster (default: RAY_ADDRESS, or a cluster that is started here).
         progress: Whether to show progress bars on stderr.
 

@@ -224,7 +224,7 @@ def arguments(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--engine", "rai"], "engine is 'rai', expected local or ray"),
+        (["--engine", "rai"], "invalid choice: 'rai' (choose from 'local', 'ray'); did you mean 'ray'?"),
         (["--ray_address", "auto"], "ray_address is 'auto', which --engine ray is for; engine is 'local'"),
         (["--engine", "ray"], "engine ray needs a package: pip install 'rewurst[ray]'"),
     ],
