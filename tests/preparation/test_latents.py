@@ -222,6 +222,7 @@ def test_another_preparation_into_the_same_folder_is_refused(
         (["--what", "z,text"], "what names text: give text_encoder"),
         (["--what", "z,a"], "names no Stage A: give stage_a"),
         (["--shard_of", "3/3"], "shard_of 3/3: the number must be at least 0 and below 3"),
+        (["--shard_of", "0/2", "--overwrite"], "overwrite would delete the shards of the other processes"),
         (["--shard_of", "x"], "--shard_of: 'x' must be I/N, such as 0/4"),
         (["--batch_size", "0"], "batch_size 0 must be at least 1"),
     ],

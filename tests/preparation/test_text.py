@@ -1,7 +1,9 @@
 """Preparation: tokenizers that lose nothing, and the same shards from the same text whoever tokenizes it."""
 
+import errno
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,6 +294,20 @@ def test_an_interrupted_preparation_leaves_no_index_and_resumes(
     resumed, encoded = encoded - 5, 5
     prepare_text([corpus], tokenizer, tmp_path / "again", **asked)
     assert encoded - 5 == resumed + 4, "the four parts that were done were not done again"
+
+
+def test_a_full_disk_is_one_line_and_the_same_call_resumes(
+    corpus: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(text_units.os, "fsync", full)
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\)"):
+        prepare_text([corpus], tokenizer, tmp_path / "out", sequence_length=LENGTH, progress=False)
+    monkeypatch.undo()
+    prepare_text([corpus], tokenizer, tmp_path / "out", sequence_length=LENGTH, progress=False)
+    assert verify(tmp_path / "out") == []
 
 
 def test_other_options_start_over_while_nothing_is_done(corpus: str, tokenizer: str, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def prepare_latents(
     number, processes = shard_of
     if not 0 <= number < processes:
         raise UsageError(f"shard_of {number}/{processes}: the number must be at least 0 and below {processes}")
+    if overwrite and processes > 1:
+        raise UsageError("overwrite would delete the shards of the other processes: clear the folder before they start")
     if batch_size < 1 or workers < 0:
         raise UsageError(f"batch_size {batch_size} must be at least 1 and workers {workers} at least 0")
     options = LatentOptions(

@@ -115,6 +115,9 @@ def begin(target: Target, plan: Mapping[str, Any], layout: re.Pattern[str], over
             target.write(PLAN, content + "\n")
         return
     names = target.names()
+    if PLAN in names and not overwrite:  # another process has just begun the same
+        begin(target, plan, layout, overwrite)
+        return
     if names and not overwrite:
         raise UsageError(f"out {target} is not empty; choose another folder or add --overwrite")
     for name in names:

@@ -25,6 +25,7 @@ from ... import UsageError
 from ...datamodules.corpora.index import INDEX_FILE, Shard
 from ...datamodules.corpora.tokens import TokenIndex
 from ...datamodules.storage.random_access import open_bytes
+from ...files import writing
 from ...tokenizer_files import TokenizerFiles
 from ..sources.documents import Skipped, SourceFile, identity
 from ..steps.tokenizing import Text, encode, texts
@@ -94,7 +95,7 @@ def tokenize(job: TextJob, unit: Unit) -> Record:
     cut = unit.work if isinstance(unit.work, Cut) else None
     source = iter(cut.texts) if cut else texts(unit.work, job.text_field, job.held_out, skipped)
     tokens, documents = dict.fromkeys(job.sides, 0), dict.fromkeys(job.sides, 0)
-    with job.target.scratch() as scratch, ExitStack() as stack:
+    with job.target.scratch() as scratch, writing(scratch), ExitStack() as stack:
         files = {side: stack.enter_context((scratch / side).open("wb")) for side in job.sides}
         for encoded in encode(source, job.tokenizer_json, job.layout.end_token):
             side = job.sides[encoded.stream]

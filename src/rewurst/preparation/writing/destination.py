@@ -102,7 +102,8 @@ class Target:
         if parent is not None:
             with writing(parent):
                 parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="scratch-", dir=parent))
+        with writing(parent or Path(tempfile.gettempdir())):
+            folder = Path(tempfile.mkdtemp(prefix="scratch-", dir=parent))
         try:
             yield folder
         finally:
