@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -28,7 +29,7 @@ from ..datamodules import text as _text  # noqa: F401  # imported so that YAML m
 from ..modules import causal_lm as _causal_lm  # noqa: F401
 from ..modules.language.initial_weights import check_weights
 from ..modules.networks.weight_files import read_file
-from .class_names import import_named
+from .class_names import import_named, with_public_paths
 from .error_messages import one_line
 
 
@@ -40,7 +41,7 @@ def run(args: list[str]) -> None:
     _check_yaml(args)
     import_named(args)
     with _lightning_errors():
-        CLI(args)
+        CLI([with_public_paths(arg) for arg in args])
 
 
 def parse(args: list[str]) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def parse(args: list[str]) -> dict[str, Any]:
     _check_yaml(args)
     import_named(args)
     with _lightning_errors():
-        config: dict[str, Any] = _ParseOnly(args).config[args[0]].as_dict()
+        config: dict[str, Any] = _ParseOnly([with_public_paths(arg) for arg in args]).config[args[0]].as_dict()
     return config
 
 
@@ -64,6 +65,10 @@ _SAID_ALREADY = (
     "The dirpath has changed",  # a run that goes on has a new version_N, on purpose
     ".*LeafSpec.*deprecated",  # Lightning's own use of torch
 )
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: _load_yaml(with_public_paths(text)), (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
