@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,8 +28,11 @@ from ...datamodules.corpora.tokens import TokenIndex
 from ...datamodules.storage.random_access import open_bytes
 from ...files import writing
 from ...tokenizer_files import TokenizerFiles
-from ..sources.documents import Skipped, SourceFile, identity
-from ..steps.tokenizing import Text, encode, texts
+from ..sources.skipped import Skipped
+from ..sources.source_files import SourceFile, identity, total_bytes
+from ..steps.sections import Text
+from ..steps.tokenizing import Encoder, encode, encoder_of, texts
+from ..steps.unknown import summary, too_many
 from ..writing.destination import UNFINISHED, Target
 from ..writing.row_layout import MemberBuffer, RowLayout, token_key
 from ..writing.shard_file import ShardFile
@@ -38,7 +42,7 @@ from .resumable_units import READERS, Engine, Record, Stage, Unit, complete, dig
 RUN_BYTES = 2**26  # small files are read together, because each unit costs a task and some requests
 PART_CHARS = 2**22  # of a part that one process cuts for others: much work per task, little lost by a kill
 READ_TOKENS = 2**22
-Counts = dict[str, int]
+Counts = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class TextJob:
         held_out: Share of the documents for ``val``.
         text_field: Field or column with the text.
         tokenizer_json: Contents of ``tokenizer.json``.
+        separator: What separates the documents of a plain text file (default: the file is one document).
+        max_corrupt: Share of the documents that may be corrupt.
+        max_unknown: Share of the text that the tokenizer may not know.
     """
 
     target: Target
@@ -60,6 +67,18 @@ class TextJob:
     held_out: float
     text_field: str
     tokenizer_json: str
+    separator: str | None = None
+    max_corrupt: float = 0.0
+    max_unknown: float = 1.0
+
+    @property
+    def encoder(self) -> Encoder:
+        """Encoder of this process."""
+        return encoder_of(self.tokenizer_json, self.layout.end_token)
+
+    def texts(self, files: Sequence[SourceFile], skipped: Skipped) -> Iterator[Text]:
+        """Yield the documents of files."""
+        return texts(files, self.text_field, self.held_out, skipped, self.encoder, self.separator)
 
 
 class Cut(NamedTuple):
@@ -91,25 +110,28 @@ def tokenize(job: TextJob, unit: Unit) -> Record:
     The unit's work is a :class:`Cut`, or the list of the files to read.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
-    skipped = Skipped()
+    skipped = Skipped(job.max_corrupt)
     cut = unit.work if isinstance(unit.work, Cut) else None
-    source = iter(cut.texts) if cut else texts(unit.work, job.text_field, job.held_out, skipped)
+    source = iter(cut.texts) if cut else job.texts(unit.work, skipped)
     tokens, documents = dict.fromkeys(job.sides, 0), dict.fromkeys(job.sides, 0)
+    unknown, first = 0, ""
     with job.target.scratch() as scratch, writing(scratch), ExitStack() as stack:
         files = {side: stack.enter_context((scratch / side).open("wb")) for side in job.sides}
-        for encoded in encode(source, job.tokenizer_json, job.layout.end_token):
+        for encoded in encode(source, job.encoder):
             side = job.sides[encoded.stream]
             job.layout.check(encoded.tokens)
             files[side].write(encoded.tokens.astype(job.layout.dtype).tobytes())
             tokens[side] += encoded.tokens.size
             documents[side] += encoded.documents
+            unknown, first = unknown + encoded.unknown, first or encoded.first_unknown
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())  # the record says that they are there
         for side in job.sides:
             if tokens[side]:
                 job.target.publish(scratch / side, _tokens_file(unit.name, side))
-    return {"tokens": tokens, "documents": documents, "skipped": cut.skipped if cut else _counts(skipped)}
+    counts = cut.skipped if cut else skipped.take()
+    return {"tokens": tokens, "documents": documents, "skipped": counts, "unknown": [unknown, first]}
 
 
 def pack(job: TextJob, unit: Unit) -> Record:
@@ -156,11 +178,13 @@ def prepare_text_units(
     stage = Stage(job.target, "tokens", tokenize, job)
     runs = _runs(files)
     parts = _cut(job, runs, stage.done()) if isinstance(engine, LocalPool) else runs
+    early = _Tally(job, Skipped(job.max_corrupt), total_bytes(files))
     with progress_bar("tokenizing", "tokens", None, progress) as bar:
-        records = complete(stage, parts, engine, bar, lambda record: sum(record["tokens"].values()))
+        records = complete(stage, parts, engine, bar, _tokens_of, early.add)
+    whole = _Tally(job, skipped, early.total_bytes)  # in the order of the files, for the first of each kind
     for record in records.values():
-        for name, count in record["skipped"].items():
-            setattr(skipped, name, getattr(skipped, name) + count)
+        whole.add(record)
+    whole.finish()
     shards = [unit for side in job.sides for unit in _shards(job, side, records)]
     with progress_bar("packing", "shards", len(shards), progress) as bar:
         packed = complete(Stage(job.target, "shards", pack, job), shards, engine, bar)
@@ -176,6 +200,37 @@ def prepare_text_units(
         job.target.write(f"{side}/{INDEX_FILE}", indices[side].content())
     finish(job.target, ("tokens", "parts", "shards"))
     return {side: indices[side] for side in job.sides}
+
+
+class _Tally:
+    """Counts what was lost, and raises when it is too much."""
+
+    def __init__(self, job: TextJob, skipped: Skipped, total_bytes: int) -> None:
+        self._job, self._skipped, self.total_bytes = job, skipped, total_bytes
+        self._tokens = self._unknown = 0
+        self._first = ""
+
+    def add(self, record: Record) -> None:
+        """Add the record of a part."""
+        self._skipped.add(record["skipped"])
+        count, first = record["unknown"]
+        self._tokens, self._unknown = self._tokens + _tokens_of(record), self._unknown + count
+        self._first = self._first or first
+        self._check(final=False)
+
+    def finish(self) -> None:
+        """Check the shares of the whole, and report what is unknown."""
+        self._check(final=True)
+        if self._unknown:
+            print(summary(self._unknown, self._tokens, self._first), file=sys.stderr)
+
+    def _check(self, final: bool) -> None:
+        self._skipped.check(self.total_bytes, final)
+        too_many(self._unknown, self._tokens, self._first, self._job.max_unknown, final)
+
+
+def _tokens_of(record: Record) -> int:
+    return sum(record["tokens"].values())
 
 
 def _runs(files: Sequence[SourceFile]) -> Iterator[Unit]:
@@ -213,24 +268,26 @@ def _cut(job: TextJob, runs: Iterable[Unit], done: Mapping[str, str]) -> Iterato
 
 def _parts(job: TextJob, files: Sequence[SourceFile]) -> Iterator[Cut]:
     """Read files into parts; the last one, which counts what was skipped at the end, may have no text."""
-    skipped, part, size = Skipped(), list[Text](), 0
-    for text in texts(files, job.text_field, job.held_out, skipped):
+    skipped, part, size = Skipped(job.max_corrupt), list[Text](), 0
+    for text in job.texts(files, skipped):
         part.append(text)
         size += len(text.text) + 64  # a million empty lines are work too
         if size >= PART_CHARS:
-            yield Cut(part, _counts(skipped))
-            skipped.empty_documents = skipped.repaired_documents = 0
+            yield Cut(part, skipped.take())
             part, size = [], 0
-    yield Cut(part, _counts(skipped))
-
-
-def _counts(skipped: Skipped) -> Counts:
-    return {"empty_documents": skipped.empty_documents, "repaired_documents": skipped.repaired_documents}
+    yield Cut(part, skipped.take())
 
 
 def _shards(job: TextJob, side: str, records: Mapping[str, Record]) -> Iterator[Unit]:
     counts = np.array([record["tokens"][side] for record in records.values()], dtype=np.int64)
     total = int(counts.sum())
+    documents = {side: sum(record["documents"][side] for record in records.values()) for side in job.sides}
+    if not documents[side] and (there := sum(documents.values())):
+        raise UsageError(
+            f"{job.target.where(side)}: none of the {there} documents is here with held_out {job.held_out}; a plain "
+            "text file is one document unless --document_separator says what separates its documents: give more "
+            "documents or another share"
+        )
     try:
         rows = job.layout.rows(total, job.target.where(side))
     except UsageError as error:
