@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -29,15 +28,15 @@ from ...datamodules.storage.random_access import open_bytes
 from ...files import writing
 from ...tokenizer_files import TokenizerFiles
 from ..sources.skipped import Skipped
-from ..sources.source_files import SourceFile, identity, total_bytes
+from ..sources.source_files import SourceFile, identity
 from ..steps.sections import Text
 from ..steps.tokenizing import Encoder, encode, encoder_of, texts
-from ..steps.unknown import summary, too_many
 from ..writing.destination import UNFINISHED, Target
 from ..writing.row_layout import MemberBuffer, RowLayout, token_key
 from ..writing.shard_file import ShardFile
 from .local_pool import LocalPool
 from .resumable_units import READERS, Engine, Record, Stage, Unit, complete, digest_of, finish, progress_bar
+from .tally import Tally, tokens_of
 
 RUN_BYTES = 2**26  # small files are read together, because each unit costs a task and some requests
 PART_CHARS = 2**22  # of a part that one process cuts for others: much work per task, little lost by a kill
@@ -176,15 +175,11 @@ def prepare_text_units(
         UsageError: A source cannot be read or has changed, or there is too little text for one row.
     """
     stage = Stage(job.target, "tokens", tokenize, job)
-    runs = _runs(files)
+    with ThreadPoolExecutor(READERS) as pool:
+        known = list(pool.map(identity, files))
+    runs = _runs(files, known)
     parts = _cut(job, runs, stage.done()) if isinstance(engine, LocalPool) else runs
-    early = _Tally(job, Skipped(job.max_corrupt), total_bytes(files))
-    with progress_bar("tokenizing", "tokens", None, progress) as bar:
-        records = complete(stage, parts, engine, bar, _tokens_of, early.add)
-    whole = _Tally(job, skipped, early.total_bytes)  # in the order of the files, for the first of each kind
-    for record in records.values():
-        whole.add(record)
-    whole.finish()
+    records = _tokenized(stage, parts, job, skipped, sum(size for _, size, _ in known), engine, progress)
     shards = [unit for side in job.sides for unit in _shards(job, side, records)]
     with progress_bar("packing", "shards", len(shards), progress) as bar:
         packed = complete(Stage(job.target, "shards", pack, job), shards, engine, bar)
@@ -202,41 +197,34 @@ def prepare_text_units(
     return {side: indices[side] for side in job.sides}
 
 
-class _Tally:
-    """Counts what was lost, and raises when it is too much."""
-
-    def __init__(self, job: TextJob, skipped: Skipped, total_bytes: int) -> None:
-        self._job, self._skipped, self.total_bytes = job, skipped, total_bytes
-        self._tokens = self._unknown = 0
-        self._first = ""
-
-    def add(self, record: Record) -> None:
-        """Add the record of a part."""
-        self._skipped.add(record["skipped"])
-        count, first = record["unknown"]
-        self._tokens, self._unknown = self._tokens + _tokens_of(record), self._unknown + count
-        self._first = self._first or first
-        self._check(final=False)
-
-    def finish(self) -> None:
-        """Check the shares of the whole, and report what is unknown."""
-        self._check(final=True)
-        if self._unknown:
-            print(summary(self._unknown, self._tokens, self._first), file=sys.stderr)
-
-    def _check(self, final: bool) -> None:
-        self._skipped.check(self.total_bytes, final)
-        too_many(self._unknown, self._tokens, self._first, self._job.max_unknown, final)
-
-
-def _tokens_of(record: Record) -> int:
-    return sum(record["tokens"].values())
+def _tokenized(
+    stage: Stage[TextJob],
+    parts: Iterable[Unit],
+    job: TextJob,
+    skipped: Skipped,
+    size: int,
+    engine: Engine,
+    progress: bool,
+) -> dict[str, Record]:
+    """Do the first stage, and raise if too much is lost; where nothing was found, no record stays."""
+    early, fresh = Tally(Skipped(job.max_corrupt), size, job.max_unknown), not stage.done()
+    try:
+        with progress_bar("tokenizing", "tokens", None, progress) as bar:
+            records = complete(stage, parts, engine, bar, tokens_of, early.add)
+        whole = Tally(skipped, size, job.max_unknown)  # in the order of the files, for the first of each kind
+        for record in records.values():
+            whole.add(record)
+        whole.finish()
+    except UsageError:
+        if fresh and not early.tokens:  # so that the same command with another text_field starts over
+            for folder in (stage.name, "parts"):
+                job.target.remove(f"{UNFINISHED}/{folder}")
+        raise
+    return records
 
 
-def _runs(files: Sequence[SourceFile]) -> Iterator[Unit]:
+def _runs(files: Sequence[SourceFile], known: Sequence[tuple[str, int, str]]) -> Iterator[Unit]:
     """Group neighbouring files of up to ``RUN_BYTES`` together; larger files stand alone."""
-    with ThreadPoolExecutor(READERS) as pool:
-        known = list(pool.map(identity, files))
     run: list[int] = []
     number = 0
     for i in range(len(files)):

@@ -20,6 +20,7 @@ from ...datamodules.storage.zstd_files import ZstdError, open_zstd
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 2**18
 BLANK_LINE = "blank-line"
+_VISIBLE = re.compile(rb"\S")
 _BLANK_LINES = rb"\r?\n(?:[ \t]*\r?\n)+"
 
 
@@ -141,12 +142,12 @@ def _split(path: Place, pattern: re.Pattern[bytes], maximum_bytes: int) -> Itera
         while block := file.read(BLOCK_BYTES):
             content += block
             begin = 0
-            while (found := pattern.search(content, max(begin, scanned))) and found.end() < len(content):
+            while (found := pattern.search(content, max(begin, scanned))) and _VISIBLE.search(content, found.end()):
                 yield offset, bytes(content[begin : found.start()])
                 offset += found.end() - begin + dropped
                 begin, scanned, dropped = found.end(), 0, 0
             del content[:begin]
-            # A separator may have begun in this block; of blank lines it may be long, so that its start is kept.
+            # A separator may have begun in this block, and blank lines may continue in the next one.
             scanned = found.start() - begin if found else max(0, len(content) - 256)
             if len(content) > 2 * maximum_bytes:
                 surplus = len(content) - maximum_bytes - BLOCK_BYTES
@@ -160,13 +161,17 @@ def _split(path: Place, pattern: re.Pattern[bytes], maximum_bytes: int) -> Itera
         yield offset, bytes(content)
 
 
-def decoded(path: Place) -> Iterator[str]:
+def decoded(path: Place, errors: str = "strict") -> Iterator[str]:
     """Yield the text of a UTF-8 file in blocks.
+
+    Args:
+        path: File.
+        errors: How bytes that are not UTF-8 are decoded, see ``bytes.decode``.
 
     Raises:
         UsageError: Invalid UTF-8, or an error of ``open_bytes``.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
     offset = 0
     with open_bytes(path) as file:
         while True:

@@ -26,10 +26,10 @@ def json_lines(path: Place, text_field: str, skipped: Skipped) -> Iterator[str]:
             continue
         try:
             text = field_text(json.loads(line), text_field, f"{path}:{number}", "a line")
-        except (ValueError, RecursionError) as error:
-            skipped.corrupt(f"{path}:{number}: not valid JSON ({error})")
         except UsageError as error:
             skipped.corrupt(str(error))
+        except (ValueError, RecursionError) as error:
+            skipped.corrupt(f"{path}:{number}: not valid JSON ({error})")
         else:
             yield text
 
@@ -72,9 +72,8 @@ def csv_rows(path: Place, column: str, skipped: Skipped, delimiter: str) -> Iter
             continue
         if row and len(row) != len(header):
             skipped.corrupt(f"{path}:{rows.line_num}: {len(row)} values, the first row names {len(header)} columns")
-        elif bad := ESCAPED.search(row[place] if row else ""):
-            byte = ord(bad.group()) - 0xDC00
-            skipped.corrupt(f"{path}:{rows.line_num}: column {column!r}: byte 0x{byte:02x} is not valid UTF-8")
+        elif bad := not_utf8(row[place] if row else ""):
+            skipped.corrupt(f"{path}:{rows.line_num}: column {column!r}: {bad}")
         else:
             yield row[place] if row else ""
 
@@ -93,6 +92,9 @@ def field_text(record: Any, field: str, where: str, what: str) -> str:
             keys = ", ".join(paths_of(record)) or "none"
             raise UsageError(f"{where}: no field {field!r}; --text_field can be one of: {keys}")
         inside = inside[name]
+    if isinstance(inside, dict) and inside:
+        keys = ", ".join(paths_of(inside, f"{field}."))
+        raise UsageError(f"{where}: field {field!r} holds an object; --text_field can be one of: {keys}")
     return text_of(inside, f"{where}: field {field!r}")
 
 
@@ -123,6 +125,12 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
+def not_utf8(text: str) -> str:
+    """Return what is wrong with a text that was decoded with ``surrogateescape``, empty if nothing is."""
+    bad = None if text.isascii() else ESCAPED.search(text)
+    return f"byte 0x{ord(bad.group()) - 0xDC00:02x} is not valid UTF-8" if bad else ""
+
+
 def type_name(value: Any) -> str:
     """Return what a value of JSON is, for messages."""
     names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null", str: "a text"}
@@ -131,7 +139,7 @@ def type_name(value: Any) -> str:
 
 def _is_list(path: Place) -> bool:
     """Return whether the first character of a file that is not blank begins a list."""
-    for piece in decoded(path):
+    for piece in decoded(path, "surrogateescape"):
         if begins := piece.lstrip(BLANK):
             return begins[0] == "["
     return False
@@ -160,10 +168,14 @@ def _is_json(text: str) -> bool:
 
 def _texts(values: Iterator[Any], path: Place, text_field: str, skipped: Skipped) -> Iterator[str]:
     for number, value in enumerate(values):
+        where = f"{path}, element {number}"
         try:
-            text = field_text(value, text_field, f"{path}, element {number}", "an element")
+            text = field_text(value, text_field, where, "an element")
         except UsageError as error:
             skipped.corrupt(str(error))
+            continue
+        if bad := not_utf8(text):
+            skipped.corrupt(f"{where}: field {text_field!r}: {bad}")
         else:
             yield text
 
@@ -193,7 +205,7 @@ class _Values:
     """Parses a file value by value, in memory for one."""
 
     def __init__(self, path: Place) -> None:
-        self._path, self._pieces, self._text = path, decoded(path), ""
+        self._path, self._pieces, self._text = path, decoded(path, "surrogateescape"), ""
         self._decoder = json.JSONDecoder()
 
     def character(self) -> str:
