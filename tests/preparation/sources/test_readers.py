@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,3 +371,30 @@ def test_one_bad_document_of_a_separated_file(tmp_path: Path, monkeypatch: pytes
         "the document at byte 1",
         "byte 322 (0xe9) is not",
     ]
+
+
+def _tar(captions: list[bytes]) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as file:
+        for i, caption in enumerate(captions):
+            for suffix, data in (("png", b"no picture is read"), ("txt", caption)):
+                member = tarfile.TarInfo(f"{i:03d}.{suffix}")
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    return content.getvalue()
+
+
+def test_a_bad_caption_and_a_truncated_tar(tmp_path: Path) -> None:
+    captions = [f"caption {i}".encode() for i in range(20)]
+    path = tmp_path / "a.tar"
+    path.write_bytes(_tar([*captions[:3], BAD, *captions[3:]]))
+    skipped = Skipped(max_corrupt=0.05)
+    assert read_all(path, skipped) == [caption.decode() for caption in captions]
+    assert skipped.corrupt_documents == 1
+    assert "byte 3 (0xe9) is not valid UTF-8" in skipped.first[0]
+    path.write_bytes(_tar(captions)[:15000])
+    skipped = Skipped(max_corrupt=0.05)
+    found = read_all(path, skipped)
+    assert found == [caption.decode() for caption in captions[: len(found)]]
+    assert 0 < len(found) < 20
+    assert (skipped.damaged_files, skipped.damaged_bytes) == (1, 15000)

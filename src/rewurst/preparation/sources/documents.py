@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ... import UsageError
 from ...datamodules.corpora.tar import scan
 from ...datamodules.storage.random_access import open_bytes
 from ...datamodules.storage.url import Place, place
@@ -84,20 +85,31 @@ def _documents(file: SourceFile, text_field: str, skipped: Skipped, separator: s
         case ".arrow":
             return tables.arrow(place(file.name), text_field, skipped)
         case ".tar":
-            return _captions(file.name)
+            return _captions(file.name, skipped)
         case "builtin":
             return builtin.documents(file.name)
     assert separator is not None
     return separated(place(file.name), separator, records.LINE_BYTES, skipped.corrupt)
 
 
-def _captions(path: str) -> Iterator[str]:
+def _captions(path: str, skipped: Skipped) -> Iterator[str]:
     """Yield the ``.txt`` files of a WebDataset tar, which are the captions of its images."""
     content = open_bytes(path)
-    for sample in scan(content, path):
+    samples = scan(content, path)
+    while True:
+        try:
+            sample = next(samples, None)
+        except UsageError as error:
+            raise DamagedFileError(str(error)) from None
+        if sample is None:
+            return
         for member in sample.members:
             if member.extension == "txt":
-                yield bytes(content.read(member.begin, member.begin + member.size)).decode("utf-8-sig", "replace")
+                found = bytes(content.read(member.begin, member.begin + member.size))
+                try:
+                    yield records.text_of(found, f"{path}, member at byte {member.begin}").removeprefix("\ufeff")
+                except UsageError as error:
+                    skipped.corrupt(str(error))
 
 
 def _whole_file(path: Place, skipped: Skipped) -> Iterator[Piece]:
