@@ -9,13 +9,9 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from ..datamodules.corpora.index import INDEX_FILE, Shard
 from ..datamodules.corpora.tar import scan, sha256_of
 from ..datamodules.storage.random_access import is_remote, open_bytes
 from ..files import write_atomically, writing
+from .engine.local_pool import LocalPool
 from .formats import KINDS, Kind, kind_of
 
 
@@ -82,7 +79,9 @@ def index_shards(
     _check_free(folder, paths, overwrite)
     chosen = kind or kind_of(next(scan(open_bytes(paths[0]), paths[0])), paths[0])
     reader = _reader(chosen, options or {})
-    scanned = list(tqdm(_scanned(paths, reader, workers), "indexing", len(paths), unit="tar", disable=not progress))
+    tars = LocalPool(min(workers, len(paths))).run(scan_shard, reader, zip(paths, paths, strict=True))
+    by_path = dict(tqdm(tars, "indexing", len(paths), unit="tar", disable=not progress))
+    scanned = [by_path[path] for path in paths]
     _check_neighbours(scanned)
     shards = [_placed(one.shard, folder, path) for one, path in zip(scanned, paths, strict=True)]
     with writing(folder):
@@ -171,22 +170,8 @@ def _placed(shard: Shard, folder: Path, path: str) -> Shard:
     return shard if beside else Shard(**{**vars(shard), "url": str(Path(path).resolve())})
 
 
-def _scanned(paths: Sequence[str], reader: Kind, workers: int) -> Iterator[Scanned]:
-    one = partial(scan_shard, reader=reader)
-    if workers <= 1:
-        yield from map(one, paths)
-        return
-    try:
-        with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(one, paths)
-    except BrokenProcessPool:
-        raise UsageError(
-            f"a scanning process died, perhaps for want of memory; try --workers below {workers}"
-        ) from None
-
-
-def scan_shard(path: str, reader: Kind) -> Scanned:
-    """Offsets, hash and contents of one tar."""
+def scan_shard(reader: Kind, path: str) -> Scanned:
+    """Return the offsets, hash and contents of one tar."""
     content = open_bytes(path)
     samples = list(scan(content, path))
     found = reader.read(samples, content, path)
