@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from .. import UsageError
 from ..lightning_compat import keep_samplers
 from .sampling.buckets import Lanes
+from .sampling.epochs import Epochs
 from .sampling.micro_batches import Batch, EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
 from .sampling.mixture import Mixture, RunningShare
 from .sampling.permutation import CorpusOrder
@@ -104,7 +105,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self.seed = seed
         self.shuffle = shuffle
         self.accumulation = 1
-        self.progress = Progress(self.batch_used)
+        self.progress = Progress(self.batch_used, self._step_done)
         self._share: Any = None
         self._opened: dict[str, R] = {}
         self._restored_sum = (0, 0)
@@ -113,6 +114,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._replayed = Ledger()  # before this dataset
         self._weigh_by_rows = True  # runs that were started by earlier versions replay every corpus equally
         self._current: Lanes | None = None
+        self._epochs: Epochs | None = None
 
     @abstractmethod
     def open_corpus(self, name: str, path: str) -> R:
@@ -173,7 +175,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """Forgets an earlier run that this object has been through."""
         self.progress.restore(step=0, start=0, restored=False)
         self._restored_sum, self._restored_lanes = (0, 0), None
-        self._ledger, self._current = Ledger(), None
+        self._ledger, self._current, self._epochs = Ledger(), None, None
         self._replayed, self._weigh_by_rows = Ledger(), True
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -183,6 +185,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         if self.trainer.is_global_zero and not self.progress.rows.any():
             # what was read before a restore, told once
             self.progress.rows = lanes.mixture.read_before(self.dataset_step)
+        self._epochs = self._epochs or Epochs(self._rows_of_first_reading(), [*lanes.mixture.new])
         slots = range(self.global_batch_size)
         of_rank = len(slots) // self.trainer.world_size  # contiguous: a strided slice could hold every old row
         slots = slots[self.trainer.global_rank * of_rank :][:of_rank]
@@ -271,6 +274,22 @@ class StreamDataModule(LightningDataModule, Generic[R]):
     def lane_name(self, lane: int) -> str:
         """Name of a lane; with that of the corpus it decides the order of the lane's samples."""
         return ""
+
+    def _rows_of_first_reading(self) -> dict[str, int]:
+        rows = {}
+        for name, source in zip(self._order_of_names(), self._sources(), strict=True):
+            reading = self.reading(name)
+            rows[name] = min(len(source), sum(reading.rows)) if reading is not None else len(source)
+        return rows
+
+    def _step_done(self) -> dict[str, float]:
+        """Return the epoch of each corpus, and warn where new data is read again."""
+        if self._current is None or self._epochs is None:
+            return {}
+        mixture = self._current.mixture
+        counts = dict(zip(mixture.names, mixture.read_before(self.dataset_step).tolist(), strict=True))
+        last = self.trainer.max_steps - self.progress.start if self.trainer and self.trainer.max_steps > 0 else 0
+        return self._epochs.read(counts, self.dataset_step, last)
 
     def _settle_accumulation(self) -> None:
         assert self.trainer is not None

@@ -19,7 +19,9 @@ from ...datamodules.storage.url import Place, Url, find, place, seekable
 from ...hints import did_you_mean, nearest
 from . import shapes
 from .compressed_files import COMPRESSIONS, lines
-from .documents import LINE_BYTES, PARQUET_BATCH_ROWS, walk
+from .records import LINE_BYTES
+from .source_files import walk
+from .tables import PARQUET_BATCH_ROWS
 
 IMAGE_FIELDS = ("file_name", "image", "path")  # file_name is what Hugging Face's imagefolder uses
 CAPTION_FIELDS = ("text", "caption")
