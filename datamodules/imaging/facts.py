@@ -17,7 +17,7 @@ from ... import UsageError
 from ...hints import closest
 from .header import MAX_PIXELS, DecodeError, read_header
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "jfif", "bmp", "tif", "tiff", "avif")
 
 # Keys of .json under which the sets keep a score, in any case; the first that holds a number counts. LAION-5B and what
 # img2dataset makes of it: pwatermark, punsafe; LAION-Aesthetics: AESTHETIC_SCORE, aesthetic; COYO: the longer ones.
