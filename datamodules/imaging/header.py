@@ -113,7 +113,7 @@ def format_of(data: bytes) -> str:
         return "avif"
     start = f"begins with {data[:4].hex(' ')}" if data else "empty"
     heic = any(brand in brands for brand in (b"heic", b"heix", b"mif1"))
-    other = ": it is HEIC; convert it to JPEG" if heic else ", nor a BMP, TIFF or AVIF"
+    other = ": it is HEIC; convert it to JPEG" if heic else ""
     raise DecodeError(f"not a JPEG, PNG, WebP or GIF ({start}){other}")
 
 

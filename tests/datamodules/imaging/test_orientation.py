@@ -135,5 +135,5 @@ def test_32_bit_tiffs_are_refused() -> None:
     for array in (PIXELS[..., 0].astype(np.float32) / 255, PIXELS[..., 0].astype(np.int32)):
         file = io.BytesIO()
         Image.fromarray(array).save(file, "TIFF")
-        with pytest.raises(DecodeError, match="a tiff of mode . with 32 bits per channel: convert it"):
+        with pytest.raises(DecodeError, match=r"a tiff of mode . with 32 bits per channel: convert it"):
             decode(file.getvalue())

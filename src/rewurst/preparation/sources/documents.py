@@ -15,6 +15,8 @@ from typing import Any
 
 from ... import UsageError
 from ...datamodules.corpora.tar import scan
+from ...datamodules.imaging.captions import text_of
+from ...datamodules.imaging.header import DecodeError
 from ...datamodules.storage.random_access import is_remote, open_bytes
 from ...datamodules.storage.url import Place, Url, find, place, seekable
 from ...hints import did_you_mean
@@ -125,12 +127,19 @@ def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]
 
 
 def _captions(path: str) -> Iterator[str]:
-    """Yield the ``.txt`` files of a WebDataset tar, which are the captions of its images."""
+    """Yield the ``.txt`` files of a WebDataset tar, which are the captions of its images.
+
+    Raises:
+        UsageError: One is not text, or the tar cannot be read.
+    """
     content = open_bytes(path)
     for sample in scan(content, path):
         for member in sample.members:
             if member.extension == "txt":
-                yield bytes(content.read(member.begin, member.begin + member.size)).decode("utf-8-sig", "replace")
+                try:
+                    yield text_of(bytes(content.read(member.begin, member.begin + member.size)))
+                except DecodeError as error:
+                    raise UsageError(f"{path}: {sample.key}.txt: {error}") from None
 
 
 def identity(file: SourceFile) -> tuple[str, int, str]:
