@@ -9,13 +9,9 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from ..datamodules.corpora.index import INDEX_FILE, Shard
 from ..datamodules.corpora.tar import scan, sha256_of
 from ..datamodules.storage.random_access import is_remote, open_bytes
 from ..files import write_atomically, writing
+from .engine.local_pool import LocalPool
 from .formats import KINDS, Kind, kind_of
 
 
@@ -181,20 +178,17 @@ def _placed(shard: Shard, folder: Path, path: str) -> Shard:
 
 
 def _scanned(paths: Sequence[str], reader: Kind, workers: int) -> Iterator[Scanned]:
-    one = partial(scan_shard, reader=reader)
-    if workers <= 1:
-        yield from map(one, paths)
-        return
-    try:
-        with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(one, paths)
-    except BrokenProcessPool:
-        raise UsageError(
-            f"a scanning process died, perhaps for want of memory; try --workers below {workers}"
-        ) from None
+    """Scan tars in several processes; they come in their order."""
+    waiting = dict[str, Scanned]()
+    done = LocalPool(min(workers, len(paths))).run(scan_shard, reader, zip(paths, paths, strict=True))
+    for path in paths:
+        while path not in waiting:
+            name, scanned = next(done)
+            waiting[name] = scanned
+        yield waiting.pop(path)
 
 
-def scan_shard(path: str, reader: Kind) -> Scanned:
+def scan_shard(reader: Kind, path: str) -> Scanned:
     """Offsets, hash and contents of one tar."""
     content, left_out = open_bytes(path), list[str]()
     samples = list(scan(content, path, left_out))
