@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import UsageError
+from .language.building import build
 from .language.document_masks import IGNORED, document_arguments, document_targets, require_positions
 from .language.head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
 from .language.hugging_face import continuations
-from .language.initial_weights import build, load_initial_weights
+from .language.initial_weights import load_initial_weights
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .optimizers.choice import OptimizerChoice, OptimizerSettings, make_optimizer
 from .shared.flops import flops_a_token

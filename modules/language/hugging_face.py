@@ -13,7 +13,8 @@ import torch
 
 from ... import UsageError
 from ..networks.weight_files import read_file
-from .initial_weights import build, lightning_state
+from .building import build, rebuild
+from .initial_weights import fill, lightning_state
 
 
 def export_hugging_face(checkpoint: Path, out: Path, tokenizer: Path | None = None, overwrite: bool = False) -> None:
@@ -34,8 +35,8 @@ def export_hugging_face(checkpoint: Path, out: Path, tokenizer: Path | None = No
     if out.exists() and not (overwrite and (out / "config.json").is_file()):
         raise UsageError(f"{out} exists already: choose another folder, or --overwrite an export")
     tokenizer = tokenizer or _recorded_tokenizer(content, checkpoint)
-    model = build(dict(content["model_config"]))
-    model.load_state_dict(lightning_state(content, checkpoint))
+    model = rebuild(content["model_config"])
+    fill(model, lightning_state(content, checkpoint), str(checkpoint))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name

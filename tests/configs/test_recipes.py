@@ -21,7 +21,7 @@ from rewurst.cli import lightning as cli
 from rewurst.cli.class_names import import_named
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
 from rewurst.datamodules.text import Corpus, TextDataModule
-from rewurst.modules.language.initial_weights import build
+from rewurst.modules.language.building import build
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
