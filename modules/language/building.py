@@ -125,9 +125,9 @@ def _notice_untied(model: Any) -> None:
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and getattr(embeddings, "weight", None) is not getattr(head, "weight", None):
-        if getattr(head, "weight", torch.empty(0)).shape == embeddings.weight.shape:
-            _say_untied(model)
+    weights = [getattr(part, "weight", None) for part in (embeddings, head)]
+    if head is not None and weights[0] is not weights[1] and same_shape(*weights):
+        _say_untied(model)
 
 
 def _say_untied(model: Any) -> None:
@@ -163,6 +163,11 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
             logging.enable_progress_bar()
+
+
+def same_shape(a: Tensor | None, b: Tensor | None) -> bool:
+    """Return whether both are tensors of one shape."""
+    return a is not None and b is not None and a.shape == b.shape
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

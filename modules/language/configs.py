@@ -12,34 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ... import UsageError
 from ...hints import closest
 
-HISTORY = frozenset(
-    [
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_bfloat16",
-        "rope_scaling",
-        "rope_theta",
-        "rope_parameters",
-        "rope_interleaved",
-        "is_llama_config",
-        "use_mrope",
-        "max_window_layers",
-        "n_ctx",
-        "pruned_heads",
-        "pretraining_tp",
-        "max_length",
-        "do_sample",
-        "top_k",
-        "top_p",
-        "temperature",
-        "repetition_penalty",
-        "task_specific_params",
-    ]
-)
+HISTORY = frozenset({
+    "architectures", "attn_implementation", "auto_map", "dtype", "torch_dtype", "transformers_version",
+    "use_bfloat16", "rope_scaling", "rope_theta", "rope_parameters", "rope_interleaved", "is_llama_config",
+    "use_mrope", "max_window_layers", "n_ctx", "pruned_heads", "pretraining_tp", "max_length", "do_sample",
+    "top_k", "top_p", "temperature", "repetition_penalty", "task_specific_params",
+})  # fmt: skip
 """Keys that published files carry for other programs or other versions of transformers."""
 
 

@@ -23,7 +23,8 @@ LLAMA = {**SMALL, "model_type": "llama"}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_ctx": 32, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32,
              "vocab_size": 64, "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"],
-             "attn_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+             "attn_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
+             "summary_proj_to_labels": True,
              "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
              "bos_token_id": 1, "eos_token_id": 1},
     "smollm2": {**LLAMA, "architectures": ["LlamaForCausalLM"], "is_llama_config": True, "rope_interleaved": False,
