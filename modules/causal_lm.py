@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from .. import UsageError
 from .language.building import build
 from .language.document_masks import IGNORED, document_arguments, document_targets
+from .language.generation import continuations
 from .language.head import blocks, checkpoint_activations, set_attention
-from .language.hugging_face import continuations
 from .language.initial_weights import load_initial_weights
 from .language.limits import extend_vocabulary, require_positions_for, require_vocabulary, vocabulary_of
 from .language.objective import Losses, Objective, busiest_share, compute_losses, find_objective
@@ -206,10 +206,12 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
 
     def continue_text(self, prompts: Sequence[str], max_new_tokens: int = 50, temperature: float = 0.8) -> list[str]:
         """Continuations of prompts, for :class:`~rewurst.callbacks.LogText`, with the tokenizer of the data."""
-        folder = getattr(self.trainer.datamodule, "tokenizer_folder", None)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        folder = getattr(data, "tokenizer_folder", None)
         if not folder:
             raise UsageError("LogText: the data module knows no tokenizer_folder: prompts cannot be told as tokens")
-        return continuations(self.model, folder, prompts, max_new_tokens, temperature)
+        tokens = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
+        return continuations(self.model, folder, prompts, max_new_tokens, temperature, **tokens)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over two groups: matrices, which decay, and everything else, which does not."""

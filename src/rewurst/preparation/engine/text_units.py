@@ -97,7 +97,7 @@ def tokenize(job: TextJob, unit: Unit) -> Record:
     tokens, documents = dict.fromkeys(job.sides, 0), dict.fromkeys(job.sides, 0)
     with job.target.scratch() as scratch, writing(scratch), ExitStack() as stack:
         files = {side: stack.enter_context((scratch / side).open("wb")) for side in job.sides}
-        for encoded in encode(source, job.tokenizer_json, job.layout.end_token):
+        for encoded in encode(source, job.tokenizer_json, job.layout.end_token, job.layout.begin_tokens):
             side = job.sides[encoded.stream]
             job.layout.check(encoded.tokens)
             files[side].write(encoded.tokens.astype(job.layout.dtype).tobytes())

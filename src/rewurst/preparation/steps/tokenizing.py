@@ -17,11 +17,12 @@ TASK_CHARS = 2**20
 
 
 class Text(NamedTuple):
-    """Part of a document, the number of the stream it belongs to, and whether it is the document's last part."""
+    """Part of a document, the number of its stream, and whether it is the last and the first part of the document."""
 
     stream: int
     text: str
     ends_document: bool
+    begins_document: bool = True
 
 
 def is_held_out(beginning: str, share: float) -> bool:
@@ -47,7 +48,7 @@ def texts(files: Iterable[SourceFile], text_field: str, held_out: float, skipped
         for piece in read(file, text_field, skipped):
             if begins:
                 stream = int(is_held_out(piece.text, held_out))
-            yield Text(stream, piece.text, piece.ends_document)
+            yield Text(stream, piece.text, piece.ends_document, begins)
             begins = piece.ends_document
 
 
@@ -60,19 +61,21 @@ class Tokens(NamedTuple):
 
 
 class Encoder:
-    """Encodes tasks with a tokenizer, an end token after each document.
+    """Encodes tasks with a tokenizer, begin tokens before each document and an end token after it.
 
     Args:
         tokenizer_json: Contents of ``tokenizer.json``.
         end_token: Number of the end token.
+        begin_tokens: Numbers of the begin tokens.
     """
 
-    def __init__(self, tokenizer_json: str, end_token: int) -> None:
+    def __init__(self, tokenizer_json: str, end_token: int, begin_tokens: tuple[int, ...] = ()) -> None:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.tokenizer.no_truncation()  # a saved tokenizer may truncate at its model's length
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text and does not end a document
         self.end_token = end_token
+        self.begin_tokens = begin_tokens
 
     def __call__(self, task: list[Text]) -> list[Tokens]:
         """Encode ``task`` and return one result for each stream that it has texts of."""
@@ -80,6 +83,8 @@ class Encoder:
         documents: dict[int, int] = {}
         for text in task:
             stream = parts.setdefault(text.stream, [])
+            if text.begins_document and self.begin_tokens:
+                stream.append(np.array(self.begin_tokens, dtype=np.uint32))
             # One text at a time: an encoding is a hundred times larger than its numbers.
             encoding = self.tokenizer.encode_batch_fast([text.text], add_special_tokens=False)[0]
             stream.append(np.array(encoding.ids, dtype=np.uint32))
@@ -103,20 +108,23 @@ def tasks(texts: Iterable[Text]) -> Iterator[list[Text]]:
         yield task
 
 
-def encode(texts: Iterable[Text], tokenizer_json: str, end_token: int) -> Iterator[Tokens]:
+def encode(
+    texts: Iterable[Text], tokenizer_json: str, end_token: int, begin_tokens: tuple[int, ...] = ()
+) -> Iterator[Tokens]:
     """Yield the tokens of ``texts`` in their order.
 
     Args:
         texts: Texts, read about ``TASK_CHARS`` characters ahead of what has been yielded.
         tokenizer_json: Contents of ``tokenizer.json``.
         end_token: Number of the end token.
+        begin_tokens: Numbers of the begin tokens.
     """
-    encoder = _encoder(tokenizer_json, end_token)
+    encoder = _encoder(tokenizer_json, end_token, begin_tokens)
     for task in tasks(texts):
         yield from encoder(task)
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer_json: str, end_token: int) -> Encoder:
+def _encoder(tokenizer_json: str, end_token: int, begin_tokens: tuple[int, ...]) -> Encoder:
     """Keep the encoder between units: reading a large vocabulary takes seconds."""
-    return Encoder(tokenizer_json, end_token)
+    return Encoder(tokenizer_json, end_token, begin_tokens)
