@@ -219,6 +219,9 @@ class CLI(LightningCLI):
             raise UsageError(f"{path} is no Lightning checkpoint; weights of other layouts: --model.init_from {path}")
         if "optimizer_states" not in content:
             raise UsageError(f"{path} holds weights only, no run to go on: begin with them by --model.init_from {path}")
+        fit = getattr(self.model, "fit_to_checkpoint", None)
+        if fit is not None:
+            fit(content)
         own = self.model.state_dict()
         if own and self.model.strict_loading:
             check_weights(own, content["state_dict"], path)
