@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from .. import UsageError
+from ..checkpoints.runs import run_folder
 
 
 class SaveOnSignal(Callback):
@@ -86,4 +87,4 @@ class SaveOnSignal(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath:
                 return Path(callback.dirpath)
-        return Path(trainer.log_dir or trainer.default_root_dir)
+        return (run_folder(trainer) or Path(trainer.default_root_dir)) / "checkpoints"

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from ... import UsageError
 from ...hints import closest
-from ...lightning_compat import logged_step
 from .image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
-from .validation_batches import corpora, length, select, valid
+from .validation_batches import ValidationCallback, corpora, length, select, valid
 
 
-class ImageScores(Callback):
+class ImageScores(ValidationCallback):
     """Draws the samples of each validation corpus and logs how good the pictures are.
 
     Logs ``val/fid/<corpus>``, the Fréchet Inception distance between the corpus's images and the pictures drawn for
@@ -149,7 +148,7 @@ class ImageScores(Callback):
                 pl_module.log(f"val/{measure}/{corpus}", value, sync_dist=True)
             judge.reset()
             self._knows_images.add(corpus)
-            self._scored_at = logged_step(trainer)
+            self._scored_at = self.completed_steps(trainer)
         self._taken = {}
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -157,7 +156,7 @@ class ImageScores(Callback):
             return False
         if self.every_n_steps is None or self._scored_at is None or trainer.state.fn != "fit":
             return True
-        return logged_step(trainer) // self.every_n_steps > self._scored_at // self.every_n_steps
+        return self.completed_steps(trainer) // self.every_n_steps > self._scored_at // self.every_n_steps
 
     def _judge(self, corpus: str, device: torch.device) -> ImageJudge:
         if corpus not in self._judges:

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ... import UsageError
-from ...lightning_compat import logged_step
+from ...checkpoints.runs import run_folder
 from .image_quality import as_bytes
-from .validation_batches import corpora, length, select, valid
+from .validation_batches import ValidationCallback, corpora, length, select, valid
 
 Pixels = NDArray[np.uint8]
 SIDE = 128  # pixels; smaller pictures are enlarged by a whole number
@@ -37,7 +37,7 @@ class Row(NamedTuple):
     pictures: dict[str, Pixels]
 
 
-class LogSamples(Callback):
+class LogSamples(ValidationCallback):
     """Draws the first samples of each validation corpus and logs them as one grid, captions included.
 
     Needs of the module: ``draw_samples(batch) -> dict[str, Tensor]``, which turns a validation batch into pictures by
@@ -72,7 +72,7 @@ class LogSamples(Callback):
         self.samples, self.every_n_steps, self.corpora = samples, every_n_steps, corpora
         self._rows: dict[str, list[Row]] = {}
         self._drawn_at: int | None = None
-        self._folder = Path("samples")
+        self._folder: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the last grid."""
@@ -84,7 +84,7 @@ class LogSamples(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module can draw, and settles the folder, which processes agree on together."""
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        self._folder = run_folder(trainer)
         if not callable(getattr(pl_module, "draw_samples", None)):
             raise UsageError(
                 f"LogSamples: {type(pl_module).__name__} has no draw_samples(batch) that returns pictures by name"
@@ -135,7 +135,7 @@ class LogSamples(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the grids."""
-        step = logged_step(trainer)
+        step = self.completed_steps(trainer)
         rows, self._rows = self._rows, {}
         if not trainer.is_global_zero:
             return
@@ -145,8 +145,10 @@ class LogSamples(Callback):
                 continue
             self._drawn_at = step
             picture = grid(lines)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            picture.save(self._folder / f"{corpus}-step={step:07d}.png")
+            if self._folder is not None:
+                folder = self._folder / "samples"
+                folder.mkdir(parents=True, exist_ok=True)
+                picture.save(folder / f"{corpus}-step={step:07d}.png")
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image(key=f"samples/{corpus}", images=[picture], step=step)
@@ -160,7 +162,7 @@ class LogSamples(Callback):
             return False
         if self.every_n_steps is None or self._drawn_at is None or trainer.state.fn != "fit":
             return True
-        return logged_step(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
+        return self.completed_steps(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
 
 
 def grid(rows: list[Row]) -> Image.Image:

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+
+from ...checkpoints.newest import describe
+from ..learning_rate.lengths import counted_optimizers
+
+
+class ValidationCallback(Callback):
+    """A callback that knows at a validation how many global batches the weights have been trained on."""
+
+    def completed_steps(self, trainer: Trainer) -> int:
+        """Return the number of completed global batches, of a checkpoint too, whose step Lightning restores in fit only."""
+        path, module = trainer.ckpt_path, trainer.lightning_module  # type: ignore[attr-defined]
+        if trainer.state.fn == TrainerFn.FITTING or path is None:
+            return int(trainer.global_step) // counted_optimizers(module, len(trainer.optimizers))
+        content = (describe(Path(path)) if Path(path).exists() else None) or {}
+        optimizers = len(content.get("optimizer_states", []))
+        return int(content.get("global_step", 0)) // counted_optimizers(module, optimizers)
 
 
 def corpora(trainer: Trainer) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 optimizers_to_device = _optimizers_to_device
 
@@ -66,3 +67,30 @@ def validation_from_its_beginning(trainer: Trainer) -> Iterator[Any]:
     connector._first_loop_iter = first
     loop.restarting, loop._has_run, progress = before
     loop.batch_progress.load_state_dict(progress)
+
+
+def chosen_name(logger: Logger) -> str | None:
+    """Return the name that the user gave a run: with Weights & Biases and MLflow ``name`` is the project."""
+    name = getattr(logger, "_run_name", None) or getattr(logger, "_name", None)
+    return str(name) if name else None
+
+
+def chosen_version(logger: Logger) -> str | int | None:
+    """Return the version (the run's id) that the user gave a logger, None if it will take the next one."""
+    given = (getattr(logger, name, None) for name in ("_version", "_id", "_run_id"))
+    return next((version for version in given if version is not None), None)
+
+
+def continue_version(logger: Logger, version: str | int, step: int) -> None:
+    """Have a logger that has not begun yet continue an earlier version, if it can without losing anything.
+
+    TensorBoard drops what an interrupted run logged from ``step`` on, which is logged again. ``CSVLogger`` would delete
+    the earlier rows, so it takes the next version.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        number = str(version).removeprefix("version_")
+        logger._version = int(number) if number.isdigit() and version != number else version
+        if logger._kwargs.get("purge_step") is None:
+            logger._kwargs["purge_step"] = step
+    elif isinstance(getattr(logger, "_wandb_init", None), dict):
+        logger._wandb_init["id"] = logger._id = version  # type: ignore[attr-defined]
