@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import distributed
 from torch.optim import Optimizer
 
 from .. import UsageError
+from ..lightning_compat import before_first_batch
 
 Randomness = dict[str, Any]
 
@@ -24,7 +26,8 @@ class ExactResume(Callback):
     Lightning saves none: a resumed run draws other dropout masks than the one that was never stopped. Validation is
     kept from touching them too, since a run that was stopped between a save and a validation leaves that one out.
 
-    What this cannot restore is the position of a loader: that is the data module's (``TextDataModule`` has it).
+    What this cannot restore is the position of a loader, without which no run resumes exactly: ``TextDataModule`` and the
+    other data modules have it, and so does torchdata's ``StatefulDataLoader``.
     Saving is a collective operation where there are several processes, as saving a checkpoint is. A checkpoint saved
     within a global batch (``ModelCheckpoint`` saves after the first micro-batch of a run that goes on) holds the states
     from before it, since a run that goes on from there begins that global batch anew.
@@ -73,8 +76,9 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the restored states in place."""
         if self._restored is not None:
-            restore_randomness(self._restored[trainer.global_rank])
-            self._restored = None
+            states, self._restored = self._restored[trainer.global_rank], None
+            restore_randomness(states)
+            before_first_batch(trainer, partial(restore_randomness, states))
         self._after_batch = self._after_step = randomness()
         self._within_step = False
 

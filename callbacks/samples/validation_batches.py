@@ -19,7 +19,7 @@ class ValidationCallback(Callback):
     """A callback that knows at a validation how many global batches the weights have been trained on."""
 
     def completed_steps(self, trainer: Trainer) -> int:
-        """Return the number of completed global batches, of a checkpoint too, whose step Lightning restores in fit only."""
+        """Return the number of completed global batches; Lightning restores that of a checkpoint in fit only."""
         path, module = trainer.ckpt_path, trainer.lightning_module  # type: ignore[attr-defined]
         if trainer.state.fn == TrainerFn.FITTING or path is None:
             return int(trainer.global_step) // counted_optimizers(module, len(trainer.optimizers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,26 @@ def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
 def is_accumulating(trainer: Trainer) -> bool:
     """Return whether the next micro-batch belongs to the same global batch."""
     return bool(trainer.fit_loop._should_accumulate())
+
+
+def before_first_batch(trainer: Trainer, action: Callable[[], None]) -> None:
+    """Call something once, right before a resumed run asks its loader for the first batch.
+
+    After ``on_train_start`` Lightning may still begin an iteration over the validation loaders. It is not called where
+    the run begins an epoch, and so an iteration over its own loader, between the two.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    fetch = type(loop)._on_before_fetch
+
+    def first() -> None:
+        del loop._on_before_fetch
+        trainer.fit_loop._data_fetcher._start_profiler = loop._on_before_fetch  # type: ignore[union-attr]
+        begins_epoch = trainer.current_epoch > 0 and not trainer.fit_loop.is_resuming and not loop.restarting
+        if not begins_epoch:
+            action()
+        fetch(loop)
+
+    loop._on_before_fetch = first
 
 
 def keep_samplers(trainer: Trainer) -> None:
