@@ -26,8 +26,8 @@ class ExactResume(Callback):
     Lightning saves none: a resumed run draws other dropout masks than the one that was never stopped. Validation is
     kept from touching them too, since a run that was stopped between a save and a validation leaves that one out.
 
-    What this cannot restore is the position of a loader, without which no run resumes exactly: ``TextDataModule`` and the
-    other data modules have it, and so does torchdata's ``StatefulDataLoader``.
+    What this cannot restore is the position of a loader, without which no run resumes exactly: ``TextDataModule`` and
+    the other data modules have it, and so does torchdata's ``StatefulDataLoader``.
     Saving is a collective operation where there are several processes, as saving a checkpoint is. A checkpoint saved
     within a global batch (``ModelCheckpoint`` saves after the first micro-batch of a run that goes on) holds the states
     from before it, since a run that goes on from there begins that global batch anew.
