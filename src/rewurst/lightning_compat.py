@@ -60,6 +60,30 @@ def before_first_batch(trainer: Trainer, action: Callable[[], None]) -> None:
     loop._on_before_fetch = first
 
 
+def on_weights_only_save(trainer: Trainer, change: Callable[[dict[str, Any]], None]) -> None:
+    """Have a function change checkpoints that contain only weights, for which no callback is asked.
+
+    A later call replaces the function of an earlier one.
+    """
+    connector: Any = trainer._checkpoint_connector
+    dump = type(connector).dump_checkpoint
+
+    def dump_checkpoint(weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = dump(connector, weights_only)
+        if weights_only:
+            change(checkpoint)
+        return checkpoint
+
+    connector.dump_checkpoint = dump_checkpoint
+
+
+def stop_now(trainer: Trainer) -> None:
+    """End training after this batch, without another validation and whatever the minimum of steps or epochs is."""
+    trainer.should_stop = True
+    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+    trainer.fit_loop.epoch_loop._skip_next_val = True
+
+
 def keep_samplers(trainer: Trainer) -> None:
     """Keep Lightning from giving each rank a part of a loader that already gives it its own."""
     trainer._accelerator_connector.use_distributed_sampler = False

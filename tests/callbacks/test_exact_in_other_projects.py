@@ -48,9 +48,7 @@ class Dropped(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.1)
 
 
-def fit(
-    folder: Path, steps: int, ckpt_path: Path | None, seed: int, every: int, shuffle: bool, at_end: bool
-) -> Dropped:
+def fit(folder: Path, ckpt_path: Path | None, seed: int, every: int, shuffle: bool, at_end: bool) -> Dropped:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(0 if ckpt_path is None else seed)
