@@ -169,7 +169,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._ledger, self._current = Ledger(), None
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Micro-batches from the current step to ``max_steps``, or of an epoch: see :class:`.sampling.trainer_limits.Epochs`."""
+        """Micro-batches from the current step on: see :class:`.sampling.trainer_limits.Epochs`."""
         assert self.trainer is not None
         lanes = self._current = self._lanes()
         if self.trainer.is_global_zero and not self.progress.rows.any():

@@ -58,6 +58,16 @@ class LogText(ValidationCallback):
         self._written_at: int | None = None
         self._folder: Path | None = None
 
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints, so that there may be several of these callbacks."""
+        settings = {"prompts": self.prompts, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        return self._generate_state_key(**settings, every=self.every_n_steps)
+
+    @property
+    def _legacy_state_key(self) -> Any:
+        return type(self).__name__  # the key in checkpoints of before there could be several
+
     def state_dict(self) -> dict[str, Any]:
         """The step of the last text."""
         return {"written_at": self._written_at}
