@@ -151,19 +151,10 @@ class Cascade:
         callback: Callable[[int, float, Tensor], Tensor | None] | None = None,
     ) -> Float[Tensor, "batch c h_latent w_latent"]:
         """Run Stage B; guidance is away from no embedding and the unwanted text."""
-        guided = guidance_scale > 1
         size = [int(side * self.latent_dim_scale) for side in embeddings.shape[-2:]]
         shape = (embeddings.shape[0], self.decoder.config["c_in"], *size)
         x = diffusion.draw(shape, generator, torch.empty(0, dtype=wide(self.decoder), device=self.device))
-        effnet = torch.cat([embeddings, torch.zeros_like(embeddings)]) if guided else embeddings
-        cache: ConditionCache = {}
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            if not guided:
-                eps: Tensor = self.decoder(x, t, effnet, text, cache)
-                return eps
-            return diffusion.guide(self.decoder(torch.cat([x, x]), t.repeat(2), effnet, text, cache), guidance_scale)
-
+        predict = self.decoder.predictor(embeddings, text, guidance_scale)
         return diffusion.sample(predict, x, times, generator, callback=callback)
 
     def pixels(self, latents: Tensor) -> Tensor:
