@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ... import UsageError
 from ...checkpoints.newest import newest_checkpoint
 from ...checkpoints.sharded_files import is_sharded
+from ...tokenizer_meaning import PROBES
 from ..networks.weight_files import read_file
 from .building import rebuild
 from .generation import begin_tokens_of, load_auto_tokenizer
@@ -56,8 +58,12 @@ def export_hugging_face(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
-        model.save_pretrained(folder)
+        model.config.save_pretrained(folder)
         words.save_pretrained(folder)
+        if _take_padding_of(words, folder):
+            align_tokens(model, words, data.get("end_token"), data.get("begin_tokens"))
+            words.save_pretrained(folder)
+        model.save_pretrained(folder)
         if out.exists():
             shutil.rmtree(out)
         os.replace(folder, out)
@@ -80,12 +86,32 @@ def align_tokens(model: Any, tokenizer: Any, end_token: int | None, begin_tokens
     if begin_tokens is not None and list(begin_tokens) != list(begin_tokens_of(tokenizer)) and len(begin_tokens) < 2:
         tokenizer.add_bos_token = bool(begin_tokens)
     pad = getattr(text_config, "pad_token_id", None)
-    if tokenizer.pad_token_id is None and isinstance(pad, int) and 0 <= pad < len(tokenizer):
+    if tokenizer.pad_token_id is None and pad in tokenizer.added_tokens_decoder:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     numbers = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
     for config in (model.config, text_config, model.generation_config):
         for name, number in numbers.items():
             setattr(config, name, number)
+
+
+def _take_padding_of(tokenizer: Any, folder: Path) -> bool:
+    """Take the padding token that ``AutoTokenizer`` gives a saved tokenizer by the model's class, and say if it did.
+
+    Warn if that class cuts texts into other tokens: transformers then does not read the tokenizer that is there.
+    """
+    from transformers import AutoTokenizer
+
+    auto: Any = AutoTokenizer.from_pretrained(str(folder))
+    if any(auto(text)["input_ids"] != tokenizer(text)["input_ids"] for text in PROBES):
+        rank_zero_warn(
+            f"AutoTokenizer reads the tokenizer of this model as a {type(auto).__name__}, which cuts texts into other "
+            "tokens than the training data: load it with PreTrainedTokenizerFast.from_pretrained"
+        )
+    number = auto.pad_token_id
+    if tokenizer.pad_token_id is not None or number is None or number not in tokenizer.added_tokens_decoder:
+        return False
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(number)
+    return True
 
 
 def _resolve(checkpoint: Path) -> Path:
