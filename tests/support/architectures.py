@@ -113,7 +113,7 @@ and tokenizer of the export name the same tokens.
 - **Loss:** `in chunks` never holds the logits of all tokens. Models that scale or cap their logits need them all.
 - **Further terms:** what the model's own loss adds to the loss of the tokens.
 - **`document_masks`:** whether the documents of a row can be kept apart. The module finds out by running a few
-  tokens, and refuses with one line if not. States of recurrent layers cross documents, and some models read no positions.
+  tokens, and refuses with one line if not. States of recurrent layers cross documents. Some models read no positions.
 
 `tests/modules/language/test_architectures.py` writes this page with `REWURST_WRITE_DOCS=1`.
 
