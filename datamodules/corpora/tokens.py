@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ... import UsageError
 from ..storage.random_access import is_remote, read_whole
-from .index import CorpusIndex, Shard
+from .index import ABSENT_IF_EMPTY, CorpusIndex, Shard
 from .open_shards import OpenShard, Shards, ends_of, places
 from .tar import BLOCK_BYTES
 
@@ -58,7 +58,7 @@ class TokenIndex(CorpusIndex):
     vocab_size: int
     end_token: int | None
     tokenizer_sha256: str
-    begin_tokens: tuple[int, ...] = ()
+    begin_tokens: tuple[int, ...] = field(default=(), metadata=ABSENT_IF_EMPTY)
     kind: str = "text"
 
     def check(self, where: str) -> None:

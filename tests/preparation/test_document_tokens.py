@@ -85,7 +85,7 @@ def test_an_index_without_begin_tokens_is_one_without_any(documents: Path, tmp_p
     path = tmp_path / "out" / "train" / "index.json"
     before = TokenIndex.load(path.parent)
     content = json.loads(path.read_text())
-    del content["begin_tokens"]
+    assert "begin_tokens" not in content
     path.write_text(json.dumps(content))
     assert TokenIndex.load(path.parent).begin_tokens == ()
     assert TokenIndex.load(path.parent).fingerprint() == before.fingerprint()
