@@ -11,6 +11,7 @@ import torch
 from byte_tokenizer import tokenizer_folder
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import run_ranks
 
 from rewurst import UsageError
 from rewurst.callbacks import LRRewarming, ReplayScheduler, WarmupCosine
@@ -18,9 +19,11 @@ from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.modules import CausalLM
 from rewurst.modules.language.building import build
 from rewurst.modules.language.hugging_face import export_hugging_face
+from rewurst.modules.networks.weight_files import read_file
 
 CONFIG = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32,
-          "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32, "eos_token_id": 0}  # fmt: skip
+          "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32,
+          "eos_token_id": 0}  # fmt: skip
 WHOLE = {"modules_to_save": ["embed_tokens", "lm_head"]}
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*exists and is not empty",
                                         "ignore:.is_gradient_checkpointing. is deprecated")  # fmt: skip
@@ -156,3 +159,60 @@ def test_new_tokens_need_trained_embeddings(write_corpus: Callable[..., str], tm
     ids = torch.randint(80, (2, 9))
     expected = module.model.eval()(ids).logits
     torch.testing.assert_close(build(str(tmp_path / "hf")).eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_weights_cost_two_thirds() -> None:
+    batch = {"input_ids": torch.zeros(2, 9, dtype=torch.long)}
+    whole, adapted = CausalLM(CONFIG), CausalLM(CONFIG, lora={"r": 4})
+    matrices = 2 * (4 * 16 * 16 + 3 * 16 * 32) + 64 * 16
+    adapters = 2 * (4 * 4 * 32 + 3 * 4 * 48)
+    attention = 12 * 2 * 16 * 8
+    assert whole.flops(batch) == 2 * 8 * (6 * matrices + attention)
+    assert adapted.flops(batch) == pytest.approx(2 * 8 * (4 * matrices + 6 * adapters + attention), rel=1e-3)
+
+
+RANKS = """
+import os, sys, json, warnings
+warnings.filterwarnings("ignore")
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rewurst.callbacks import FSDP
+from rewurst.datamodules import Corpus, TextDataModule
+from rewurst.modules import CausalLM
+
+base, corpus, folder, kind = sys.argv[1:]
+torch.set_num_threads(1)
+for steps, resume in ((2, None), (3, f"{folder}/{kind}/step=2.ckpt")):
+    torch.manual_seed(1)
+    module = CausalLM(base, lora={"r": 4, "modules_to_save": ["embed_tokens"]})
+    data = TextDataModule("code", {"code": Corpus(corpus)}, {}, 8, 2, 4)
+    saved = ModelCheckpoint(f"{folder}/{kind}", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    strategy = {"one": "auto", "ddp": "ddp", "fsdp": FSDP()}[kind]
+    devices = 1 if kind == "one" else 2
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_steps=steps, max_epochs=-1,
+                      logger=False, callbacks=[saved], enable_progress_bar=False, enable_model_summary=False,
+                      limit_val_batches=0)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+print("done", flush=True)
+if devices > 1:
+    torch.distributed.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_train_the_same_adapters(write_corpus: Callable[..., str], tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    build(CONFIG).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    (tmp_path / "script.py").write_text(RANKS)
+    corpus = write_corpus("code")
+    for each, processes in (("one", 1), (kind, 2)):
+        run_ranks(tmp_path / "script.py", str(tmp_path / "base"), corpus, str(tmp_path), each, processes=processes)
+    whole, parts = (read_file(tmp_path / each / "step=3.ckpt")["state_dict"] for each in ("one", kind))
+    assert whole.keys() == parts.keys()
+    assert all("lora_" in name or "embed_tokens" in name for name in parts)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-6)
+    words = tokenizer_folder(tmp_path / "words", "<|endoftext|>", None)
+    export_hugging_face(tmp_path / kind / "step=3.ckpt", tmp_path / "hf", words)
