@@ -46,8 +46,8 @@ def find_blocks(module: nn.Module, names: Sequence[str] | None = None) -> list[n
     found = [block for block in found if any(True for _ in block.parameters())]
     if not found:
         raise UsageError(
-            f"{type(module).__name__} does not say which its blocks are and holds no list or sequence of alike modules: name their "
-            "classes, FSDP(blocks=[...])"
+            f"{type(module).__name__} does not say which its blocks are and holds no list or sequence of alike "
+            "modules: name their classes, FSDP(blocks=[...])"
         )
     return found[::-1]  # `modules` walks from the outside inwards
 

@@ -196,7 +196,8 @@ class CLI(LightningCLI):
         """Adds a progress bar that counts steps, unless the config has one or wants none."""
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
+        shown = config.get("enable_progress_bar") is not False and not config.get("barebones")
+        if shown and not any(isinstance(callback, ProgressBar) for callback in own):
             callbacks = [*callbacks, StepProgressBar()]
         callbacks = [*callbacks, RunIdentity()]
         if not _saves_by_itself(config.get("strategy")):
