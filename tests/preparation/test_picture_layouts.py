@@ -315,3 +315,14 @@ def test_half_a_surrogate_pair_is_not_a_caption(tmp_path: Path) -> None:
     put(tmp_path / "a.jsonl", '{"file_name": "a.png", "text": "half \\ud83d"}\n')
     with pytest.raises(UsageError, match="has half a surrogate pair"):
         prepare_images([str(tmp_path / "a.jsonl")], tmp_path / "out", progress=False)
+
+
+def test_the_docs_list_every_layout() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf8")
+    table = text.partition("## Pictures as other tools write them")[2].partition("\n## ")[0]
+    for word in (
+        *(".txt", ".caption", ".json", "metadata.jsonl", "metadata.csv", "metadata.parquet", "backslashes", ".tsv"),
+        *("train/", "train-00000-of-00002.parquet", "img2dataset", "kohya", "OneTrainer", "the hub", "imagefolder"),
+        *(".jfif", "BMP", "TIFF", "AVIF", "UTF-8", "prepare index"),
+    ):
+        assert word in table, word

@@ -219,13 +219,13 @@ def _parts(job: TextJob, files: Sequence[SourceFile]) -> Iterator[Cut]:
         size += len(text.text) + 64  # a million empty lines are work too
         if size >= PART_CHARS:
             yield Cut(part, _counts(skipped))
-            skipped.empty_documents = skipped.repaired_documents = 0
+            skipped.empty_documents = skipped.repaired_documents = skipped.left_out_members = 0
             part, size = [], 0
     yield Cut(part, _counts(skipped))
 
 
 def _counts(skipped: Skipped) -> Counts:
-    return {"empty_documents": skipped.empty_documents, "repaired_documents": skipped.repaired_documents}
+    return {name: getattr(skipped, name) for name in ("empty_documents", "repaired_documents", "left_out_members")}
 
 
 def _shards(job: TextJob, side: str, records: Mapping[str, Record]) -> Iterator[Unit]:

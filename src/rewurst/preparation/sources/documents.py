@@ -53,6 +53,7 @@ class Skipped:
     unknown_files: list[str] = field(default_factory=list)
     empty_documents: int = 0
     repaired_documents: int = 0
+    left_out_members: int = 0
 
     def report(self) -> str:
         """Return one line for the summary, empty if nothing was skipped."""
@@ -62,6 +63,8 @@ class Skipped:
             parts.append(
                 f"{len(self.unknown_files)} files of unknown kind, or links to folders, skipped (the first: {first})"
             )
+        if self.left_out_members:
+            parts.append(f"{self.left_out_members} files of tars that belong to no sample skipped")
         if self.empty_documents:
             parts.append(f"{self.empty_documents} empty documents skipped")
         if self.repaired_documents:
@@ -116,7 +119,7 @@ def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]
         case ".parquet":
             documents = _parquet(place(file.name), text_field)
         case ".tar":
-            documents = _captions(file.name)
+            documents = _captions(file.name, skipped)
         case _:
             documents = builtin.documents(file.name)
     for document in documents:
@@ -126,20 +129,21 @@ def read(file: SourceFile, text_field: str, skipped: Skipped) -> Iterator[Piece]
             yield from _cut(_valid(document, skipped))
 
 
-def _captions(path: str) -> Iterator[str]:
+def _captions(path: str, skipped: Skipped) -> Iterator[str]:
     """Yield the ``.txt`` files of a WebDataset tar, which are the captions of its images.
 
     Raises:
         UsageError: One is not text, or the tar cannot be read.
     """
-    content = open_bytes(path)
-    for sample in scan(content, path):
+    content, left_out = open_bytes(path), list[str]()
+    for sample in scan(content, path, left_out):
         for member in sample.members:
             if member.extension == "txt":
                 try:
                     yield text_of(bytes(content.read(member.begin, member.begin + member.size)))
                 except DecodeError as error:
                     raise UsageError(f"{path}: {sample.key}.txt: {error}") from None
+    skipped.left_out_members += len(left_out)
 
 
 def identity(file: SourceFile) -> tuple[str, int, str]:
