@@ -29,7 +29,7 @@ def exif_orientation(exif: bytes, xmp: bytes = b"") -> int:
     found = _in_exif(_EXIF_MARK.sub(b"", exif))
     if found is None and (match := _XMP.search(xmp)):
         found = float(match[1])
-    return int(found) if found in range(1, 9) else UPRIGHT
+    return int(found) if found is not None and found in range(1, 9) else UPRIGHT
 
 
 def _in_exif(exif: bytes) -> float | None:

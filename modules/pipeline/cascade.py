@@ -105,7 +105,7 @@ class Cascade:
         """Where the pipeline runs."""
         return self._offloaded_from or next(self.prior.parameters()).device
 
-    def to(self, *args: torch.device | torch.dtype | str, **named: Any) -> Self:
+    def to(self, *args: Any, **named: Any) -> Self:
         """Move all networks to a device, a dtype or both, as ``torch.nn.Module.to`` does; ends offloading."""
         self._offloaded_from = None
         for network in self.networks():

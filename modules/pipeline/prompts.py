@@ -22,7 +22,7 @@ def read_prompts(argument: str) -> list[str]:
     if not argument.startswith("@"):
         return [argument]
     try:
-        lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
+        lines = Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UsageError(f"{argument[1:]} cannot be read: give a text file with one prompt a line") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -83,6 +83,13 @@ def json_lines(path: Path, rows: Rows) -> Path:
     return put(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def lists(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.png", encoded(i))
+        put(root / f"{i}.json", json.dumps([caption]))
+    return root
+
+
 def windows(root: Path) -> Path:
     json_lines(root / "metadata.jsonl", named_rows(root, 0, 1, 2, separator="\\"))
     return root
@@ -128,6 +135,7 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "text files": lambda root: beside(root, ".txt"),
     "kohya": lambda root: beside(root, ".caption"),
     "json only": lambda root: beside(root, ".json"),
+    "lists of captions": lists,
     "metadata.jsonl": with_table("metadata.jsonl", json_lines),
     "metadata.csv": with_table("metadata.csv", csv_file),
     "metadata.csv of Excel": with_table("metadata.csv", lambda path, rows: csv_file(path, rows, "utf-8-sig")),

@@ -121,7 +121,7 @@ def test_pictures_are_written_batch_by_batch(
 ) -> None:
     cheap = Cheap()
     monkeypatch.setattr(TextToImage, "from_folder", lambda *arguments: cheap)
-    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(5)))
+    (tmp_path / "prompts.txt").write_text("\ufeff" + "".join(f"prompt {i}\n" for i in range(5)), "utf-8")
     out = tmp_path / "new" / "a.png"
     asked = ["folder", f"@{tmp_path / 'prompts.txt'}", "--images", "2", "--batch_size", "4", "--seed", "7"]
     assert main(["generate", "image", *asked, "--out", str(out)]) == 2
