@@ -15,7 +15,7 @@ from .networks.base import Settings, build, holds, initialise
 from .networks.weight_files import read_file
 from .optimizers.choice import OptimizerChoice
 from .shared.batches import Batch, generators, pixels
-from .shared.flops import FROZEN, TRAINED, forward_flops
+from .shared.flops import FROZEN, PASSED, TRAINED, forward_flops
 from .shared.frozen import Frozen
 from .shared.image_metrics import valid_samples
 from .shared.text_diffusion import TextStage
@@ -62,6 +62,9 @@ class StageC(TextStage):
         guidance_scale: The same; up to 1 there is no guidance.
         stage_b_steps: Of Stage B, for pictures.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
+        lora: Train low-rank adapters of the prior alone, on top of ``init_from``: settings of ``peft.LoraConfig``, such
+            as ``{r: 16, lora_alpha: 32}``. Everything else is frozen, a text encoder of settings too. ``rewurst export
+            lora`` writes them for diffusers; every other export and ``init_from`` take the merged weights.
 
     Raises:
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
@@ -87,6 +90,7 @@ class StageC(TextStage):
         guidance_scale: float = 4.0,
         stage_b_steps: int = 12,
         max_grad_norm: float | None = 1.0,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         noise = (max_loss_weight, high_noise_share, high_noise_steps)
         super().__init__(optimizer, max_grad_norm, *noise, sampling_steps, guidance_scale)
@@ -98,9 +102,20 @@ class StageC(TextStage):
         if init_from is not None:
             initialise(self.prior, init_from)
             self.initialise_text(init_from)
+        self._has_base = init_from is not None
+        if lora is not None:
+            self.prior.add_lora(lora)
+            if self.text_model is not None:
+                self.text_model.requires_grad_(False)
         self.stage_b_steps = stage_b_steps
         self._stage_b, self._stage_a = stage_b, stage_a
         self._lower: LowerStages | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse adapters of a prior that has learned nothing."""
+        super().setup(stage)
+        if stage == "fit" and self.prior.lora and not self._has_base and self.trainer.ckpt_path is None:
+            raise UsageError("lora adapts a trained prior: give init_from, a checkpoint of Stage C")
 
     def _set_scale(self, latent_mean: float | None, latent_std: float | None) -> None:
         if (latent_mean is None) != (latent_std is None):
@@ -147,7 +162,8 @@ class StageC(TextStage):
             images = tuple(batch["image"].shape)
             x = (n, self.prior.config["c_in"], *compressor.latent_size(images[2:]))
             total += FROZEN * forward_flops(compressor, [images])
-        return total + TRAINED * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
+        passes = PASSED if self.prior.lora else TRAINED
+        return total + passes * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
 
     @torch.no_grad()
     def draw_embeddings(

@@ -165,7 +165,5 @@ def test_a_source_of_text_counts_what_it_leaves_out(tmp_path: Path) -> None:
 def test_a_sample_torn_between_two_tars_is_not_to_be_renamed(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", {"0.jpg": png(), "0.txt": "a", "1.jpg": png()})
     tar(tmp_path / "b.tar", {"1.txt": "b"})
-    with pytest.raises(
-        UsageError, match=r"b\.tar begins with key '1', .* write the shards again, each"
-    ):
+    with pytest.raises(UsageError, match=r"b\.tar begins with key '1', .* write the shards again, each"):
         index_shards([str(tmp_path)], progress=False, options={"max_corrupt": 1.0})
