@@ -76,7 +76,7 @@ class CorpusIndex:
         if content.get("kind") != kind:
             raise UsageError(f"{where}: kind is {content.get('kind')!r}, expected {kind!r}")
         values = _fields_of(where, cls, content)
-        values["sources"] = tuple(values["sources"])
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         values["shards"] = tuple(
             Shard(**_fields_of(f"{where}, shards[{i}]", Shard, shard)) for i, shard in enumerate(values["shards"])
         )
@@ -186,7 +186,9 @@ def _fields_of(where: str | Path, cls: type, content: Any) -> dict[str, Any]:
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a whole number from 0")
         if kind == "str" and not isinstance(value, str):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected text")
-        if kind.startswith("tuple") and not isinstance(value, list):
+        if kind.startswith("tuple") and not isinstance(value, list | tuple):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a list")
+        if kind.startswith("tuple[int") and not all(map(_is_count, value)):
+            raise UsageError(f"{where}: {field.name} is {value!r}, expected a list of whole numbers from 0")
         values[field.name] = value
     return values

@@ -18,7 +18,10 @@ from rewurst.train import main
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*exists and is not empty", "ignore:.*in eval mode at the start", "ignore:Be aware that when using"
+    "ignore:.*exists and is not empty",
+    "ignore:.*in eval mode at the start",
+    "ignore:Be aware that when using",
+    "ignore:.*dataloader is not resumable.*",
 )
 
 PRIOR: dict[str, Any] = {"c_in": 4, "c": 32, "c_cond": 32, "depth": 2, "nhead": 2, "dropout": 0.0}

@@ -20,7 +20,7 @@ from rewurst.datamodules.corpora.images import ImageShards
 from rewurst.datamodules.imaging.decoding import decode
 from rewurst.preparation.engine import image_units
 from rewurst.preparation.images import prepare_images
-from rewurst.preparation.sources.picture_listing import Picture
+from rewurst.preparation.sources.pictures.listing import Picture
 from rewurst.train import main
 
 CAPTIONS = ["a river", "a stone, wet", "naïve 東京"]

@@ -11,19 +11,28 @@ from ..preparation.tokenizer import train_tokenizer
 
 
 def tokenizer(
-    sources: Sequence[str], out: Path, vocab_size: int, text_field: str = "text", overwrite: bool = False
+    sources: Sequence[str],
+    out: Path,
+    vocab_size: int,
+    text_field: str = "text",
+    max_corrupt: float = 0.05,
+    overwrite: bool = False,
 ) -> str:
     """Train a byte-level BPE tokenizer.
 
     Args:
-        sources: Text files (.txt, .md, .jsonl, .parquet, .gz and .zst too), .tar of captioned images, folders or URLs
-            of them, builtin:prose or builtin:code.
+        sources: Text files (.txt, .md, .jsonl, .json, .csv, .tsv, also with .gz, .zst, .bz2 or .xz; .parquet, .arrow),
+            .tar of captioned images, folders or URLs of them, builtin:prose or builtin:code.
         out: Folder to write, new or empty.
         vocab_size: Number of tokens, the end token and 256 bytes included.
-        text_field: Field of .jsonl and column of .parquet with the text.
+        text_field: Field of .jsonl and .json, or column of a table, with the text; raw.text is a field in a field.
+        max_corrupt: Share of the documents, and of the bytes in damaged files, that may be lost; they are skipped,
+            counted and the first ones named.
         overwrite: Replace a tokenizer that is there.
     """
-    size = train_tokenizer(sources, vocab_size, out, text_field=text_field, overwrite=overwrite)
+    size = train_tokenizer(
+        sources, vocab_size, out, text_field=text_field, max_corrupt=max_corrupt, overwrite=overwrite
+    )
     return f"{out}: a tokenizer of {size} tokens"
 
 

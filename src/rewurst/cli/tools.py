@@ -63,7 +63,7 @@ TOOLS = {
         ),
     },
     "generate": {
-        "text": Tool("modules.language.hugging_face:generate_text", ("folder", "prompt"), "continue a prompt"),
+        "text": Tool("modules.language.generation:generate_text", ("folder", "prompt"), "continue a prompt"),
         "image": Tool("cli.generate:image", ("folder", "prompt"), "draw pictures for a prompt"),
         "reconstruction": Tool(
             "cli.generate:reconstruction", ("folder", "image"), "show an image next to what the stages make of it"

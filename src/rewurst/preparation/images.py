@@ -19,10 +19,10 @@ from ..datamodules.storage.random_access import join
 from .engine import open_engine
 from .engine.image_units import ImageJob, prepare_image_units
 from .engine.resumable_units import begin
-from .sources.picture_folders import EXPECTED
-from .sources.picture_listing import Listing, joined
 from .sources.pictures import drawings, listing
-from .sources.shapes import PICTURES
+from .sources.pictures.folders import EXPECTED
+from .sources.pictures.listing import Listing, joined
+from .sources.pictures.shapes import PICTURES
 from .steps.recoding import Recoding
 from .writing.destination import Target, everywhere
 from .writing.folders import IMAGE_LAYOUT, shard_name

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -86,7 +86,9 @@ def index_shards(
     named = "images" if given.get("image_member") else None
     chosen = kind or named or kind_of(next(scan(open_bytes(paths[0]), paths[0])), paths[0])
     reader = _reader(chosen, given)
-    scanned = list(tqdm(_scanned(paths, reader, workers), "indexing", len(paths), unit="tar", disable=not progress))
+    tars = LocalPool(min(workers, len(paths))).run(scan_shard, reader, zip(paths, paths, strict=True))
+    by_path = dict(tqdm(tars, "indexing", len(paths), unit="tar", disable=not progress))
+    scanned = [by_path[path] for path in paths]
     _check_neighbours(scanned)
     shards = [_placed(one.shard, folder, path) for one, path in zip(scanned, paths, strict=True)]
     with writing(folder):
@@ -179,19 +181,8 @@ def _placed(shard: Shard, folder: Path, path: str) -> Shard:
     return shard if beside else Shard(**{**vars(shard), "url": str(Path(path).resolve())})
 
 
-def _scanned(paths: Sequence[str], reader: Kind, workers: int) -> Iterator[Scanned]:
-    """Scan tars in several processes; they come in their order."""
-    waiting = dict[str, Scanned]()
-    done = LocalPool(min(workers, len(paths))).run(scan_shard, reader, zip(paths, paths, strict=True))
-    for path in paths:
-        while path not in waiting:
-            name, scanned = next(done)
-            waiting[name] = scanned
-        yield waiting.pop(path)
-
-
 def scan_shard(reader: Kind, path: str) -> Scanned:
-    """Offsets, hash and contents of one tar."""
+    """Return the offsets, hash and contents of one tar."""
     content, left_out = open_bytes(path), list[str]()
     samples = list(scan(content, path, left_out))
     found = reader.read(samples, content, path)

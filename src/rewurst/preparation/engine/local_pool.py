@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -95,9 +98,18 @@ _job: Any = None
 
 def _start_worker(function: Callable[[Any, Any], Any], job: Any, started: Event) -> None:
     global _function, _job
+    Thread(target=_end_with_parent, daemon=True).start()
     started.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     _function, _job = function, job
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed: it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work_on(unit: Any) -> Any:

@@ -26,7 +26,7 @@ from ...datamodules.imaging.geometry import Crop, resample, size_to_decode
 from ...datamodules.imaging.header import MAX_PIXELS, DecodeError
 from ...datamodules.storage.url import Place, Url
 from ..sources.pictures import Drawing, Picture
-from ..sources.shapes import draw
+from ..sources.pictures.shapes import draw
 from ..writing.image_writer import Sample
 
 FORMATS = ("jpg", "png", "webp")

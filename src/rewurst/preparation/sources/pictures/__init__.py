@@ -9,13 +9,13 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ... import UsageError
-from ...datamodules.storage.url import Url, place
-from ...hints import did_you_mean, nearest
+from .... import UsageError
+from ....datamodules.storage.url import Url, place
+from ....hints import did_you_mean, nearest
 from . import shapes
-from .picture_folders import EXPECTED, folder_listing
-from .picture_listing import Drawing, Listing, Picture
-from .picture_tables import table, table_kind
+from .folders import EXPECTED, folder_listing
+from .listing import Drawing, Listing, Picture
+from .tables import table, table_kind
 
 __all__ = ["Drawing", "Listing", "Picture", "drawings", "listing"]
 

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ... import UsageError
-from ...datamodules.imaging.captions import text_of
-from ...datamodules.imaging.header import DecodeError
-from ...datamodules.storage.random_access import is_remote
-from ...datamodules.storage.url import Place, Url, seekable
-from .compressed_files import COMPRESSIONS, lines, open_bytes
-from .documents import LINE_BYTES, PARQUET_BATCH_ROWS
-from .picture_listing import Picture
+from .... import UsageError
+from ....datamodules.imaging.captions import text_of
+from ....datamodules.imaging.header import DecodeError
+from ....datamodules.storage.random_access import is_remote
+from ....datamodules.storage.url import Place, Url, seekable
+from ..compressed_files import COMPRESSIONS, lines, open_bytes
+from ..records import LINE_BYTES
+from ..tables import PARQUET_BATCH_ROWS
+from .listing import Picture
 
 IMAGE_FIELDS = ("file_name", "image", "path")  # file_name is what Hugging Face's imagefolder uses
 ENCODED_FIELDS = ("jpg", "jpeg", "png", "webp")  # what img2dataset calls the file in its Parquet output

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ... import UsageError
-from ...datamodules.storage.url import Place
+from .... import UsageError
+from ....datamodules.storage.url import Place
 from . import shapes
 
 SIDES = ("train", "val", "test", "unseen")

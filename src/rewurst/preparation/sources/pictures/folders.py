@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ... import UsageError
-from ...datamodules.imaging.facts import IMAGE_SUFFIXES
-from ...datamodules.storage.url import Place, Url, find
-from .documents import walk
-from .picture_listing import SIDES, Listing, Picture, refuse_gaps, split_of
-from .picture_tables import CAPTION_FIELDS, table, table_kind
+from .... import UsageError
+from ....datamodules.imaging.facts import IMAGE_SUFFIXES
+from ....datamodules.storage.url import Place, Url, find
+from ..source_files import walk
+from .listing import SIDES, Listing, Picture, refuse_gaps, split_of
+from .tables import CAPTION_FIELDS, table, table_kind
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as imagefolder calls them
 CAPTION_SUFFIXES = (".txt", ".caption")  # the second is what kohya's scripts write
