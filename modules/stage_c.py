@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import UsageError
 from .networks import VQGAN, ConditionCache, Prior, SemanticCompressor, StageBUNet, TextEncoder, diffusion
@@ -111,10 +112,11 @@ class StageC(TextStage):
         self._stage_b, self._stage_a = stage_b, stage_a
         self._lower: LowerStages | None = None
 
-    def setup(self, stage: str) -> None:
+    def on_fit_start(self) -> None:
         """Refuse adapters of a prior that has learned nothing."""
-        super().setup(stage)
-        if stage == "fit" and self.prior.lora and not self._has_base and self.trainer.ckpt_path is None:
+        super().on_fit_start()
+        planned = isinstance(next(self.prior.parameters()), FakeTensor)  # by `rewurst plan`, which loads nothing
+        if self.prior.lora and not self._has_base and self.trainer.ckpt_path is None and not planned:
             raise UsageError("lora adapts a trained prior: give init_from, a checkpoint of Stage C")
 
     def _set_scale(self, latent_mean: float | None, latent_std: float | None) -> None:

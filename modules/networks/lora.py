@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ... import UsageError
 from ...hints import closest
@@ -55,12 +57,27 @@ def add_lora(network: nn.Module, settings: Mapping[str, Any]) -> dict[str, float
         if any(f".{name}".endswith(f".{target}") for target in targets) and type(layer) is not nn.Linear:
             raise UsageError(f"lora's target_modules reach {name}, which is not a linear layer: leave it out")
     try:
-        config = LoraConfig(**{"r": rank, "lora_alpha": rank, "target_modules": TARGETS} | dict(settings))
-        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+        asked: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS} | dict(settings)
+        with unset_fake_temporarily():
+            inject_adapter_in_model(LoraConfig(**asked), network, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise UsageError(f"lora cannot be added: {str(error).splitlines()[0]}") from None
-    scaling = {float(layer.scaling[ADAPTER]) for layer in network.modules() if isinstance(layer, LoraLayer)}
-    return {"r": rank, "scaling": scaling.pop()}
+    layers = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        _materialise(layer)
+    return {"r": rank, "scaling": float(layers[0].scaling[ADAPTER])}
+
+
+def _materialise(layer: Any) -> None:
+    """Give a layer's adapters numbers where its base has them.
+
+    peft moves adapters there, which the fake tensors of `rewurst plan` do not allow. So it makes them outside of their
+    mode, on the meta device, from where it moves nothing.
+    """
+    base = layer.get_base_layer().weight
+    for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+        part.weight = nn.Parameter(torch.empty(part.weight.shape, dtype=base.dtype, device=base.device))
+    layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
 
 def merged(state: Mapping[str, Tensor], lora: Mapping[str, float]) -> dict[str, Tensor]:

@@ -162,3 +162,17 @@ def test_a_checkpoint_without_adapters_has_none_to_export(base: Path, tmp_path: 
     torch.save({"state_dict": {}, "networks": {}}, tmp_path / "c.ckpt")
     assert main(["export", "lora", str(tmp_path / "c.ckpt"), str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_the_memory_plan_knows_adapters(stage_c: Callable[..., StageC]) -> None:
+    """As `rewurst plan` builds modules: by tensors without memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        prior = Prior.from_config(PRIOR)
+        prior.add_lora(LORA)
+        x, t, text = torch.empty(2, 4, 4, 4), torch.empty(2), torch.empty(2, 16, 32)
+        prior(x, t, text).sum().backward()
+        trained = [name for name, parameter in prior.named_parameters() if parameter.grad is not None]
+    assert len(trained) == 12
+    assert all(".lora_" in name for name in trained)
