@@ -50,11 +50,21 @@ class Corpus:
         weight: Share among the new corpora (default: 1), or among the replayed ones (default: the rows that were
             learnt of it, or all of its rows if that is not known).
         replay: Old data, read as much as :class:`~rewurst.callbacks.ReplayScheduler` says.
+        source: Text to prepare, instead of a path: files, folders, URLs or built-in corpora
+            (:class:`~rewurst.datamodules.TextDataModule` only).
+
+    Raises:
+        UsageError: Neither or both of path and source are given.
     """
 
-    path: str
+    path: str = ""
     weight: float | None = None
     replay: bool = False
+    source: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.source):
+            raise UsageError(f"a corpus needs a path or a source; path is {self.path!r}, source is {self.source!r}")
 
 
 class StreamDataModule(LightningDataModule, Generic[R]):
@@ -73,6 +83,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         num_workers: Loader processes of each device.
         seed: Seed of the order.
         shuffle: ``"full"`` over all samples, or ``"window"``, which reads blocks of neighbouring ones.
+        validate_every_n_steps: Steps between validations. Lightning's own ``val_check_interval`` counts micro-batches.
 
     Raises:
         UsageError: Sizes that do not divide, corpora that do not fit together, a checkpoint of the same dataset with
@@ -89,12 +100,19 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         num_workers: int = 0,
         seed: int = 0,
         shuffle: Literal["full", "window"] = "full",
+        validate_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
+        unprepared = [name for name, corpus in corpora.items() if corpus.source]
+        if unprepared and not self.prepares_sources:
+            raise UsageError(
+                f"corpus {unprepared[0]!r} has a source, which only TextDataModule prepares; give a prepared path"
+            )
         if all(corpus.replay for corpus in corpora.values()):
             raise UsageError(f"dataset {dataset!r} has no corpus without replay: true; give it one to learn")
-        for name, value in (("micro_batch_size", micro_batch_size), ("global_batch_size", global_batch_size)):
-            if value < 1:
+        sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
+        for name, value in {**sizes, "validate_every_n_steps": validate_every_n_steps}.items():
+            if value is not None and value < 1:
                 raise UsageError(f"{name} {value} must be at least 1")
         self.dataset = dataset
         self.corpora = corpora
@@ -104,6 +122,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle = shuffle
+        self.validate_every_n_steps = validate_every_n_steps
         self.accumulation = 1
         self.progress = Progress(self.batch_used, self._step_done)
         self._share: Any = None
@@ -115,6 +134,8 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._weigh_by_rows = True  # runs that were started by earlier versions replay every corpus equally
         self._current: Lanes | None = None
         self._epochs: Epochs | None = None
+
+    prepares_sources = False
 
     @abstractmethod
     def open_corpus(self, name: str, path: str) -> R:
@@ -145,6 +166,17 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """Return the weight of every corpus that is learnt."""
         given = {name: corpus.weight for name, corpus in self.corpora.items() if not corpus.replay}
         return {name: 1.0 if weight is None else weight for name, weight in given.items()}
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of one pass over the new corpora.
+
+        Raises:
+            UsageError: They are not open yet.
+        """
+        if any(corpus.path not in self._opened for corpus in self.corpora.values()):
+            raise UsageError("the steps of an epoch are known when the corpora are open; before that, write steps")
+        return self._epoch_steps()
 
     def set_replay_share(self, share: Any) -> None:
         """Takes the share of old rows: a number in [0, 1], or a picklable function of the dataset's step."""
@@ -311,6 +343,19 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         # Lightning refuses it for modules that step themselves; these read `accumulation`.
         manual = not getattr(self.trainer.lightning_module, "automatic_optimization", True)
         self.trainer.accumulate_grad_batches = 1 if manual else self.accumulation
+        if self.validate_every_n_steps is not None:
+            self._settle_validation(self.validate_every_n_steps)
+
+    def _settle_validation(self, steps: int) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        interval = steps * self.accumulation
+        if trainer.val_check_interval not in (1.0, interval):
+            raise UsageError(
+                f"validate_every_n_steps {steps} and trainer.val_check_interval {trainer.val_check_interval} are both "
+                "set; leave the latter out"
+            )
+        trainer.val_check_interval, trainer.check_val_every_n_epoch = interval, None
 
     def _order_of_names(self) -> list[str]:
         """New corpora first, as the mixture numbers them."""

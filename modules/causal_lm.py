@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .. import UsageError
 from .language.document_masks import IGNORED, document_arguments, document_targets, require_positions
 from .language.head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
-from .language.hugging_face import continuations
+from .language.hugging_face import continuations, write_folder
 from .language.initial_weights import build, load_initial_weights
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .optimizers.choice import OptimizerChoice, OptimizerSettings, make_optimizer
@@ -97,6 +99,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
             checkpoint_activations(self.model, activation_checkpointing)
         if document_masks:
             require_positions(self.model)
+        self.tokenizer_name = next((name for name in (model, init_from) if _may_have_a_tokenizer(name)), None)
         self.optimizer = optimizer
         self.z_loss = z_loss
         self.document_masks = document_masks
@@ -106,6 +109,26 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         self._plain_head: bool | None = None
         self._window_tokens = 0
         self._sums: dict[int, Tensor] = {}
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can see, none where its config does not say."""
+        config: Any = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        return getattr(config, "max_position_embeddings", None)
+
+    def export(self, folder: Path, tokenizer: Path) -> None:
+        """Write the model and a tokenizer as a folder that transformers loads.
+
+        Args:
+            folder: Folder to write; one that is there is replaced.
+            tokenizer: Folder of the tokenizer.
+
+        Raises:
+            UsageError: The weights are spread over processes.
+        """
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            raise UsageError("the weights are spread over processes: use `rewurst export hf CHECKPOINT OUT`")
+        write_folder(self.model, tokenizer, folder)
 
     def setup(self, stage: str) -> None:
         """Checks that the model knows every token of the data, and how its loss can be computed."""
@@ -253,3 +276,8 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
 
         with head_computes(head, loss):
             return self.forward(input_ids)
+
+
+def _may_have_a_tokenizer(name: Any) -> bool:
+    """Return whether a model's name is a folder or a hub name, and not a config or a file of weights."""
+    return isinstance(name, str) and Path(name).suffix not in (".ckpt", ".safetensors")

@@ -36,10 +36,24 @@ def export_hugging_face(checkpoint: Path, out: Path, tokenizer: Path | None = No
     tokenizer = tokenizer or _recorded_tokenizer(content, checkpoint)
     model = build(dict(content["model_config"]))
     model.load_state_dict(lightning_state(content, checkpoint))
+    write_folder(model, tokenizer, out)
+
+
+def write_folder(model: Any, tokenizer: Path, out: Path) -> None:
+    """Write a model and its tokenizer as a folder that transformers loads, whole or not at all.
+
+    Args:
+        model: Causal language model of transformers.
+        tokenizer: Folder of the tokenizer.
+        out: Folder to write; one that is there is replaced.
+
+    Raises:
+        UsageError: The tokenizer cannot be loaded.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder)
         _load_tokenizer(tokenizer).save_pretrained(folder)
         if out.exists():
             shutil.rmtree(out)
