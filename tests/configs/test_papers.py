@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from recipes import RECIPES, Parse, data, name, run_folder, schedule, share
+from recipes import RECIPES, Parse, data, name, only, run_folder, schedule, share
 
 from rewurst.callbacks import InfiniteCosine
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
@@ -62,7 +63,8 @@ def test_batches_are_the_papers(parse: Parse) -> None:
         ("ibrahim/pile_slimpajama", 264_732, 598.6e9, 0.001),
         ("ibrahim/german", OF_GERMAN, 200e9, 0.001),
         ("ibrahim/infinite_cosine_split_3", OF_SPLIT, 100e9, 0.001),
-        ("gupta/warmup_1", 131_296, 297e9, 0.001),
+        ("gupta/warmup_1", 106_148, 240e9, 0.001),
+        ("ibrahim/chain_german_replay_25", OF_GERMAN, 200e9, 0.001),
         ("pythia_70m/pile", 5_300, 3e9, 0.002),
     ],
 )
@@ -90,7 +92,7 @@ def test_replay_is_compute_equivalent(recipe: str, asked: float, parse: Parse) -
     source = data(config)
     assert share(config) == asked
     assert source.replay_corpora == ["pile"]
-    weights = {key: corpus.weight for key, corpus in source.corpora.items() if not corpus.replay}
+    weights = source.new_weights()
     mixture = Mixture(source.global_batch_size, weights, {"pile": 1.0}, RunningShare(share(config)))
     length = schedule(config)[1]
     rows = mixture.read_before(length)
@@ -99,7 +101,7 @@ def test_replay_is_compute_equivalent(recipe: str, asked: float, parse: Parse) -
     assert np.allclose(rows[:-1] / rows[:-1].sum(), np.array([*weights.values()]) / sum(weights.values()), atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["ibrahim/slimpajama", "ibrahim/pile_slimpajama", "gupta/warmup_1"])
+@pytest.mark.parametrize("recipe", ["ibrahim/slimpajama", "ibrahim/pile_slimpajama"])
 def test_seven_domains(recipe: str, parse: Parse) -> None:
     weights = {key: corpus.weight for key, corpus in data(parse(recipe)).corpora.items() if key != "pile"}
     assert weights == {
@@ -136,7 +138,7 @@ def test_peaks_and_a_tenth_of_them(recipe: str, peak: float, parse: Parse) -> No
     bound, length = schedule(parse(recipe))
     values = bound.value(np.arange(length + 1), length)
     assert values.max() == peak
-    assert values.argmax() == round(0.01 * length)
+    assert values.argmax() == (1_313 if recipe.startswith("gupta") else round(0.01 * length))
     assert values[-1] == pytest.approx(peak / 10, rel=1e-12)
 
 
@@ -157,13 +159,23 @@ def test_infinite_splits_follow_one_another_in_the_constant_phase(kind: str, par
         bound, length = schedule(config)
         assert isinstance(bound, InfiniteCosine)
         assert length == OF_SPLIT
+        extension = 0 if split == 3 else OF_SPLIT - 37_595
+        assert ((only(config, "LRRewarming") or {})["constant_extension"] or 0) == extension
         first, end = bound.constant_phase(length)
         assert (first, end) == (26_537, 37_595)
         assert bound.value(round(0.01 * length), length) == 3e-4
         assert set(bound.value(np.arange(first, end + 1), length)) == {1.65e-4}
         assert bound.value(length, length) == 3e-5
         ends.append(config["trainer"]["max_steps"])
-    assert ends == [37_595, 75_190, 75_190 + OF_SPLIT]
+    assert ends == [OF_SPLIT, 2 * OF_SPLIT, 3 * OF_SPLIT], "all of each split is read"
+
+
+def test_cosine_splits_are_rewarmed_over_the_same_tokens(parse: Parse) -> None:
+    for split in (1, 2, 3):
+        config = parse(f"ibrahim/cosine_split_{split}")
+        bound, length = schedule(config)
+        assert (length, config["trainer"]["max_steps"]) == (OF_SPLIT, split * OF_SPLIT)
+        assert (bound.value(442, length), bound.value(length, length)) == (3e-4, 3e-5)
 
 
 @pytest.mark.parametrize(("recipe", "steps"), [("0", 0), ("0.5", 656), ("1", 1_313), ("2", 2_626)])
@@ -173,24 +185,69 @@ def test_gupta_warmups(recipe: str, steps: int, parse: Parse) -> None:
     assert (values.argmax(), values.max(), values[-1]) == (steps, 3e-4, 3e-5)
 
 
-@pytest.mark.parametrize("level", ["3e-5", "3e-4"])
-def test_gupta_controls_never_move(level: str, parse: Parse) -> None:
-    bound, length = schedule(parse(f"gupta/constant_{level}"))
-    assert set(bound.value(np.arange(0, length + 1, 1000), length)) == {float(level)}
+@pytest.mark.parametrize("tokens", [100e9, 200e9, 240e9, 290e9])
+def test_gupta_schedule_in_tokens(tokens: float, parse: Parse) -> None:
+    """Warm-up over 1 % of 297B tokens, cosine to a tenth at 240B, constant afterwards (sections 2 and 4.2)."""
+    config = parse("gupta/warmup_1")
+    bound, length = schedule(config)
+    step = round(tokens / (1104 * 2048))
+    warmup, end = 0.01 * 297e9, 240e9
+    expected = 3e-5
+    if tokens < end:
+        expected += (3e-4 - 3e-5) / 2 * (math.cos(math.pi * (tokens - warmup) / (end - warmup)) + 1)
+    assert bound.value(step, length) == pytest.approx(expected, rel=1e-3)
+    assert config["trainer"]["max_steps"] * 1104 * 2048 == pytest.approx(297e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("step", [10_000, 27_000, 143_000])
-def test_gupta_starts_from_weights_alone(step: int, parse: Parse) -> None:
+@pytest.mark.parametrize("recipe", ["warmup_0", "warmup_0.5", "warmup_2", "from_10000", "from_27000", "pile"])
+def test_gupta_compares_warm_ups_and_starts_at_50b_tokens(recipe: str, parse: Parse) -> None:
+    assert parse(f"gupta/{recipe}")["trainer"]["max_steps"] * 1104 * 2048 == pytest.approx(50e9, rel=1e-4)
+
+
+def test_gupta_samples_slimpajama_as_table_1_says(parse: Parse) -> None:
+    assert data(parse("gupta/slimpajama")).new_weights() == {
+        "commoncrawl": 67.0,
+        "c4": 15.0,
+        "github": 4.5,
+        "wikipedia": 4.5,
+        "book": 4.5,
+        "arxiv": 2.5,
+        "stackexchange": 2.0,
+    }
+
+
+def test_gupta_control_never_moves(parse: Parse) -> None:
+    bound, length = schedule(parse("gupta/constant_3e-5"))
+    assert set(bound.value(np.arange(0, length + 1, 1000), length)) == {3e-5}
+
+
+@pytest.mark.parametrize(("step", "end"), [(10_000, 22_114), (27_000, 22_114), (143_000, 131_296)])
+def test_gupta_starts_from_weights_only(step: int, end: int, parse: Parse) -> None:
     config = parse(f"gupta/from_{step}")
     assert config["model"]["init_args"]["init_from"].endswith(f"/step{step}")
     assert config["ckpt_path"] == "auto"
-    assert schedule(config)[1] == config["trainer"]["max_steps"] == 131_296
+    assert config["trainer"]["max_steps"] == end
     assert run_folder(config) == f"runs/gupta/from_{step}/warmup_1"
+
+
+def test_gupta_from_scratch_has_fresh_weights(parse: Parse) -> None:
+    config = parse("gupta/from_scratch")
+    assert config["model"]["init_args"].get("init_from") is None
+    assert schedule(config)[0].numbers()["peak"] == 3e-4
+
+
+def test_a_chain_of_three_replays_every_old_corpus(parse: Parse) -> None:
+    config = parse("ibrahim/chain_german_replay_25")
+    source = data(config)
+    before = data(parse("ibrahim/slimpajama_replay_5"))
+    assert set(source.replay_corpora) == set(before.corpora)
+    assert {source.corpora[name].path for name in before.corpora} == {each.path for each in before.corpora.values()}
+    assert {corpus.weight for corpus in source.corpora.values()} == {None}, "they weigh by what was learnt"
 
 
 def test_gupta_crossed_on_the_command_line(parse: Parse) -> None:
     bound, _ = schedule(parse("gupta/warmup_2", f"{PEAK}.peak=6e-4", f"{PEAK}.minimum=6e-5"))
-    assert bound.numbers() == {"peak": 6e-4, "minimum": 6e-5, "warmup": 0.02}
+    assert bound.numbers() == {"peak": 6e-4, "minimum": 6e-5, "warmup": 0.02474}
 
 
 def test_one_gpu_takes_a_day(parse: Parse) -> None:

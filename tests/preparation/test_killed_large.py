@@ -68,7 +68,8 @@ def progress(process: subprocess.Popen[bytes], out: Path) -> Iterator[int]:
     """The number of units that are done, as often as it is looked at, until the process ends."""
     pause = threading.Event()
     while process.poll() is None:
-        yield sum(1 for path in out.rglob("*.json") if ".preparing" in path.parts)
+        # os.walk, unlike rglob, passes over folders that are deleted while it looks.
+        yield sum(name.endswith(".json") for _, _, names in os.walk(out / ".preparing") for name in names)
         pause.wait(0.01)
 
 
