@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed
-from torch.optim import Optimizer
 
 from .. import UsageError
+from ..lightning_compat import before_first_batch
+from .optimizer_steps import StepCallback
 
 Randomness = dict[str, Any]
 
 
-class ExactResume(Callback):
+class ExactResume(StepCallback):
     """Saves and restores the random states of Python, NumPy, PyTorch and the device, of every rank.
 
     Lightning saves none: a resumed run draws other dropout masks than the one that was never stopped. Validation is
     kept from touching them too, since a run that was stopped between a save and a validation leaves that one out.
 
-    What this cannot restore is the position of a loader: that is the data module's (``TextDataModule`` has it).
+    What this cannot restore is the position of a loader, without which no run resumes exactly: ``TextDataModule`` and
+    the other data modules have it, and so does torchdata's ``StatefulDataLoader``.
     Saving is a collective operation where there are several processes, as saving a checkpoint is. A checkpoint saved
     within a global batch (``ModelCheckpoint`` saves after the first micro-batch of a run that goes on) holds the states
     from before it, since a run that goes on from there begins that global batch anew.
@@ -47,7 +50,8 @@ class ExactResume(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The states by rank: tensors, numbers and tuples, nothing that would need unpickling."""
-        own = self._after_step if self._within_step and self._after_step is not None else randomness()
+        within = self._within_step and not self._stepped
+        own = self._after_step if within and self._after_step is not None else randomness()
         if not (distributed.is_available() and distributed.is_initialized()):
             return {"ranks": [own]}
         ranks: list[Any] = [None] * distributed.get_world_size()
@@ -72,9 +76,11 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the restored states in place."""
+        super().on_train_start(trainer, pl_module)
         if self._restored is not None:
-            restore_randomness(self._restored[trainer.global_rank])
-            self._restored = None
+            states, self._restored = self._restored[trainer.global_rank], None
+            restore_randomness(states)
+            before_first_batch(trainer, partial(restore_randomness, states))
         self._after_batch = self._after_step = randomness()
         self._within_step = False
 
@@ -82,15 +88,11 @@ class ExactResume(Callback):
         """A global batch begins, or goes on."""
         self._within_step = True
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """The global batch is complete with this micro-batch."""
-        self._within_step = False
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Remembers the states before any validation."""
         self._after_batch = randomness()
-        if not self._within_step:
-            self._after_step = self._after_batch
+        if self.take_stepped():  # the global batch is complete with this micro-batch
+            self._after_step, self._within_step = self._after_batch, False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Undoes what validation drew."""

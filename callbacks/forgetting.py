@@ -61,6 +61,15 @@ class Forgetting(Callback):
         """Loss of every corpus when the dataset began."""
         return dict(self._start)
 
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints, so that there may be several of these callbacks."""
+        return self._generate_state_key(old=self.old, new=self.new, metric=self.metric)
+
+    @property
+    def _legacy_state_key(self) -> Any:
+        return type(self).__name__  # the key in checkpoints of before there could be several
+
     def state_dict(self) -> dict[str, Any]:
         """The dataset and the losses that it began with."""
         return {"dataset": self._dataset, "start": self._start}

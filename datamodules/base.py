@@ -31,12 +31,13 @@ from torch.utils.data import DataLoader
 from .. import UsageError
 from ..lightning_compat import keep_samplers
 from .sampling.buckets import Lanes
-from .sampling.epochs import Epochs
+from .sampling.epochs import CorpusEpochs
 from .sampling.micro_batches import Batch, EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
 from .sampling.mixture import Mixture, RunningShare
 from .sampling.permutation import CorpusOrder
 from .sampling.progress import Progress
 from .sampling.replay_history import Ledger, Reading
+from .sampling.trainer_limits import epochs_of, refuse_other_batch_sizes
 
 R = TypeVar("R", bound=Rows)
 
@@ -133,7 +134,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._replayed = Ledger()  # before this dataset
         self._weigh_by_rows = True  # runs that were started by earlier versions replay every corpus equally
         self._current: Lanes | None = None
-        self._epochs: Epochs | None = None
+        self._epochs: CorpusEpochs | None = None
 
     prepares_sources = False
 
@@ -169,14 +170,14 @@ class StreamDataModule(LightningDataModule, Generic[R]):
 
     @property
     def epoch_steps(self) -> int:
-        """Steps of one pass over the new corpora.
+        """Steps of an epoch: one pass over the new corpora, or what the Trainer limits it to.
 
         Raises:
             UsageError: They are not open yet.
         """
-        if any(corpus.path not in self._opened for corpus in self.corpora.values()):
+        if self.trainer is None or any(corpus.path not in self._opened for corpus in self.corpora.values()):
             raise UsageError("the steps of an epoch are known when the corpora are open; before that, write steps")
-        return self._epoch_steps()
+        return self.progress.epochs.steps
 
     def set_replay_share(self, share: Any) -> None:
         """Takes the share of old rows: a number in [0, 1], or a picklable function of the dataset's step."""
@@ -198,10 +199,11 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         if stage == "fit" and self.trainer is not None:
             if not self.val:
                 self.trainer.limit_val_batches = 0  # Lightning warns of loaders that are a dict of none
+            refuse_other_batch_sizes(self.trainer)
             self._settle_accumulation()
             if self.trainer.global_step == 0:  # a fresh run, or one whose checkpoint is about to be loaded
                 self._begin_anew()
-            self.progress.attach(self.trainer, self.accumulation, len(self.corpora), self._epoch_steps())
+            self._settle_epochs()
 
     def _begin_anew(self) -> None:
         """Forgets an earlier run that this object has been through."""
@@ -211,13 +213,13 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._replayed, self._weigh_by_rows = Ledger(), True
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Micro-batches from the current step to ``max_steps``, or of one pass over the new corpora."""
+        """Micro-batches from the current step on: see :class:`.sampling.trainer_limits.Epochs`."""
         assert self.trainer is not None
         lanes = self._current = self._lanes()
         if self.trainer.is_global_zero and not self.progress.rows.any():
             # what was read before a restore, told once
-            self.progress.rows = lanes.mixture.read_before(self.dataset_step)
-        self._epochs = self._epochs or Epochs(self._rows_of_first_reading(), [*lanes.mixture.new])
+            self.progress.rows = lanes.mixture.read_before(self._different_steps)
+        self._epochs = self._epochs or CorpusEpochs(self._rows_of_first_reading(), [*lanes.mixture.new])
         slots = range(self.global_batch_size)
         of_rank = len(slots) // self.trainer.world_size  # contiguous: a strided slice could hold every old row
         slots = slots[self.trainer.global_rank * of_rank :][:of_rank]
@@ -232,8 +234,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             start=self.progress.start,
             seed=self.seed,
         )
-        total = self._steps() * self.accumulation
-        return loader(rows, Positions(self.progress, total, self.trainer.max_steps > 0), self.num_workers)
+        return loader(rows, Positions(self.progress), self.num_workers)
 
     def val_dataloader(self) -> dict[str, DataLoader[Batch]]:
         """Every row of every validation corpus once, in order, over all ranks."""
@@ -258,7 +259,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
     def state_dict(self) -> dict[str, Any]:
         """Dataset, steps, the running sum of the share, the ledger, and a fingerprint of all that decides the order."""
         lanes = self._current or self._lanes()
-        counts = lanes.read_before(self.dataset_step).tolist()
+        counts = lanes.read_before(self._different_steps).tolist()
         names = lanes.mixture.names
         readings = [(name, self._reading(name, counts[names.index(name)])) for name in lanes.mixture.new]
         replayed = [(name, self._replay_so_far(name, counts[names.index(name)])) for name in lanes.mixture.old]
@@ -266,7 +267,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             "dataset": self.dataset,
             "start": self.progress.start,
             "step": self.progress.step,
-            "share_sum": lanes.mixture.share.total(self.dataset_step),
+            "share_sum": lanes.mixture.share.total(self._different_steps),
             "ledger": self._ledger.with_readings(readings).state(),
             "replayed_before": self._replayed.state(),
             "replayed": self._replayed.with_readings(replayed).state(),
@@ -292,6 +293,8 @@ class StreamDataModule(LightningDataModule, Generic[R]):
                 "checkpoint; put them back, or give what is new another dataset name"
             )
         self.progress.restore(step=state["step"], start=state["start"])
+        if self.progress.epochs.repeats:
+            return  # the batches are those from the start on
         self._restored_sum = (state["step"] - state["start"], state["share_sum"])
         self._restored_lanes = state.get("lanes")
 
@@ -456,15 +459,23 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         by_rows = corpus.replay and self._weigh_by_rows and len(self.replay_corpora) > 1
         return 1.0 if corpus.weight is None and not by_rows else corpus.weight
 
-    def _steps(self) -> int:
-        """Absolute ``max_steps`` where it is set, else the steps of an epoch."""
+    def _settle_epochs(self) -> None:
+        """Follow the Trainer's limits, as the user set them: this object may have changed them in an earlier fit."""
         assert self.trainer is not None
-        return int(self.trainer.max_steps) if self.trainer.max_steps > 0 else self._epoch_steps()
-
-    def _epoch_steps(self) -> int:
-        """Steps of one pass over the new corpora."""
+        run: Any = self.trainer
+        for callback in run.callbacks:
+            if isinstance(callback, Progress) and callback.limits[1] == run.limit_train_batches:
+                run.limit_train_batches = callback.limits[0]
+        asked = run.limit_train_batches
         rows = sum(len(self._opened[corpus.path]) for corpus in self.corpora.values() if not corpus.replay)
-        return max(1, rows // self.global_batch_size)
+        epochs = epochs_of(run, max(1, rows // self.global_batch_size), self.accumulation)
+        self.progress.attach(run, self.accumulation, len(self.corpora), epochs)
+        self.progress.limits = (asked, run.limit_train_batches)
+
+    @property
+    def _different_steps(self) -> int:
+        """Global batches of this dataset that were read at least once."""
+        return self.progress.epochs.used(self.dataset_step)
 
     def _fingerprint(self) -> str:
         parts = {
@@ -474,6 +485,8 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             ],
             "order": [self.seed, self.shuffle, self.global_batch_size],
         }
+        if self.progress.epochs.repeats:
+            parts["overfit_batches"] = [self.progress.epochs.steps]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _evaluation_loaders(self) -> dict[str, DataLoader[Batch]]:

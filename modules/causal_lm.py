@@ -14,11 +14,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .. import UsageError
-from .language.document_masks import IGNORED, document_arguments, document_targets, require_positions
-from .language.head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
-from .language.hugging_face import continuations, write_folder
-from .language.initial_weights import build, load_initial_weights
-from .losses.cross_entropy import cross_entropy, linear_cross_entropy
+from .language.building import build
+from .language.document_masks import IGNORED, document_arguments, document_targets
+from .language.generation import continuations, load_auto_tokenizer
+from .language.head import blocks, checkpoint_activations, set_attention
+from .language.hugging_face import align_tokens, write_folder
+from .language.initial_weights import load_initial_weights
+from .language.limits import extend_vocabulary, require_positions_for, require_vocabulary, vocabulary_of
+from .language.objective import Losses, Objective, busiest_share, compute_losses, find_objective
+from .language.probes import require_causal, require_separate_documents
 from .optimizers.choice import OptimizerChoice, OptimizerSettings, make_optimizer
 from .shared.flops import flops_per_token, matrix_parameters
 from .shared.monitored import MeasuredByCorpus, WatchedModule
@@ -61,6 +65,8 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
             kinds need the package flash-attn and a GPU.
         activation_checkpointing: Recompute every n-th block in the backward pass, none by default.
         compile: Compile each block with torch.compile, when a Trainer sets the module up.
+        extend_vocabulary: Give the model rows for tokens that only the tokenizer of the data has, each the mean of the
+            old rows; a number such as 64 makes the new size a multiple of it.
 
     Raises:
         UsageError: The model is none that transformers knows, weights do not fit, the tokenizer has more tokens than
@@ -86,6 +92,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         attn_implementation: Attention | None = None,
         activation_checkpointing: int | None = None,
         compile: bool = False,  # noqa: A002  # the field's word
+        extend_vocabulary: bool | int = False,
     ) -> None:
         super().__init__(max_grad_norm)
         if z_loss < 0:
@@ -97,8 +104,11 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
             set_attention(self.model, attn_implementation)
         if activation_checkpointing is not None:
             checkpoint_activations(self.model, activation_checkpointing)
+        require_causal(self.model)
         if document_masks:
-            require_positions(self.model)
+            require_separate_documents(self.model)
+        if extend_vocabulary < 0:
+            raise UsageError(f"extend_vocabulary {extend_vocabulary} must be true, or the multiple to extend to")
         self.tokenizer_name = next((name for name in (model, init_from) if _may_have_a_tokenizer(name)), None)
         self.optimizer = optimizer
         self.z_loss = z_loss
@@ -106,7 +116,9 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         self.end_token: int | None = getattr(self.model.config, "eos_token_id", None)
         self.tokens = 0
         self._to_compile = blocks(self.model) if compile else []
-        self._plain_head: bool | None = None
+        self.extend_vocabulary = extend_vocabulary
+        self._objective: Objective | None = None
+        self._busiest: Tensor | None = None
         self._window_tokens = 0
         self._sums: dict[int, Tensor] = {}
 
@@ -128,18 +140,17 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         """
         if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
             raise UsageError("the weights are spread over processes: use `rewurst export hf CHECKPOINT OUT`")
-        write_folder(self.model, tokenizer, folder)
+        words, data = load_auto_tokenizer(tokenizer), self.trainer.datamodule  # type: ignore[attr-defined]
+        align_tokens(self.model, words, getattr(data, "end_token", None), getattr(data, "begin_tokens", None))
+        write_folder(self.model, words, folder)
 
     def setup(self, stage: str) -> None:
         """Checks that the model knows every token of the data, and how its loss can be computed."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        vocab_size = getattr(datamodule, "vocab_size", None)
-        known = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        if vocab_size is not None and vocab_size > known:
-            raise UsageError(
-                f"the tokenizer has {vocab_size} tokens and the model's vocab_size is {known}: "
-                f"set model.vocab_size to at least {vocab_size}"
-            )
+        if (tokens := getattr(datamodule, "vocab_size", None)) is not None:
+            require_vocabulary(self.model, tokens, self.extend_vocabulary)
+        if (length := getattr(datamodule, "sequence_length", None)) is not None:
+            require_positions_for(self.model, length)
         self.end_token = getattr(datamodule, "end_token", self.end_token)
         if self.document_masks and not isinstance(self.end_token, int):
             raise UsageError(
@@ -147,15 +158,13 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
                 "document: give the config an eos_token_id"
             )
         super().setup(stage)
-        self._find_head()
+        self._find_objective()
         while self._to_compile:
             self._to_compile.pop().compile()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of token ids (batch, length)."""
-        input_ids = input_ids.long()  # a loader without a Trainer gives them as they are stored
-        arguments = {} if self._end is None else document_arguments(self.model, input_ids, self._end)
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **arguments).logits
+        logits: Tensor = self.model(**self._arguments(input_ids), use_cache=False).logits
         return logits
 
     def token_losses(self, input_ids: Tensor) -> Tensor:
@@ -163,11 +172,16 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
 
         With ``document_masks`` it is 0 where a document begins.
         """
-        return self._losses(input_ids[:, :-1], self._targets(input_ids), 0.0, "none")
+        return self._losses(input_ids[:, :-1], self._targets(input_ids), "none").losses
 
     def loss(self, input_ids: Tensor) -> Tensor:
-        """What training minimises, from ids (batch, length): the mean of the tokens' losses, z-loss included."""
-        return self._losses(input_ids[:, :-1], self._targets(input_ids), self.z_loss, "mean")
+        """What training minimises, from ids (batch, length): the mean of the tokens' losses and every further term.
+
+        These are the z-loss and what the model itself defines, such as the balance of a mixture's experts.
+        """
+        losses, router_logits = self._losses(input_ids[:, :-1], self._targets(input_ids), "mean", training=True)
+        self._busiest = busiest_share(self.model, router_logits)
+        return losses
 
     def flops(self, batch: Batch) -> float | None:
         """Return the FLOPs of a training step on a micro-batch, or None for models with experts.
@@ -202,12 +216,14 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         """Logs the latest loss and norm, and the tokens so far."""
         super().log_latest()
         self.log("tokens", float(self.tokens), batch_size=1)
+        if self._busiest is not None:
+            self.log("train/busiest_expert", self._busiest, batch_size=1, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums losses and tokens of a corpus, so that the mean does not depend on batches or ranks."""
         input_ids = batch["input_ids"]
         targets = self._targets(input_ids)
-        losses = self._losses(input_ids[:, :-1], targets, 0.0, "none").double().sum(1)
+        losses = self._losses(input_ids[:, :-1], targets, "none").losses.double().sum(1)
         tokens = (targets != IGNORED).sum(1)
         valid = batch.get("valid", torch.ones_like(tokens, dtype=torch.bool))
         sums = torch.stack([losses.where(valid, 0).sum(), tokens.where(valid, 0).sum().double()])
@@ -220,10 +236,12 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
 
     def continue_text(self, prompts: Sequence[str], max_new_tokens: int = 50, temperature: float = 0.8) -> list[str]:
         """Continuations of prompts, for :class:`~rewurst.callbacks.LogText`, with the tokenizer of the data."""
-        folder = getattr(self.trainer.datamodule, "tokenizer_folder", None)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        folder = getattr(data, "tokenizer_folder", None)
         if not folder:
             raise UsageError("LogText: the data module knows no tokenizer_folder: prompts cannot be told as tokens")
-        return continuations(self.model, folder, prompts, max_new_tokens, temperature)
+        tokens = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
+        return continuations(self.model, folder, prompts, max_new_tokens, temperature, **tokens)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over two groups: matrices, which decay, and everything else, which does not."""
@@ -238,6 +256,14 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the count of tokens over; a checkpoint of another project has none."""
         self.tokens = checkpoint.get("tokens", 0)
+        self.fit_to_checkpoint(checkpoint)
+
+    def fit_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the model the rows that ``extend_vocabulary`` had given it when the checkpoint was saved."""
+        config = checkpoint.get("model_config") or {}
+        tokens = (config.get("text_config") or config).get("vocab_size") or 0
+        if self.extend_vocabulary and tokens > vocabulary_of(self.model):
+            extend_vocabulary(self.model, tokens)
 
     def _log_corpora(self, stage: str, loaders: Any) -> None:
         names = list(loaders) if isinstance(loaders, dict) else [str(index) for index in range(len(self._sums))]
@@ -252,13 +278,13 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         if means:
             self.log(f"{stage}/loss/average", torch.stack(list(means.values())).mean(), prog_bar=True)
 
-    def _find_head(self) -> bool:
-        if self._plain_head is None:
-            self._plain_head = is_plain_head(self.model)
-            if not self._plain_head:
+    def _find_objective(self) -> Objective:
+        if self._objective is None:
+            self._objective = find_objective(self.model)
+            if not self._objective.plain_head:
                 name = type(self.model).__name__
                 rank_zero_info(f"{name} does more than a linear head: its loss is computed over all logits")
-        return self._plain_head
+        return self._objective
 
     @property
     def _end(self) -> int | None:
@@ -270,16 +296,23 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         targets = input_ids[:, 1:]
         return targets if self._end is None else document_targets(input_ids[:, :-1], targets, self._end)
 
-    def _losses(self, input_ids: Tensor, targets: Tensor, z_loss: float, reduction: Literal["none", "mean"]) -> Tensor:
-        if not self._find_head():
-            return cross_entropy(self.forward(input_ids), targets, z_loss=z_loss, reduction=reduction)
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+    def _losses(
+        self, input_ids: Tensor, targets: Tensor, reduction: Literal["none", "mean"], training: bool = False
+    ) -> Losses:
+        return compute_losses(
+            self.model,
+            self._find_objective(),
+            self._arguments(input_ids),
+            targets,
+            z_loss=self.z_loss if training else 0.0,
+            reduction=reduction,
+            training=training,
+        )
 
-        def loss(hidden: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden, head.weight, targets, head.bias, z_loss=z_loss, reduction=reduction)
-
-        with head_computes(head, loss):
-            return self.forward(input_ids)
+    def _arguments(self, input_ids: Tensor) -> dict[str, Tensor]:
+        input_ids = input_ids.long()  # a loader without a Trainer gives them as they are stored
+        further = {} if self._end is None else document_arguments(self.model, input_ids, self._end)
+        return {"input_ids": input_ids, **further}
 
 
 def _may_have_a_tokenizer(name: Any) -> bool:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from ... import UsageError
+from ..optimizer_steps import StepCallback
 from .dataset_schedule import DatasetRun
 from .lengths import TO_MAX_STEPS, counted_optimizers, in_steps, parse_length
 from .schedule_types import InfiniteCosine, Schedule
 
 
-class LRRewarming(Callback):
+class LRRewarming(StepCallback):
     """Owns the learning rate of any LightningModule, with automatic or manual optimization.
 
     What is being learnt has a name, the **dataset**: the data module's attribute ``dataset``, or the argument here. A
@@ -73,7 +74,6 @@ class LRRewarming(Callback):
         self._argument = dataset
         self._run: DatasetRun | None = None
         self._scales: list[list[float]] | None = None
-        self._stepped = False
         self._restored = False
 
     @property
@@ -133,6 +133,7 @@ class LRRewarming(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fixes the start step of a new dataset and the scales of the parameter groups."""
+        super().on_train_start(trainer, pl_module)
         if trainer.lr_scheduler_configs:
             name = type(trainer.lr_scheduler_configs[0].scheduler).__name__
             raise UsageError(f"{name} beside LRRewarming: two owners of the learning rate, take one of them out")
@@ -155,15 +156,14 @@ class LRRewarming(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sets the learning rate that the step uses, whatever a module did to it in between."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._set(trainer)
-        self._stepped = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts a step where any optimizer stepped: several optimizers and accumulation count a global batch once."""
-        self.step += self._stepped
-        self._stepped = False
+        self.step += self.take_stepped()
 
     def planned(self, datamodule: Any, max_steps: int = -1) -> DatasetRun:
         """The schedule as it would run from step 0, with the data module's tokens a step: for looking at it."""

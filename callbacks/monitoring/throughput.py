@@ -214,8 +214,14 @@ class Throughput(ThroughputMonitor):
 
 def samples_in(batch: Any) -> int:
     """Samples in a batch: the first dimension of its first tensor."""
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-    return next((len(part) for part in parts if isinstance(part, Tensor)), 1)
+    return _first_length(batch) or 1
+
+
+def _first_length(batch: Any) -> int | None:
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((count for part in parts if (count := _first_length(part)) is not None), None)
 
 
 def tokens_in(batch: Any) -> int | None:

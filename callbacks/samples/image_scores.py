@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from ... import UsageError
 from ...hints import closest
-from ...lightning_compat import logged_step
 from .image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
-from .validation_batches import corpora, length, select, valid
+from .validation_batches import ValidationCallback, corpora, fields_of, length, samples_of, select, valid
 
 
-class ImageScores(Callback):
+class ImageScores(ValidationCallback):
     """Draws the samples of each validation corpus and logs how good the pictures are.
 
     Logs ``val/fid/<corpus>``, the Fréchet Inception distance between the corpus's images and the pictures drawn for
@@ -26,7 +25,8 @@ class ImageScores(Callback):
 
     Needs of the module: ``predict_step(batch, batch_idx)``, which gives pictures (n, 3, height, width) in [0, 1] for a
     validation batch (Stages B and C draw them, Stage A reconstructs). Of the batch: ``image``, bytes or in [0, 1],
-    ``caption`` for CLIP, and ``valid`` where some samples only fill it up. Batches of latents have no ``image``: there
+    ``caption`` for CLIP, and ``valid`` where some samples only fill it up; of a batch that is not a dict the module says
+    them by ``batch_fields(batch) -> dict``. Batches of latents have no ``image``: there
     ``reference`` names what the module's ``draw_samples(batch)`` gives that stands for it, such as Stage C's ``"B"``,
     what the stages below make of the image's own latents; FID then says what the prior alone loses. What is known of
     the images is kept from one validation to the next.
@@ -80,6 +80,17 @@ class ImageScores(Callback):
         self._taken: dict[str, int] = {}
         self._scored_at: int | None = None
 
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints, so that there may be several of these callbacks."""
+        settings = {"samples": self.samples, "every": self.every_n_steps, "corpora": self.corpora}
+        networks = {"inception": self.inception, "clip": self.clip, "reference": self.reference}
+        return self._generate_state_key(**settings, **networks)
+
+    @property
+    def _legacy_state_key(self) -> Any:
+        return type(self).__name__  # the key in checkpoints of before there could be several
+
     def state_dict(self) -> dict[str, Any]:
         """The step of the last measurement."""
         return {"scored_at": self._scored_at}
@@ -120,6 +131,7 @@ class ImageScores(Callback):
         corpus = corpora(trainer)[dataloader_idx]
         if corpus not in self._taken:
             return
+        batch = samples_of(batch, pl_module, "ImageScores")
         wanted = length(batch)
         if self.samples is not None:
             wanted = min(wanted, -(-self.samples // trainer.world_size) - self._taken[corpus])
@@ -127,19 +139,21 @@ class ImageScores(Callback):
             return
         part = select(batch, range(wanted))
         self._taken[corpus] += length(part)
-        judged = valid(part)
-        part.pop("valid", None)
+        fields = fields_of(part, pl_module)
+        judged = valid(fields, length(part))
+        if isinstance(part, dict):
+            part.pop("valid", None)
         judge = self._judge(corpus, pl_module.device)
         devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             if "fid" in judge.measures and corpus not in self._knows_images:
-                images = self._images(pl_module, part)[judged]
+                images = self._images(pl_module, part, fields)[judged]
                 if judged:
                     judge.take_images(images)
             pictures = self._pictures(pl_module, part, batch_idx)[judged]
         if judged:
-            judge.take_drawn(pictures, self._captions(part, judged))
+            judge.take_drawn(pictures, self._captions(fields, judged))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the values."""
@@ -149,7 +163,7 @@ class ImageScores(Callback):
                 pl_module.log(f"val/{measure}/{corpus}", value, sync_dist=True)
             judge.reset()
             self._knows_images.add(corpus)
-            self._scored_at = logged_step(trainer)
+            self._scored_at = self.completed_steps(trainer)
         self._taken = {}
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -157,7 +171,7 @@ class ImageScores(Callback):
             return False
         if self.every_n_steps is None or self._scored_at is None or trainer.state.fn != "fit":
             return True
-        return logged_step(trainer) // self.every_n_steps > self._scored_at // self.every_n_steps
+        return self.completed_steps(trainer) // self.every_n_steps > self._scored_at // self.every_n_steps
 
     def _judge(self, corpus: str, device: torch.device) -> ImageJudge:
         if corpus not in self._judges:
@@ -165,14 +179,14 @@ class ImageScores(Callback):
             self._judges[corpus] = ImageJudge(*self._networks, device, keep_images=True)
         return self._judges[corpus]
 
-    def _images(self, module: LightningModule, batch: Mapping[str, Any]) -> Tensor:
+    def _images(self, module: LightningModule, batch: Any, fields: Mapping[str, Any]) -> Tensor:
         if self.reference is None:
-            if "image" not in batch:
+            if "image" not in fields:
                 raise UsageError(
                     "ImageScores: batches have no image, which FID compares with: give reference, the name of what "
                     f"stands for it in {type(module).__name__}.draw_samples, such as B"
                 )
-            images: Tensor = batch["image"]
+            images: Tensor = fields["image"]
             return images
         draw = getattr(module, "draw_samples", None)
         drawn = draw(batch) if callable(draw) else {}
@@ -184,7 +198,7 @@ class ImageScores(Callback):
         pictures: Tensor = drawn[self.reference]
         return pictures
 
-    def _pictures(self, module: LightningModule, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+    def _pictures(self, module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
         drawn = module.predict_step(batch, batch_idx)
         expected = (length(batch), 3)
         if not isinstance(drawn, Tensor) or drawn.ndim != 4 or tuple(drawn.shape[:2]) != expected:
@@ -195,8 +209,8 @@ class ImageScores(Callback):
             )
         return drawn
 
-    def _captions(self, batch: Mapping[str, Any], judged: list[int]) -> list[str]:
-        if self.clip is not None and "caption" not in batch:
+    def _captions(self, fields: Mapping[str, Any], judged: list[int]) -> list[str]:
+        if self.clip is not None and "caption" not in fields:
             raise UsageError("ImageScores: batches have no caption, which the CLIP score compares with: leave clip out")
-        captions = batch.get("caption", [""] * length(batch))
-        return [captions[i] for i in judged]
+        captions = fields.get("caption")
+        return [captions[i] if captions is not None else "" for i in judged]

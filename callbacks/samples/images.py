@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ... import UsageError
-from ...lightning_compat import logged_step
+from ...checkpoints.runs import run_folder
 from .image_quality import as_bytes
-from .validation_batches import corpora, length, select, valid
+from .validation_batches import ValidationCallback, corpora, fields_of, length, samples_of, select, valid
 
 Pixels = NDArray[np.uint8]
 SIDE = 128  # pixels; smaller pictures are enlarged by a whole number
@@ -37,13 +36,14 @@ class Row(NamedTuple):
     pictures: dict[str, Pixels]
 
 
-class LogSamples(Callback):
+class LogSamples(ValidationCallback):
     """Draws the first samples of each validation corpus and logs them as one grid, captions included.
 
     Needs of the module: ``draw_samples(batch) -> dict[str, Tensor]``, which turns a validation batch into pictures by
-    name, (n, 3, height, width) in [0, 1]; columns stand in the dict's order (original, A, B, ...). Of the batch:
-    ``image`` or anything else that all of its tensors' first dimension counts, ``caption`` (a list of texts) and
-    ``valid`` where it has them. Randomness should come from the batch (``seed``); what is drawn from the global
+    name, (n, 3, height, width) in [0, 1]; columns stand in the dict's order (original, A, B, ...). It is given a part of
+    the batch in the batch's own structure: a tensor, or a dict, list or tuple of tensors, whose first one counts the
+    samples. A dict may have ``caption`` (a list of texts) and ``valid``; for other batches the module may say them by
+    ``batch_fields(batch) -> dict``. Randomness should come from the batch (``seed``); what is drawn from the global
     generator is the same every time too, and leaves it as it was.
 
     Pictures are drawn while validation has the weights in place that it judges, averaged ones for instance. A grid goes
@@ -72,7 +72,16 @@ class LogSamples(Callback):
         self.samples, self.every_n_steps, self.corpora = samples, every_n_steps, corpora
         self._rows: dict[str, list[Row]] = {}
         self._drawn_at: int | None = None
-        self._folder = Path("samples")
+        self._folder: Path | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints, so that there may be several of these callbacks."""
+        return self._generate_state_key(samples=self.samples, every=self.every_n_steps, corpora=self.corpora)
+
+    @property
+    def _legacy_state_key(self) -> Any:
+        return type(self).__name__  # the key in checkpoints of before there could be several
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the last grid."""
@@ -84,7 +93,7 @@ class LogSamples(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module can draw, and settles the folder, which processes agree on together."""
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        self._folder = run_folder(trainer)
         if not callable(getattr(pl_module, "draw_samples", None)):
             raise UsageError(
                 f"LogSamples: {type(pl_module).__name__} has no draw_samples(batch) that returns pictures by name"
@@ -119,23 +128,23 @@ class LogSamples(Callback):
             lacking = trainer.strategy.broadcast(lacking)
         if lacking <= 0:
             return
-        part = _first_valid(batch, lacking if trainer.is_global_zero else 1)
-        kept = trainer.is_global_zero and length(part) > 0
-        if not length(part):  # where others draw too, none may stay away: one that fills up is drawn for nothing
-            part = _first_valid({name: value for name, value in batch.items() if name != "valid"}, 1)
+        batch = samples_of(batch, pl_module, "LogSamples")
+        chosen = valid(fields_of(batch, pl_module), length(batch))[: lacking if trainer.is_global_zero else 1]
+        kept = trainer.is_global_zero and bool(chosen)
+        part = select(batch, chosen or [0])  # none may stay away where others draw too: it is drawn for nothing
         devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             drawn = {name: _bytes(pictures) for name, pictures in pl_module.draw_samples(part).items()}  # type: ignore[operator]
         if not kept:
             return
-        captions = part.get("caption", [""] * self.samples)
+        captions = fields_of(part, pl_module).get("caption", [""] * self.samples)
         for index in range(len(next(iter(drawn.values()), []))):
             rows.append(Row(captions[index], {name: pictures[index] for name, pictures in drawn.items()}))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the grids."""
-        step = logged_step(trainer)
+        step = self.completed_steps(trainer)
         rows, self._rows = self._rows, {}
         if not trainer.is_global_zero:
             return
@@ -145,8 +154,10 @@ class LogSamples(Callback):
                 continue
             self._drawn_at = step
             picture = grid(lines)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            picture.save(self._folder / f"{corpus}-step={step:07d}.png")
+            if self._folder is not None:
+                folder = self._folder / "samples"
+                folder.mkdir(parents=True, exist_ok=True)
+                picture.save(folder / f"{corpus}-step={step:07d}.png")
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image(key=f"samples/{corpus}", images=[picture], step=step)
@@ -160,7 +171,7 @@ class LogSamples(Callback):
             return False
         if self.every_n_steps is None or self._drawn_at is None or trainer.state.fn != "fit":
             return True
-        return logged_step(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
+        return self.completed_steps(trainer) // self.every_n_steps > self._drawn_at // self.every_n_steps
 
 
 def grid(rows: list[Row]) -> Image.Image:
@@ -193,11 +204,6 @@ def _shortened(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> st
     while text and pen.textlength(text + "...", font) > width:
         text = text[:-1]
     return text + "..."
-
-
-def _first_valid(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The first samples of a batch that do not only fill it up."""
-    return select(batch, valid(batch)[:count])
 
 
 def _draw_together(trainer: Trainer) -> bool:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from ... import UsageError
-from ...lightning_compat import logged_step
+from ...checkpoints.runs import run_folder
+from .validation_batches import ValidationCallback
 
 
-class LogText(Callback):
+class LogText(ValidationCallback):
     """Lets the module continue fixed prompts at validations, and logs what it writes.
 
     Needs of the module: ``continue_text(prompts, max_new_tokens, temperature) -> list[str]``, the continuations without
@@ -55,7 +56,17 @@ class LogText(Callback):
         self.prompts, self.max_new_tokens, self.temperature = list(prompts), max_new_tokens, temperature
         self.every_n_steps = every_n_steps
         self._written_at: int | None = None
-        self._folder = Path("samples")
+        self._folder: Path | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints, so that there may be several of these callbacks."""
+        settings = {"prompts": self.prompts, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        return self._generate_state_key(**settings, every=self.every_n_steps)
+
+    @property
+    def _legacy_state_key(self) -> Any:
+        return type(self).__name__  # the key in checkpoints of before there could be several
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the last text."""
@@ -67,7 +78,7 @@ class LogText(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module can write, and settles the folder, which processes agree on together."""
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        self._folder = run_folder(trainer)
         if not callable(getattr(pl_module, "continue_text", None)):
             raise UsageError(
                 f"LogText: {type(pl_module).__name__} has no continue_text(prompts, ...) that returns texts"
@@ -75,7 +86,7 @@ class LogText(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes, where it is time."""
-        step = logged_step(trainer)
+        step = self.completed_steps(trainer)
         if trainer.sanity_checking or not self._is_due(trainer, step):
             return
         devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
@@ -88,8 +99,10 @@ class LogText(Callback):
 
     def _log(self, trainer: Trainer, texts: Sequence[str], step: int) -> None:
         page = "\n\n".join(_block(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / f"text-step={step:07d}.md").write_text(page + "\n", encoding="utf8")
+        if self._folder is not None:
+            folder = self._folder / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"text-step={step:07d}.md").write_text(page + "\n", encoding="utf8")
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
                 rows = [[step, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]

@@ -6,9 +6,8 @@ one token more, as in our own shards, so that every token of a file but the firs
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +30,6 @@ class FlatIndex(TokenIndex):
     begins: tuple[int, ...]
     kind: str = "flat"
     shard_names: ClassVar[str] = r"[^/\\\0]+"
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Read and check the ``index.json`` of a folder, see :meth:`.CorpusIndex.load`."""
-        index = super().load(folder)
-        return replace(index, begins=tuple(index.begins))
 
     def check(self, where: str) -> None:
         """Raise if the index at ``where`` contradicts itself."""

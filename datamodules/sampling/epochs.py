@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 
 
-class Epochs:
+class CorpusEpochs:
     """Counts passes over corpora; warns once for each new corpus that begins its second one.
 
     Args:

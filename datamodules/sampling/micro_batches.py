@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from .buckets import Lanes
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
@@ -178,29 +178,32 @@ class EvaluationRows(Dataset[Batch]):
         return batch | {"row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}
 
 
-class Positions(Sampler[int]):
+class Positions(SequentialSampler):
     """Numbers of the micro-batches from the current one on.
 
     Its length is that of the whole run, or of the epoch: Lightning adds what was done before a restore.
 
     Args:
-        progress: Where the data module stands when iteration begins.
-        total: Micro-batches of the run, or of an epoch.
-        absolute: Whether ``total`` counts from step 0 on, as ``max_steps`` does.
+        progress: Where the data module is when iteration begins, and its epochs.
     """
 
-    def __init__(self, progress: Progress, total: int, absolute: bool) -> None:
-        self._progress, self._total, self._absolute = progress, total, absolute
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def __len__(self) -> int:
-        return self._total
+        epochs = self._progress.epochs
+        return self._progress.accumulation * (epochs.steps if epochs.whole_run is None else epochs.whole_run)
 
     def __iter__(self) -> Iterator[int]:
-        begin = self._progress.step * self._progress.accumulation
-        if self._absolute:
-            return iter(range(begin, self._total))
-        since = begin - self._progress.start * self._progress.accumulation
-        return iter(range(begin, begin + self._total - since % self._total))
+        progress, epochs = self._progress, self._progress.epochs
+        begin = progress.step
+        if epochs.whole_run is not None:
+            end = epochs.whole_run
+        else:
+            done = epochs.done(progress.step, progress.start)
+            begin = progress.start + done if epochs.repeats else progress.step
+            end = begin - done + epochs.steps
+        return iter(range(begin * progress.accumulation, end * progress.accumulation))
 
 
 def loader(dataset: Dataset[Batch], sampler: Sampler[int] | None, num_workers: int) -> DataLoader[Batch]:

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
 from ...lightning_compat import logs_now
+from .trainer_limits import Epochs
 
 
 class Progress(Callback):
@@ -27,6 +28,8 @@ class Progress(Callback):
         start: Step at which the current dataset began.
         accumulation: Micro-batches in a global batch.
         rows: Rows used since the dataset began, by corpus, ``(corpora,)``.
+        epochs: How the run is divided into epochs.
+        limits: ``limit_train_batches`` as the user set it, and as the data module has it.
     """
 
     def __init__(
@@ -40,19 +43,20 @@ class Progress(Callback):
         self.accumulation = 1
         self.rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._micro_batches = 0
-        self._epoch_steps = 1
+        self.epochs = Epochs(1)
+        self.limits: tuple[Any, Any] = (None, None)
         self._restored = False
 
-    def attach(self, trainer: Trainer, accumulation: int, corpora: int, epoch_steps: int) -> None:
+    def attach(self, trainer: Trainer, accumulation: int, corpora: int, epochs: Epochs) -> None:
         """Joins the trainer's callbacks, in front, so that a checkpoint saved by one of them sees the batch counted.
 
         Args:
             trainer: Whose batches are counted; another data module's count leaves it.
             accumulation: Micro-batches in a global batch.
             corpora: Number of corpora.
-            epoch_steps: Steps of an epoch, where the trainer has no ``max_steps``.
+            epochs: How the run is divided into epochs.
         """
-        self.accumulation, self._epoch_steps = accumulation, epoch_steps
+        self.accumulation, self.epochs = accumulation, epochs
         others = [c for c in trainer.callbacks if isinstance(c, Progress) and c is not self]  # type: ignore[attr-defined]
         for other in others:
             trainer.callbacks.remove(other)  # type: ignore[attr-defined]
@@ -81,17 +85,17 @@ class Progress(Callback):
             self.restore(step=step, start=step)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         current, last = progress["current"], progress["is_last_batch"]
-        done = self.step if trainer.max_steps > 0 else (self.step - self.start) % self._epoch_steps
-        if trainer.max_steps <= 0 and last and done == 0 and self.step > self.start:
-            done = self._epoch_steps  # the epoch is complete: Lightning begins the next one itself
+        done = self.epochs.done(self.step, self.start)
+        if last and done == 0 and self.step > self.start:
+            done = self.epochs.steps  # the epoch is complete: Lightning begins the next one itself
         else:
             last = last and current["ready"] == done * self.accumulation
-        done *= self.accumulation
-        if current["ready"] in (done, 0):
+        done, total = done * self.accumulation, self.step * self.accumulation
+        if current["ready"] == 0 or (current["ready"], progress["total"]["ready"]) == (done, total):
             return
         # As saved at the end of a batch: everything counted but `completed`, which Lightning adds at restart.
-        for counts in (current, progress["total"]):
-            counts.update(ready=done, started=done, processed=done, completed=max(done - 1, 0))
+        for counts, ready in ((current, done), (progress["total"], total)):
+            counts.update(ready=ready, started=ready, processed=ready, completed=max(ready - 1, 0))
         progress["is_last_batch"] = last
 
     def on_train_batch_end(

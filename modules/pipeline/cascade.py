@@ -68,6 +68,7 @@ class Cascade:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         compile: bool = False,  # noqa: A002 - torch's word
+        variant: str | None = None,
     ) -> Self:
         """Load an export of ours, or the hub's two folders.
 
@@ -77,11 +78,12 @@ class Cascade:
             dtype: Of the networks, for example ``torch.bfloat16``.
             device: To run on.
             compile: Compile each block at its first use.
+            variant: Variant of the files to prefer, such as ``fp16`` (default: the plain ones, or the only ones).
 
         Raises:
             UsageError: A part is missing or does not belong there.
         """
-        pipeline = cls(**read_cascade(folder, prior, dtype))
+        pipeline = cls(**read_cascade(folder, prior, dtype, variant))
         for network in pipeline.networks():
             network.to(device)
             if compile:

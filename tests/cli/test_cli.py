@@ -84,14 +84,14 @@ def test_the_same_command_again_goes_on(config: Path, tmp_path: Path, capsys: py
     assert list(run.glob("version_0/events.out.tfevents.*"))
 
     assert main(fit) == 0
-    assert step_of(run / "version_1/checkpoints/last.ckpt") == 6
-    content = torch.load(run / "version_1/checkpoints/last.ckpt", weights_only=True)
+    assert step_of(run / "version_0/checkpoints/last.ckpt") == 6
+    content = torch.load(run / "version_0/checkpoints/last.ckpt", weights_only=True)
     assert content["callbacks"]["LRRewarming"]["start_step"] == 0, "the same dataset was continued"
 
     capsys.readouterr()
     assert main(fit) == 0
     assert "complete" in capsys.readouterr().out
-    assert not (run / "version_2/checkpoints").exists()
+    assert not (run / "version_1").exists(), "one folder, one curve"
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(config: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(config: Path, tmp_path: Pa
     (run / "version_0/checkpoints/newer.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match=r"newer.ckpt is cut off: an older checkpoint is taken instead"):
         assert main(fit) == 0
-    assert step_of(run / "version_1/checkpoints/last.ckpt") == 6
+    assert step_of(run / "version_0/checkpoints/last.ckpt") == 6
 
 
 def test_a_new_dataset_continues_another_run(config: Path, workspace: Path, tmp_path: Path) -> None:

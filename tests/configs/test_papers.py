@@ -13,7 +13,7 @@ from recipes import RECIPES, Parse, data, name, only, run_folder, schedule, shar
 
 from rewurst.callbacks import InfiniteCosine
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
-from rewurst.modules.language.initial_weights import build
+from rewurst.modules.language.building import build
 
 OF_PILE, OF_GERMAN, OF_SPLIT = 132_366, 88_458, 44_229
 PEAK = "--trainer.callbacks.init_args.schedule.init_args"

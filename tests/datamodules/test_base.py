@@ -22,6 +22,7 @@ from rewurst.datamodules.sampling.micro_batches import MicroBatches, Picks, Posi
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
 from rewurst.datamodules.sampling.permutation import CorpusOrder
 from rewurst.datamodules.sampling.progress import Progress
+from rewurst.datamodules.sampling.trainer_limits import Epochs
 from rewurst.datamodules.text import TokenReader
 
 
@@ -102,11 +103,11 @@ def test_any_number_of_workers_gives_the_same_batches(write_corpus: Callable[...
         Lanes(Mixture(8, {"code": 1.0})), order, [shards], TokenReader([shards]), range(8), accumulation=2
     )
     progress = Progress(lambda batch: {})
-    progress.accumulation = 2
+    progress.accumulation, progress.epochs = 2, Epochs(25, whole_run=10)
     loader = DataLoader(
         rows,
         batch_size=None,
-        sampler=Positions(progress, 20, absolute=True),
+        sampler=Positions(progress),
         num_workers=workers,
         collate_fn=as_is,  # type: ignore[arg-type]
     )

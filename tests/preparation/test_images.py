@@ -16,7 +16,7 @@ from prepared_images import FORMATS, content, files, picture, prepare, samples, 
 from rewurst.datamodules.corpora.index import Shard
 from rewurst.datamodules.imaging.facts import FACTS_DTYPE
 from rewurst.preparation.engine import image_units
-from rewurst.preparation.sources import shapes
+from rewurst.preparation.sources.pictures import shapes
 from rewurst.preparation.steps.recoding import Recoding
 from rewurst.preparation.verify import verify
 from rewurst.train import main as run

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,14 +16,23 @@ from jsonargparse import get_loader, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from .. import UsageError
 from ..callbacks import AtomicCheckpointIO, StepProgressBar, construct_on_rank_zero
+from ..callbacks.learning_rate.lengths import counted_optimizers
 from ..checkpoints.newest import newest_checkpoint, remove_leftovers
+from ..checkpoints.runs import (
+    RunIdentity,
+    checkpoint_folders,
+    resume_version,
+    run_folder,
+    run_name,
+    stored_dataset,
+    stored_name,
+)
 from ..checkpoints.sharded_files import is_sharded
 from ..checkpoints.sharded_reading import describe_checkpoint
 from ..datamodules import text as _text  # noqa: F401  # imported so that YAML may name the classes without a path
@@ -85,19 +95,46 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the config in the logger's folder. Without a logger that would be the working directory, over any file."""
+    """Save the config in the run's own folder. Without a logger that would be the working directory, over any file.
+
+    A run that resumes in the same folder keeps the earlier config as ``config.1.yaml`` if it differs.
+
+    Raises:
+        UsageError: The folder belongs to a run that this one does not resume.
+    """
+
+    resumes = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Saves it once."""
-        if trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        """Save it once."""
+        folder = run_folder(trainer) if trainer.loggers and not self.already_saved else None
+        if folder is None:
+            return
+        self.already_saved = True
+        path = folder / self.config_filename
+        if trainer.strategy.broadcast(path.is_file()):
+            if stage != "fit":
+                return
+            if not self.resumes:
+                raise UsageError(
+                    f"{folder} belongs to an earlier run: resume it with --ckpt_path auto, or give the logger another "
+                    "version"
+                )
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            if path.is_file() and path.read_text("utf8") != text:
+                path.rename(next(other for n in count(1) if not (other := folder / f"config.{n}.yaml").exists()))
+            path.write_text(text, encoding="utf8")
+            self.save_config(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
     """LightningCLI whose ``ckpt_path`` may be ``auto``, and which loads checkpoints without executing anything.
 
-    ``auto`` is the newest whole checkpoint under the run's folder, and nothing where there is none yet;
-    ``auto:FOLDER`` falls back on the newest one under another folder, the run that this one continues.
+    ``auto`` is the whole checkpoint with the latest step of this run, and nothing if there is none yet. A run is
+    identified by its folder, the name that its logger has for it, and its dataset. ``auto:FOLDER`` falls back on the
+    latest checkpoint under another folder, the run that this one continues.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -150,6 +187,7 @@ class CLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             callbacks = [*callbacks, StepProgressBar()]
+        callbacks = [*callbacks, RunIdentity()]
         if not _saves_by_itself(config.get("strategy")):
             config["plugins"] = _with_atomic_checkpoints(config.get("plugins"))
         return super()._instantiate_trainer(config, callbacks)
@@ -159,10 +197,15 @@ class CLI(LightningCLI):
         path = self._resolve(ckpt_path, must_exist=False)
         safe = _safe(weights_only)
         content = self._checked(path, safe)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfig):
+                callback.resumes = ckpt_path is not None
         if path is not None and str(ckpt_path).startswith("auto"):
             rank_zero_info(f"going on from {path}")
             if self._is_complete(path, content):
                 return
+            optimizers = counted_optimizers(self.model, len(content.get("optimizer_states", [])))
+            resume_version(self.trainer, Path(path), content.get("global_step", 0) // optimizers)
         self.trainer.fit(ckpt_path=path, weights_only=safe, **kwargs)
 
     def validate(self, ckpt_path: str | None = None, weights_only: bool | None = None, **kwargs: Any) -> None:
@@ -193,19 +236,49 @@ class CLI(LightningCLI):
         return ckpt_path
 
     def _newest(self, ckpt_path: str, must_exist: bool) -> str | None:
-        folders = _run_folders(self.trainer)
-        if self.trainer.is_global_zero and not must_exist:
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None  # a trial of a few batches, beside any run
+        folders, training = checkpoint_folders(self.trainer), not must_exist
+        if self.trainer.is_global_zero and training:
             remove_leftovers(folders)
-        newest = newest_checkpoint(folders)
+        newest = newest_checkpoint(folders, self._belongs if training else self._has_our_name, resumable=training)
         other = ckpt_path.removeprefix("auto").removeprefix(":")
         if newest is None and other:
             folders = [Path(other)]
-            newest = newest_checkpoint(folders)
+            newest = newest_checkpoint(folders, resumable=training)
         if newest is None and (must_exist or other):
             raise UsageError(f"ckpt_path {ckpt_path}: there is no whole checkpoint under {folders[0]}")
-        if newest is not None:
+        if newest is None:
+            self._refuse_another_dataset(folders)
+        else:
             self._require_sharding(newest)
         return None if newest is None else str(newest)
+
+    def _has_our_name(self, content: Mapping[str, Any]) -> bool:
+        return stored_name(content) in (None, run_name(self.trainer))
+
+    def _belongs(self, content: Mapping[str, Any]) -> bool:
+        own = getattr(self.datamodule, "dataset", None)
+        return self._has_our_name(content) and (own is None or stored_dataset(content) in (None, own))
+
+    def _refuse_another_dataset(self, folders: list[Path]) -> None:
+        """A named run, or a folder, is one dataset's; unnamed runs of a project are told apart by theirs."""
+        if self.trainer.loggers and run_name(self.trainer) is None:
+            return
+        another: list[str] = []
+
+        def look(content: Mapping[str, Any]) -> bool:
+            if self._has_our_name(content):
+                another.append(str(stored_dataset(content)))
+            return False
+
+        newest_checkpoint(folders, look, resumable=True)
+        if another:
+            raise UsageError(
+                f"ckpt_path auto: the checkpoints under {folders[0]} are of dataset {another[0]!r}, this run learns "
+                f"{self.datamodule.dataset!r}: give its logger another name, or ckpt_path auto:{folders[0]} to "
+                "continue that run"
+            )
 
     def _require_sharding(self, path: Path) -> None:
         if path.is_dir() and not _saves_by_itself(self.trainer.strategy):
@@ -225,6 +298,9 @@ class CLI(LightningCLI):
             raise UsageError(f"{path} is no Lightning checkpoint; weights of other layouts: --model.init_from {path}")
         if "optimizer_states" not in content:
             raise UsageError(f"{path} holds weights only, no run to go on: begin with them by --model.init_from {path}")
+        fit = getattr(self.model, "fit_to_checkpoint", None)
+        if fit is not None:
+            fit(content)
         own = self.model.state_dict()
         if own and self.model.strict_loading:
             check_weights(own, content["state_dict"], path)
@@ -232,16 +308,18 @@ class CLI(LightningCLI):
 
     def _is_complete(self, path: str, content: dict[str, Any]) -> bool:
         """Whether typing the same command again finds its work done, which is no error."""
-        under_run = any(Path(path).is_relative_to(folder) for folder in _run_folders(self.trainer))
-        step, data = content.get("global_step", 0), content.get(type(self.datamodule).__qualname__, {})
-        another = data.get("dataset") != getattr(self.datamodule, "dataset", None)  # then fit says what it needs
-        if another or not under_run or not 0 < self.trainer.max_steps <= step:
+        under_run = any(Path(path).is_relative_to(folder) for folder in checkpoint_folders(self.trainer))
+        step, epochs = content.get("global_step", 0), _finished_epochs(content)
+        another = stored_dataset(content) not in (None, getattr(self.datamodule, "dataset", None))
+        if another or not under_run:  # then fit says what it needs
             return False
-        print(
-            f"complete: {path} is at step {step} of max_steps {self.trainer.max_steps}; "
-            "a larger --trainer.max_steps goes on"
-        )
-        return True
+        max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
+        for at, name, limit in ((step, "step", max_steps), (epochs, "epoch", max_epochs or -1)):
+            if 0 < limit <= at:
+                what = f"{path} is at {name} {at} of max_{name}s {limit}"
+                print(f"complete: {what}; a larger --trainer.max_{name}s goes on")
+                return True
+        return False
 
 
 def _on_rank_zero(kind: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
@@ -273,17 +351,9 @@ def _with_atomic_checkpoints(plugins: Any) -> list[Any]:
     return listed if any(isinstance(plugin, CheckpointIO) for plugin in listed) else [*listed, AtomicCheckpointIO()]
 
 
-def _run_folders(trainer: Trainer) -> list[Path]:
-    """Where this run's checkpoints lie: its loggers' folders over all versions, and explicit folders of callbacks."""
-    folders = [_logger_folder(logger) for logger in trainer.loggers]
-    explicit = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    folders += [Path(str(folder)) for folder in explicit if folder]
-    return folders or [Path(trainer.default_root_dir) / "checkpoints"]  # where Lightning saves without a logger
-
-
-def _logger_folder(logger: Logger) -> Path:
-    root = getattr(logger, "root_dir", None)
-    return Path(str(root)) if root else Path(str(logger.save_dir)) / str(logger.name)
+def _finished_epochs(content: Mapping[str, Any]) -> int:
+    progress = content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
+    return int(progress.get("current", {}).get("processed", 0))
 
 
 def _safe(weights_only: bool | None) -> bool:

@@ -42,6 +42,8 @@ def index(
     kind: Literal["text", "images"] | None = None,
     tokenizer: str | None = None,
     caption_key: str | None = None,
+    image_member: str | None = None,
+    caption_member: str | None = None,
     max_corrupt: float | None = None,
     sequence_length: int | None = None,
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None,
@@ -59,6 +61,8 @@ def index(
         kind: Kind of corpus (default: what the first sample looks like).
         tokenizer: Folder or hub name of the tokenizer that made the rows of tokens.
         caption_key: Key of the .json that has the caption of an image (default: the .txt is the caption).
+        image_member: Ending of the names of images, such as .input.jpg (default: .jpg, .png and others).
+        caption_member: Ending of the names of captions, such as .output.txt (default: .txt, or .json with a key).
         max_corrupt: Share of the images that may be unreadable (default: 0.1).
         sequence_length: Number of predicted tokens per row of flat files.
         dtype: Type of the tokens in flat files that do not say it.
@@ -77,6 +81,7 @@ def index(
     if sequence_length is not None or dtype is not None:
         raise UsageError("--sequence_length and --dtype are for flat files of tokens (.bin); tars say both themselves")
     given = {"tokenizer": tokenizer, "caption_key": caption_key, "max_corrupt": max_corrupt}
+    given |= {"image_member": image_member, "caption_member": caption_member}
     options = {name: value for name, value in given.items() if value is not None}
     return index_shards(shards, out, kind=kind, workers=workers, overwrite=overwrite, options=options)
 

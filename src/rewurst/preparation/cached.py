@@ -109,7 +109,8 @@ def _workers(sources: Sequence[str]) -> int:
 
 def _key(sources: Sequence[str], tokenizer: str, options: dict[str, Any]) -> str:
     files = [_content(file) for file in expand(sources, Skipped())]
-    parts = [_VERSION, files, load_tokenizer(tokenizer).sha256, options]
+    read = load_tokenizer(tokenizer)
+    parts = [_VERSION, files, read.sha256, read.end_token, list(read.begin_tokens), options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -50,6 +50,7 @@ def prepare_text(
     engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     progress: bool = True,
+    end_token: str | None = None,
 ) -> dict[str, TokenIndex]:
     """Tokenize sources into ``out/train`` and, with ``held_out`` above 0, ``out/val``.
 
@@ -62,7 +63,8 @@ def prepare_text(
     Args:
         sources: Text files (.txt, .md, .jsonl, .json, .csv, .tsv, also with .gz, .zst, .bz2 or .xz; .parquet, .arrow),
             .tar of captioned images, folders or URLs of them, builtin:prose or builtin:code.
-        tokenizer: Folder with a ``tokenizer.json``, or hub name of a fast tokenizer.
+        tokenizer: Folder with a ``tokenizer.json`` (or ``tokenizer.model``, or ``vocab.json`` and ``merges.txt``), or
+            hub name of a fast tokenizer.
         out: Folder or URL to write, new or empty; every machine of a cluster has to see it.
         sequence_length: Number of predicted tokens per row.
         held_out: Share of the documents kept for validation, in [0, 1).
@@ -78,6 +80,8 @@ def prepare_text(
         engine: Engine that runs the work: worker processes here, or the machines of a Ray cluster.
         ray_address: Address of the Ray cluster (default: RAY_ADDRESS, or a cluster that is started here).
         progress: Whether to show progress bars on stderr.
+        end_token: Token after each document, as text (default: the tokenizer's end token, or, if that ends the turns
+            of a chat, the token that ends documents).
 
     Returns:
         The index of each side: ``train``, and ``val`` where something is held out.
@@ -93,7 +97,7 @@ def prepare_text(
             raise UsageError(f"{name} is {share}, expected a share from 0 to 1")
     skipped = Skipped(max_corrupt)
     with open_engine(engine, workers, ray_address) as pool:
-        files, read_tokenizer = expand(sources, skipped), load_tokenizer(tokenizer)
+        files, read_tokenizer = expand(sources, skipped), load_tokenizer(tokenizer, end_token)
         separator = _separator(document_separator, files)
         sides = ("train", "val") if held_out else ("train",)
         layout = RowLayout(
@@ -104,6 +108,7 @@ def prepare_text(
             tokenizer_sha256=read_tokenizer.sha256,
             sources=tuple(sources),
             rows_per_shard=rows_per_shard,
+            begin_tokens=read_tokenizer.begin_tokens,
         )
         target = Target.for_engine(engine, out)
         job = TextJob(
@@ -114,6 +119,8 @@ def prepare_text(
         if engine == "ray":
             files = [file if file.kind == "builtin" else replace(file, name=everywhere(file.name)) for file in files]
         indices = prepare_text_units(files, read_tokenizer, job, skipped, pool, progress)
+    begin_text = f", begin tokens {list(layout.begin_tokens)}" if layout.begin_tokens else ", no begin token"
+    print(f"end token {read_tokenizer.end_text!r} ({layout.end_token}){begin_text}", file=sys.stderr)
     for side in sides:
         print(_summary(join(str(out), side), indices[side]), file=sys.stderr)
     if report := skipped.report():

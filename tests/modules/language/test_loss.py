@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from rewurst import UsageError
 from rewurst.modules import CausalLM
-from rewurst.modules.language.head import is_plain_head
+from rewurst.modules.language.objective import find_objective
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -68,7 +68,7 @@ def test_looking_at_the_head_changes_neither_modes_nor_random_state(tiny_config:
     module.model.gpt_neox.layers[0].eval()  # type: ignore[union-attr,index,operator]
     modes, state = [m.training for m in module.modules()], torch.get_rng_state()
     with torch.no_grad():
-        assert is_plain_head(module.model)
+        assert find_objective(module.model).plain_head
     assert [m.training for m in module.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -148,7 +148,7 @@ fully_shard(sharded.model)
 for _ in range(2):  # the second time as the first, which looked at the head
     sharded.zero_grad()
     sharded.loss(ids[2 * rank : 2 * rank + 2]).backward()
-assert sharded._plain_head
+assert sharded._objective.plain_head
 for a, b in zip(whole.parameters(), sharded.parameters(), strict=True):
     torch.testing.assert_close(a.grad, b.grad.full_tensor(), rtol=1e-5, atol=1e-7)
 print("equal", flush=True)

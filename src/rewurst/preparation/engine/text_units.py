@@ -73,7 +73,7 @@ class TextJob:
     @property
     def encoder(self) -> Encoder:
         """Encoder of this process."""
-        return encoder_of(self.tokenizer_json, self.layout.end_token)
+        return encoder_of(self.tokenizer_json, self.layout.end_token, self.layout.begin_tokens)
 
     def texts(self, files: Sequence[SourceFile], skipped: Skipped) -> Iterator[Text]:
         """Yield the documents of files."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from ... import UsageError
 from ...datamodules.corpora.tar import scan
+from ...datamodules.imaging.captions import text_of
+from ...datamodules.imaging.header import DecodeError
 from ...datamodules.storage.random_access import open_bytes
 from ...datamodules.storage.url import Place, place
 from . import builtin_text as builtin
@@ -105,11 +107,10 @@ def _captions(path: str, skipped: Skipped) -> Iterator[str]:
             return
         for member in sample.members:
             if member.extension == "txt":
-                found = bytes(content.read(member.begin, member.begin + member.size))
                 try:
-                    yield records.text_of(found, f"{path}, member at byte {member.begin}").removeprefix("\ufeff")
-                except UsageError as error:
-                    skipped.corrupt(str(error))
+                    yield text_of(bytes(content.read(member.begin, member.begin + member.size)))
+                except DecodeError as error:
+                    skipped.corrupt(f"{path}: {sample.key}.txt: {error}")
 
 
 def _whole_file(path: Place, skipped: Skipped) -> Iterator[Piece]:

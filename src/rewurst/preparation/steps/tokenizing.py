@@ -63,19 +63,21 @@ class Tokens(NamedTuple):
 
 
 class Encoder:
-    """Encodes tasks with a tokenizer, an end token after each document.
+    """Encodes tasks with a tokenizer, begin tokens before each document and an end token after it.
 
     Args:
         tokenizer_json: Contents of ``tokenizer.json``.
         end_token: Number of the end token.
+        begin_tokens: Numbers of the begin tokens.
     """
 
-    def __init__(self, tokenizer_json: str, end_token: int) -> None:
+    def __init__(self, tokenizer_json: str, end_token: int, begin_tokens: tuple[int, ...] = ()) -> None:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.tokenizer.no_truncation()  # a saved tokenizer may truncate at its model's length
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text and does not end a document
         self.end_token = end_token
+        self.begin_tokens = begin_tokens
         self._unknown = UnknownCharacters(self.tokenizer, tokenizer_json)
 
     def at_once(self, text: str) -> list[int]:
@@ -98,8 +100,9 @@ class Encoder:
         tokens = np.array(ids, dtype=np.uint32)
         unknown = self._unknown.count(text.text, tokens, text.head.chars)
         first = self._unknown.first(text.text) if unknown and not named else ""
-        if text.ends_document:
-            tokens = np.append(tokens, np.uint32(self.end_token))
+        begin = self.begin_tokens if not text.head.chars else ()  # later parts of a document overlap with the first
+        end = (self.end_token,) if text.ends_document else ()
+        tokens = np.concatenate([np.array(part, dtype=np.uint32) for part in (begin, tokens, end)])
         return Tokens(text.stream, tokens, int(text.ends_document), unknown, first)
 
 
@@ -139,6 +142,6 @@ def encode(texts: Iterable[Text], encoder: Encoder) -> Iterator[Tokens]:
 
 
 @lru_cache(maxsize=1)
-def encoder_of(tokenizer_json: str, end_token: int) -> Encoder:
+def encoder_of(tokenizer_json: str, end_token: int, begin_tokens: tuple[int, ...] = ()) -> Encoder:
     """Keep the encoder between units: reading a large vocabulary takes seconds."""
-    return Encoder(tokenizer_json, end_token)
+    return Encoder(tokenizer_json, end_token, begin_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...preparation.sources.shapes import Shape
+from ...preparation.sources.pictures.shapes import Shape
 from ..report import VERDICTS, claims_table, hours, machine, write
 from ..verdicts import Row
 from .costs import a100_hours, as_rows, released

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ... import UsageError
 from ...preparation.images import prepare_images
-from ...preparation.sources.shapes import PICTURES
+from ...preparation.sources.pictures.shapes import PICTURES
 from ...preparation.tokenizer import train_tokenizer
 from ..jobs import Job
 from ..runner import Runner, bring_to_end
