@@ -81,6 +81,8 @@ def test_one_command_from_a_folder_of_text_to_an_exported_model(
     header = rows.splitlines()[0].split(",")
     assert {"val/loss/old", "val/loss/your_text", "forgetting/old", "adaptation/your_text"} <= set(header)
     capsys.readouterr()
+    assert main(command(hub_model)) == 0  # the same command finds its work done
+    assert "complete: " in capsys.readouterr().out
     prepared = {path: path.stat().st_mtime_ns for path in (here / "cache").rglob("*") if path.is_file()}
     second = [
         "--trainer.logger.init_args.name", "second", "--trainer.max_epochs", "2",
