@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -34,6 +35,29 @@ class SourceOptions:
     document_separator: str | None
     cache_dir: str | None
 
+    @property
+    def folder(self) -> Path:
+        """Folder of all prepared texts."""
+        default = os.environ.get("REWURST_CORPORA_DIR") or "~/.cache/rewurst/corpora"
+        return Path(self.cache_dir or default).expanduser()
+
+    def tokenizer_of(self, module: Any, what: str) -> str:
+        """Return the name of the tokenizer for sources and streams.
+
+        Args:
+            module: Module that is trained; it may name its tokenizer.
+            what: What needs it, for messages.
+
+        Raises:
+            UsageError: No tokenizer is known.
+        """
+        tokenizer = self.tokenizer or getattr(module, "tokenizer_name", None)
+        if not tokenizer:
+            raise UsageError(
+                f"{what}: the model comes without a tokenizer; set data.init_args.tokenizer to a folder or hub name"
+            )
+        return str(tokenizer)
+
     def prepare(self, source: str | Sequence[str], module: Any, sequence_length: int) -> Path:
         """Return the folder of the prepared text.
 
@@ -45,12 +69,7 @@ class SourceOptions:
         Raises:
             UsageError: No tokenizer is known, or the text cannot be prepared.
         """
-        tokenizer = self.tokenizer or getattr(module, "tokenizer_name", None)
-        if not tokenizer:
-            raise UsageError(
-                f"source {source}: the model comes without a tokenizer; set data.init_args.tokenizer to a folder or "
-                "hub name"
-            )
+        tokenizer = self.tokenizer_of(module, f"source {source}")
         module_name, function = PREPARATION
         cached_corpus = getattr(import_module(module_name), function)
         folder: Path = cached_corpus(
@@ -60,7 +79,7 @@ class SourceOptions:
             held_out=self.held_out,
             text_field=self.text_field,
             document_separator=self.document_separator,
-            cache=self.cache_dir,
+            cache=self.folder,
         )
         return folder
 

@@ -11,17 +11,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from .. import UsageError
+from ..tokenizer_files import load_tokenizer
 from .base import Corpus, StreamDataModule
 from .corpora.tokens import TokenShards
 from .sampling.micro_batches import Batch, Picks, Reader
 from .sources import SourceOptions, row_length
+from .streaming.token_stream import TokenStream, expand_tars
 
 __all__ = ["Corpus", "TextDataModule"]
 
+TokenRows = TokenShards | TokenStream
 OLD = "old"  # name of the corpus of a replay_source
 
 
-class TextDataModule(StreamDataModule[TokenShards]):
+class TextDataModule(StreamDataModule[TokenRows]):
     """Rows of tokens from named corpora, with replay of old ones, as the same global batches on any machine.
 
     A training batch is a dict of ``input_ids`` (rows, sequence_length + 1), a tensor, and of NumPy arrays (rows,) that
@@ -34,7 +37,8 @@ class TextDataModule(StreamDataModule[TokenShards]):
         dataset: Name of what is being learnt; another name later means another dataset.
         corpora: Training corpora by name. Old data keeps its name, so that it comes in the order of its first reading.
             A corpus with a ``source`` is prepared before training, once for all runs, and its held-out documents are a
-            validation corpus of the same name.
+            validation corpus of the same name. A corpus with a ``stream`` is read from front to back, see
+            :class:`.streaming.token_stream.TokenStream`.
         val: Folders of validation corpora by name.
         sequence_length: Tokens predicted a row, as prepared (default, for sources: what the model can see, up to 1024).
         micro_batch_size: Rows in one forward pass of one device.
@@ -100,14 +104,15 @@ class TextDataModule(StreamDataModule[TokenShards]):
         """Prepare the sources, unless an earlier run has; Lightning calls it in the first process of a machine."""
         module = None if self.trainer is None else self.trainer.lightning_module
         sources = {name: corpus.source for name, corpus in self.corpora.items() if corpus.source}
-        if sources and self._sequence_length is None:
+        streams = any(corpus.stream for corpus in self.corpora.values())
+        if (sources or streams) and self._sequence_length is None:
             self._sequence_length = row_length(module)
         for name, source in sources.items():
             self._folders[name] = str(self._options.prepare(source, module, self.sequence_length))
 
     def setup(self, stage: str) -> None:
         """Open the corpora, those of sources where they have been prepared."""
-        if any(corpus.source for corpus in self.corpora.values()):
+        if any(corpus.source or corpus.stream for corpus in self.corpora.values()):
             if self.trainer is None and not self._folders:
                 self.prepare_data()
             self._use_prepared()
@@ -154,9 +159,11 @@ class TextDataModule(StreamDataModule[TokenShards]):
         tokens = {"end_token": self.end_token, "begin_tokens": list(self.begin_tokens)}
         return super().state_dict() | {"tokenizer": self.tokenizer_folder, **tokens}
 
-    def open_corpus(self, name: str, path: str) -> TokenShards:
+    def open_corpus(self, name: str, path: str) -> TokenRows:
         """Opens a corpus; all of them have one tokenizer and one length of rows."""
-        shards = TokenShards(path)
+        corpus = self.corpora.get(name)
+        streamed = corpus is not None and corpus.stream is not None and corpus.path == path
+        shards = self._open_stream(name, self.corpora[name]) if streamed else TokenShards(path)
         first = next(iter(self._opened.values()), shards)
         if shards.index.sequence_length != self.sequence_length:
             raise UsageError(
@@ -174,6 +181,14 @@ class TextDataModule(StreamDataModule[TokenShards]):
                 )
         return shards
 
+    def _open_stream(self, name: str, corpus: Corpus) -> TokenStream:
+        assert corpus.stream is not None
+        module = None if self.trainer is None else self.trainer.lightning_module
+        tokenizer = load_tokenizer(self._options.tokenizer_of(module, f"stream {corpus.stream}"))
+        urls = expand_tars(corpus.stream, corpus.allow_pipe)
+        folder = self._options.folder
+        return TokenStream(name, corpus.path, urls, tokenizer, self.sequence_length, self._options.text_field, folder)
+
     def example_batch(self, micro_batch_size: int) -> Batch:
         """Return a batch of zeros; no corpus is needed."""
         places = np.zeros(micro_batch_size, dtype=np.int64)
@@ -184,7 +199,7 @@ class TextDataModule(StreamDataModule[TokenShards]):
         """Widens tokens on the device: as stored they are a quarter of the bytes that workers and copies move."""
         return batch | {"input_ids": batch["input_ids"].long()}
 
-    def reader(self, sources: Sequence[TokenShards]) -> Reader:
+    def reader(self, sources: Sequence[TokenRows]) -> Reader:
         """Reads tokens."""
         return TokenReader(sources)
 
@@ -212,7 +227,7 @@ class TokenReader:
         sources: Corpora, as picks number them.
     """
 
-    def __init__(self, sources: Sequence[TokenShards]) -> None:
+    def __init__(self, sources: Sequence[TokenRows]) -> None:
         self._sources = sources
         self._smallest = min(source.index.vocab_size for source in sources)
 
@@ -227,5 +242,6 @@ class TokenReader:
             shards.read_into(tokens, slots.tolist(), picks.row[slots])
         if tokens.max() >= self._smallest or (tokens.dtype.kind == "i" and tokens.min() < 0):
             for index, shards in enumerate(self._sources):  # whose rows they are, and whether its vocabulary is larger
-                shards.read(picks.row[picks.corpus == index])
+                if isinstance(shards, TokenShards):  # streams look at their rows themselves
+                    shards.read(picks.row[picks.corpus == index])
         return {"input_ids": torch.from_numpy(tokens)}

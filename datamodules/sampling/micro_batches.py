@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -75,6 +75,20 @@ class Rows(Protocol):
         ...
 
 
+@runtime_checkable
+class Streamed(Protocol):
+    """A corpus whose rows come in sequence, without numbers."""
+
+    streamed: bool
+
+    def seek(self, number: int) -> None:
+        """Choose the reader of a micro-batch."""
+
+    def place(self) -> tuple[int, int, int, int]:
+        """Return the worker of the latest micro-batch, and where its reader is after it."""
+        ...
+
+
 Reader = Callable[[Picks], Batch]
 """Turns picks into what the model is given; it goes to worker processes."""
 
@@ -107,6 +121,7 @@ class MicroBatches(Dataset[Batch]):
         self._lanes, self._orders, self._sources, self._read = lanes, orders, sources, read
         self._slots, self._accumulation, self._start, self._seed = slots, accumulation, start, seed
         self._blocks: dict[tuple[int, int], tuple[int, Numbers]] = {}
+        self._streams = [source for source in sources if isinstance(source, Streamed)]
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self._accumulation)
@@ -119,12 +134,18 @@ class MicroBatches(Dataset[Batch]):
             mine = corpus == index
             if mine.any():
                 own = int(self._lanes.lane_of[index, lane])
-                rows[mine] = source.in_lane(own, self._index(index, own, counter[mine]))
+                streamed = isinstance(source, Streamed)
+                rows[mine] = counter[mine] if streamed else source.in_lane(own, self._index(index, own, counter[mine]))
+        for stream in self._streams:
+            stream.seek(number)
         numbers = np.arange(slots.start, slots.stop)
         seeds, quantiles = slot_seeds(self._seed, step, numbers), slot_quantiles(self._seed, step, numbers)
         picks = Picks(corpus, rows, seeds, lane, training=True, quantile=quantiles)
         # What only the host reads stays NumPy: each tensor costs a worker a shared memory file, and a copy to a device.
-        return self._read(picks) | {"corpus": corpus, "row": rows}
+        batch = self._read(picks) | {"corpus": corpus, "row": rows}
+        if self._streams:
+            batch["places"] = np.array([stream.place() for stream in self._streams], dtype=np.int64)
+        return batch
 
     def _index(self, corpus: int, lane: int, counters: Numbers) -> Numbers:
         """Index within the lane of each counter: permuted by the block, which NumPy does for little more than a row."""

@@ -134,7 +134,7 @@ def test_a_short_option_without_its_callback_is_refused(
 @pytest.fixture
 def prepare(here: Path, hub_model: str) -> Callable[..., Path]:
     def build(source: str = "my_texts", **changes: Any) -> Path:
-        options = {"sequence_length": 16, "held_out": 0.1, "progress": False, **changes}
+        options = {"sequence_length": 16, "held_out": 0.1, "progress": False, "cache": here / "cache", **changes}
         return cached_corpus([source], options.pop("tokenizer", hub_model), **options)
 
     return build
@@ -153,7 +153,7 @@ def test_prepared_text_is_found_by_its_content(
     monkeypatch.chdir(here)
     assert len({first, prepare("moved", sequence_length=8), prepare("moved", held_out=0.2)}) == 3
     Path("moved/00.txt").write_text("another text " * 20)
-    assert prepare("moved", cache=here / "cache") != first
+    assert prepare("moved") != first
 
 
 def test_what_was_prepared_before_a_failure_is_used(
@@ -217,9 +217,11 @@ def test_what_a_source_needs(here: Path, hub_model: str) -> None:
         data(source="my_texts", tokenizer=hub_model, sequence_length=None).setup("fit")
     with pytest.raises(UsageError, match="corpus 'new' is given twice"):
         data(source="my_texts", corpora={"new": Corpus(source="old_texts")})
-    with pytest.raises(UsageError, match="a corpus needs a path or a source; path is '', source is None"):
+    with pytest.raises(
+        UsageError, match="a corpus needs a path, a source or a stream; path is '', source is None, stream is None"
+    ):
         Corpus()
-    with pytest.raises(UsageError, match="a corpus needs a path or a source"):
+    with pytest.raises(UsageError, match="a corpus needs a path, a source or a stream"):
         Corpus("a", source="b")
-    with pytest.raises(UsageError, match="corpus 'a' has a source, which only TextDataModule prepares"):
+    with pytest.raises(UsageError, match="corpus 'a' has a source or a stream, which only TextDataModule reads"):
         ImageTextDataModule("a", {"a": Corpus(source="x")}, {}, 8, 1, 1)

@@ -24,7 +24,6 @@ from .sources.skipped import Skipped
 from .sources.source_files import SourceFile, expand, identity, total_bytes
 from .text import prepare_text
 
-CACHE_VARIABLE = "REWURST_CORPORA_DIR"
 MOST_HELD_OUT = 0.5
 MUCH_BYTES = 2**25
 _BLOCK_BYTES = 2**20
@@ -39,7 +38,7 @@ def cached_corpus(
     held_out: float,
     text_field: str = "text",
     document_separator: str | None = None,
-    cache: str | Path | None = None,
+    cache: Path,
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
@@ -54,7 +53,7 @@ def cached_corpus(
         held_out: Share of the documents for validation, in [0, 1).
         text_field: Field or column with the text.
         document_separator: What separates the documents of a plain text file.
-        cache: Folder of all prepared texts (default: REWURST_CORPORA_DIR, or ~/.cache/rewurst/corpora).
+        cache: Folder of all prepared texts.
         workers: Number of worker processes (default: one per core for much text, else one).
         progress: Whether to show progress bars on stderr.
 
@@ -70,7 +69,7 @@ def cached_corpus(
         "document_separator": document_separator,
     }
     key = _key(sources, tokenizer, {**options, "held_out": held_out})
-    folder = _root(cache) / key
+    folder = cache / key
     if _is_complete(folder, held_out):
         return folder
     shares = [held_out]
@@ -128,10 +127,6 @@ def _content(file: SourceFile) -> list[Any]:
     except OSError as error:
         raise UsageError(f"source {file.name}: cannot be read ({error.strerror or error})") from None
     return [file.kind, Path(file.name).suffix, digest.hexdigest()]
-
-
-def _root(cache: str | Path | None) -> Path:
-    return Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/rewurst/corpora").expanduser()
 
 
 def _is_complete(folder: Path, held_out: float) -> bool:
