@@ -15,6 +15,7 @@ from .buckets import Lanes
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
+UNKNOWN_ROWS = 2**40  # of a stream, which has no end
 BLOCK = 4096  # counters that are permuted together
 
 Batch = dict[str, Any]
@@ -134,8 +135,8 @@ class MicroBatches(Dataset[Batch]):
             mine = corpus == index
             if mine.any():
                 own = int(self._lanes.lane_of[index, lane])
-                streamed = isinstance(source, Streamed)
-                rows[mine] = counter[mine] if streamed else source.in_lane(own, self._index(index, own, counter[mine]))
+                numbered = source.lanes[own] != UNKNOWN_ROWS
+                rows[mine] = source.in_lane(own, self._index(index, own, counter[mine])) if numbered else counter[mine]
         for stream in self._streams:
             stream.seek(number)
         numbers = np.arange(slots.start, slots.stop)

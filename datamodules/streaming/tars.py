@@ -58,7 +58,7 @@ def samples(url: str) -> Iterator[Sample]:
 
 def _files(stream: _Tail, url: str) -> Iterator[dict[str, Any]]:
     seen, key = set[str](), None
-    with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", bufsize=_READ_BYTES) as tar:
+    with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
         for member in tar:
             if member.isdir() or is_left_out(member.name):
                 continue

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from ... import UsageError
 from ...tokenizer_files import TokenizerFiles
 from ..corpora.tokens import TokenIndex, TokenShards
+from ..sampling.micro_batches import UNKNOWN_ROWS
 from .order import Place, ShardOrder
 from .rows import Pack, RowFormat, rows_of
 from .tars import is_pipe, samples
 
-UNKNOWN_ROWS = 2**40  # a stream has no end
 BUFFER_ROWS = 1024
 PACKING = "rewurst.preparation.steps.packing", "token_stream"  # built on the data modules, so that it is found by name
 
