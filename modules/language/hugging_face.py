@@ -66,6 +66,17 @@ def export_hugging_face(
     data = content.get("TextDataModule", {})
     align_tokens(model, words, data.get("end_token"), data.get("begin_tokens"))
     model = model.to(getattr(torch, dtype))
+    write_folder(model, words, out)
+
+
+def write_folder(model: Any, words: Any, out: Path) -> None:
+    """Write a model and its tokenizer as a folder that transformers loads, whole or not at all.
+
+    Args:
+        model: Causal language model of transformers.
+        words: Tokenizer of transformers.
+        out: Folder to write; one that is there is replaced.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
