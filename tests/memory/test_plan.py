@@ -49,7 +49,7 @@ def test_stages(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = ["plan", "--config", str(CONFIGS / "wuerstchen" / "one_gpu" / f"{stage}.yaml"), "--memory", "24GiB"]
     if stage == "stage_c":
         assert main(config) == 2
-        assert "does not say how large images are: give --image_size" in capsys.readouterr().err
+        assert "the image size is unknown: give --image_size" in capsys.readouterr().err
         config += ["--image_size", "256"]
     assert main([*config, *(f"--model.init_args.{option}" for option in tiny)]) == 0
     found = lines(capsys)
@@ -78,8 +78,8 @@ def test_text_encoders_that_are_trained(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--memory", "80 apples"], "--memory 80 apples is not a size: give one such as 80GiB"),
-        (["--trainer.precision=bf16-true"], "plan knows precision 32-true, 32, None, bf16-mixed, 16-mixed, not bf16"),
+        (["--memory", "80 apples"], "--memory 80 apples is not a size: use one such as 80GiB"),
+        (["--trainer.precision=bf16-true"], "plan supports precision 32-true, 32, None, bf16-mixed, 16-mixed, not bf16"),
         (["--trainer.max_stepz=3"], "there is no option"),
     ],
 )
