@@ -17,6 +17,9 @@ CLEAN = ("README.md", "CONTRIBUTING.md", "Makefile", "benchmarks/README.md", "do
     "datamodules/storage",
     "datamodules/corpora",
     "src/rewurst/memory",
+    "src/rewurst/checkpoints",
+    "src/rewurst/evaluation",
+    "src/rewurst/reproduce",
 )
 SKIPPED = (
     "docs/reports",  # written by `rewurst reproduce`, whose texts are in src/rewurst/reproduce

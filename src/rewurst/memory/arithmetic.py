@@ -57,7 +57,7 @@ class StepBytes:
         with_gradients: Peak of the backward pass with gradients, if there were none before it.
         gradients: Gradients within ``with_gradients``.
         largest: Size of the largest tensor that the step makes.
-        beside: Buffers, and frozen networks that the step reads, which are not parameters.
+        extra: Buffers, and frozen networks that the step reads, which are not parameters.
     """
 
     forward: int
@@ -66,7 +66,7 @@ class StepBytes:
     with_gradients: int
     gradients: int
     largest: int = 0
-    beside: int = 0
+    extra: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def plan(
     average = own[0] - frozen if layout.averaged else 0
     if layout.offload:
         parameters = frozen
-    copies = step.beside + average
+    copies = step.extra + average
     forward_buffers, backward_buffers = _buffers(weights, layout)
     # Under FSDP a gradient is reduced when its block is done, into a shard that exists or soon will.
     full = layout.accumulates or layout.strategy == "fsdp"

@@ -139,11 +139,11 @@ def measure_step(
     for optimizer in recorder.optimizers:
         del optimizer.__dict__["step"]
     module.zero_grad()
-    beside = sum(there[key] for key in _beside(module, live.read) if key in there)
-    return StepBytes(**recorder.peaks, beside=beside), recorder.optimizers
+    extra = sum(there[key] for key in _extra(module, live.read) if key in there)
+    return StepBytes(**recorder.peaks, extra=extra), recorder.optimizers
 
 
-def _beside(module: LightningModule, read: set[int]) -> set[int]:
+def _extra(module: LightningModule, read: set[int]) -> set[int]:
     """Return the storages on a module's device besides parameters: those read, and whole frozen networks."""
     frozen = [{*_storages(part.module)} for part in vars(module).values() if isinstance(part, Frozen)]
     used = read.union(*(storages for storages in frozen if storages & read))
