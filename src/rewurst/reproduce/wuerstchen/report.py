@@ -107,8 +107,8 @@ def _ratios(content: Row, evidence: Evidence) -> list[str]:
     if evidence.score is None:
         return [
             "Not judged: attributes can be read only from `builtin:shapes`, and FID needs Inception's weights",
-            "(`--inception`). Only the logged losses, which are for different data and cannot be compared, and the PSNR",
-            "of Stage B are left.",
+            "(`--inception`). Only the logged losses, which are for different data and cannot be compared, and the",
+            "PSNR of Stage B are left.",
             "",
             *_logged(content),
         ]
