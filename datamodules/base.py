@@ -189,6 +189,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             start=self.progress.start,
             seed=self.seed,
         )
+        self.progress.rows_of = rows.rows_of
         return loader(rows, Positions(self.progress), self.num_workers)
 
     def val_dataloader(self) -> dict[str, DataLoader[Batch]]:
