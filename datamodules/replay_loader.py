@@ -82,13 +82,13 @@ class ReplayLoader(StreamDataModule[DatasetRows]):
     """Mixes the datasets of a project's own DataLoaders, old and new, for :class:`~rewurst.callbacks.ReplayScheduler`.
 
     Every global batch has an exact share of old samples, whatever the number of processes, workers and micro-batches,
-    and a run that is stopped resumes with the next sample. The order is drawn from ``seed``: samplers of the loaders are
-    not used. What a dataset draws at random is a function of the step, so that it does not depend on workers either.
+    and a run that is stopped resumes with the next sample. The order is drawn from ``seed``: samplers of the loaders
+    are not used. What a dataset draws at random is a function of the step, so that it does not depend on workers.
 
     Args:
         dataset: Name of what is being learnt; another name later means another dataset.
-        new: DataLoader of the new data, or several by name. The first one's ``batch_size`` is that of a micro-batch, its
-            ``collate_fn`` and ``num_workers`` are used for all.
+        new: DataLoader of the new data, or several by name. The first one's ``batch_size`` is that of a micro-batch,
+            its ``collate_fn`` and ``num_workers`` are used for all.
         old: DataLoaders of the data to replay, by name. Old data keeps its name, so that it comes in the order of its
             first reading.
         val: DataLoaders for validation by name, used as they are.

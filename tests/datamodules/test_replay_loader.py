@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from rewurst import UsageError
-from rewurst.callbacks import ExactResume, Forgetting, LRRewarming, ReplayScheduler, WarmupLinear
 from rewurst.callbacks import Constant as ConstantRate
+from rewurst.callbacks import ExactResume, Forgetting, LRRewarming, ReplayScheduler, WarmupLinear
 from rewurst.datamodules import ReplayLoader
 
 pytestmark = pytest.mark.filterwarnings(
@@ -125,7 +125,8 @@ def fit_without_forgetting(data: ReplayLoader, ckpt_path: Path) -> tuple[Notes, 
     module = Notes()
     trainer = Trainer(
         accelerator="cpu", max_steps=15, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, callbacks=[ReplayScheduler(0.25), LRRewarming(ConstantRate(0.1), 20), ExactResume()],
+        enable_checkpointing=False,
+        callbacks=[ReplayScheduler(0.25), LRRewarming(ConstantRate(0.1), 20), ExactResume()],
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module, trainer
