@@ -226,7 +226,7 @@ def litgpt(run: Run) -> None:
 
 def transformers_model(run: Run) -> nn.Module:
     """The model that CausalLM builds, from the same seed."""
-    from rewurst.modules.language.initial_weights import build
+    from rewurst.modules.language.building import build
 
     return build(run.config).train()
 

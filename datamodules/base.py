@@ -8,8 +8,9 @@ The chain, each link a pure function of the step (no generator, sampler or worke
 4. A reader: rows -> what the model is given.
 5. A map-style dataset over micro-batches, read by a stock DataLoader. Rank r takes a contiguous slice of the batch.
 
-What is kept in a checkpoint is the step, the step at which the dataset began, the running sum of the replay share, and
-how far each corpus was read when it was learnt (:mod:`.sampling.replay_history`).
+What is kept in a checkpoint is the step, the step at which the dataset began, the running sum of the replay share, how
+far each corpus was read when it was learnt, and how far it was replayed since (:mod:`.sampling.replay_history`). Over a
+chain of datasets replay advances: each dataset replays what comes after the rows that those before it replayed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 from .. import UsageError
 from ..lightning_compat import keep_samplers
 from .sampling.buckets import Lanes
+from .sampling.epochs import CorpusEpochs
 from .sampling.micro_batches import Batch, EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
 from .sampling.mixture import Mixture, RunningShare
 from .sampling.permutation import CorpusOrder
@@ -46,12 +48,13 @@ class Corpus:
 
     Args:
         path: Folder with ``index.json``, as ``rewurst prepare`` writes it; also a URL with the extra ``remote``.
-        weight: Share among the new corpora, or among the replayed ones.
+        weight: Share among the new corpora (default: 1), or among the replayed ones (default: the rows that were
+            learnt of it, or all of its rows if that is not known).
         replay: Old data, read as much as :class:`~rewurst.callbacks.ReplayScheduler` says.
     """
 
     path: str
-    weight: float = 1.0
+    weight: float | None = None
     replay: bool = False
 
 
@@ -103,13 +106,16 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self.seed = seed
         self.shuffle = shuffle
         self.accumulation = 1
-        self.progress = Progress(self.batch_used)
+        self.progress = Progress(self.batch_used, self._step_done)
         self._share: Any = None
         self._opened: dict[str, R] = {}
         self._restored_sum = (0, 0)
         self._restored_lanes: Sequence[Sequence[int]] | None = None
         self._ledger = Ledger()
+        self._replayed = Ledger()  # before this dataset
+        self._weigh_by_rows = True  # runs that were started by earlier versions replay every corpus equally
         self._current: Lanes | None = None
+        self._epochs: CorpusEpochs | None = None
 
     @abstractmethod
     def open_corpus(self, name: str, path: str) -> R:
@@ -135,6 +141,11 @@ class StreamDataModule(LightningDataModule, Generic[R]):
     def dataset_step(self) -> int:
         """Completed global batches of this dataset."""
         return self.progress.step - self.progress.start
+
+    def new_weights(self) -> dict[str, float]:
+        """Return the weight of every corpus that is learnt."""
+        given = {name: corpus.weight for name, corpus in self.corpora.items() if not corpus.replay}
+        return {name: 1.0 if weight is None else weight for name, weight in given.items()}
 
     def set_replay_share(self, share: Any) -> None:
         """Takes the share of old rows: a number in [0, 1], or a picklable function of the dataset's step."""
@@ -166,7 +177,8 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """Forgets an earlier run that this object has been through."""
         self.progress.restore(step=0, start=0, restored=False)
         self._restored_sum, self._restored_lanes = (0, 0), None
-        self._ledger, self._current = Ledger(), None
+        self._ledger, self._current, self._epochs = Ledger(), None, None
+        self._replayed, self._weigh_by_rows = Ledger(), True
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step on: see :class:`.sampling.trainer_limits.Epochs`."""
@@ -175,6 +187,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         if self.trainer.is_global_zero and not self.progress.rows.any():
             # what was read before a restore, told once
             self.progress.rows = lanes.mixture.read_before(self._different_steps)
+        self._epochs = self._epochs or CorpusEpochs(self._rows_of_first_reading(), [*lanes.mixture.new])
         slots = range(self.global_batch_size)
         of_rank = len(slots) // self.trainer.world_size  # contiguous: a strided slice could hold every old row
         slots = slots[self.trainer.global_rank * of_rank :][:of_rank]
@@ -218,12 +231,16 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         counts = lanes.read_before(self._different_steps).tolist()
         names = lanes.mixture.names
         readings = [(name, self._reading(name, counts[names.index(name)])) for name in lanes.mixture.new]
+        replayed = [(name, self._replay_so_far(name, counts[names.index(name)])) for name in lanes.mixture.old]
         state = {
             "dataset": self.dataset,
             "start": self.progress.start,
             "step": self.progress.step,
             "share_sum": lanes.mixture.share.total(self._different_steps),
             "ledger": self._ledger.with_readings(readings).state(),
+            "replayed_before": self._replayed.state(),
+            "replayed": self._replayed.with_readings(replayed).state(),
+            "weigh_by_rows": self._weigh_by_rows,
             "fingerprint": self._fingerprint(),
         }
         return state if len(lanes) == 1 else state | {"lanes": counts}
@@ -234,8 +251,11 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             return  # validation needs no position, and its corpora may be anybody's
         self._ledger = Ledger(state["ledger"])
         if state["dataset"] != self.dataset:
+            self._replayed, self._weigh_by_rows = Ledger(state.get("replayed")), True
             self.progress.restore(step=state["step"], start=state["step"])
             return
+        self._replayed = Ledger(state.get("replayed_before"))
+        self._weigh_by_rows = state.get("weigh_by_rows", False)
         if state["fingerprint"] != self._fingerprint():
             raise UsageError(
                 f"dataset {self.dataset!r}: its corpora, weights, seed, shuffle or batch size differ from those of the "
@@ -258,6 +278,23 @@ class StreamDataModule(LightningDataModule, Generic[R]):
     def lane_name(self, lane: int) -> str:
         """Name of a lane; with that of the corpus it decides the order of the lane's samples."""
         return ""
+
+    def _rows_of_first_reading(self) -> dict[str, int]:
+        rows = {}
+        for name, source in zip(self._order_of_names(), self._sources(), strict=True):
+            reading = self.reading(name)
+            rows[name] = min(len(source), sum(reading.rows)) if reading is not None else len(source)
+        return rows
+
+    def _step_done(self) -> dict[str, float]:
+        """Return the epoch of each corpus, and warn where new data is read again."""
+        if self._current is None or self._epochs is None:
+            return {}
+        mixture = self._current.mixture
+        counts = dict(zip(mixture.names, mixture.read_before(self._different_steps).tolist(), strict=True))
+        whole_run = self.progress.epochs.whole_run
+        last = 0 if whole_run is None else whole_run - self.progress.start
+        return self._epochs.read(counts, self.dataset_step, last)
 
     def _settle_accumulation(self) -> None:
         assert self.trainer is not None
@@ -291,11 +328,15 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """The order of each lane of each corpus."""
         orders = []
         for name, source in zip(self._order_of_names(), self._sources(), strict=True):
-            reading = self.reading(name)
+            reading, replayed = self.reading(name), self._replay_before(name)
             of_corpus = []
             for lane, rows in enumerate(source.lanes):
                 key = f"{name} {self.lane_name(lane)}".rstrip()
                 order = CorpusOrder(key, rows, self.seed, self.shuffle)
+                if replayed is not None:
+                    order = replace(
+                        order, seed=replayed.seed, shuffle=replayed.shuffle, offset=int(replayed.rows[lane])
+                    )
                 if reading is not None and reading.rows[lane]:
                     first = reading.rows[lane]
                     order = replace(order, seed=reading.seed, shuffle=reading.shuffle, first_reading=first)
@@ -313,6 +354,48 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         fingerprint = self._opened[self.corpora[name].path].fingerprint()
         return Reading(self.seed, self.shuffle, rows, fingerprint[:16])
 
+    def _replay_before(self, name: str) -> Reading | None:
+        """Return how far earlier datasets replayed a corpus that this one replays; None if they did not."""
+        if not self.corpora[name].replay:
+            return None
+        source = self._opened[self.corpora[name].path]
+        replayed = self._replayed.reading(name, source.fingerprint())
+        return replayed if replayed is not None and len(replayed.rows) == len(source.lanes) else None
+
+    def _replay_so_far(self, name: str, rows: Sequence[int]) -> Reading:
+        """Return how far a corpus has been replayed, given the rows of each lane that this dataset replayed."""
+        before, first = self._replay_before(name), self.reading(name) or self._replay_before(name)
+        total = rows if before is None else [known + new for known, new in zip(before.rows, rows, strict=True)]
+        own = self._reading(name, total)
+        return own if first is None else replace(own, seed=first.seed, shuffle=first.shuffle)
+
+    def _replay_weights(self) -> dict[str, float]:
+        """Return the weight of every replayed corpus: the given ones, or the rows that were learnt.
+
+        Raises:
+            UsageError: Some have a weight and others have none.
+        """
+        given = {name: self.corpora[name].weight for name in self.replay_corpora}
+        if len(given) < 2 or (None in given.values() and not self._weigh_by_rows):
+            return {name: 1.0 if weight is None else weight for name, weight in given.items()}
+        weights = {name: weight for name, weight in given.items() if weight is not None}
+        if not weights:
+            return {name: float(self._rows_learnt(name)) for name in given}
+        if len(weights) < len(given):
+            [without, *_] = given.keys() - weights.keys()
+            raise UsageError(
+                f"replayed corpus {without!r} has no weight and {next(iter(weights))!r} has one: give all of them a "
+                "weight, or none to weigh them by the rows that were learnt"
+            )
+        return weights
+
+    def _rows_learnt(self, name: str) -> int:
+        """Return the distinct rows of a corpus that were learnt, or all of its rows if that is not known."""
+        reading, lanes = self.reading(name), self._opened[self.corpora[name].path].lanes
+        if reading is None or len(reading.rows) != len(lanes):
+            return sum(lanes)
+        return sum(min(read, rows) for read, rows in zip(reading.rows, lanes, strict=True))
+
     def _lanes(self) -> Lanes:
         weights, lane_of = self.lane_of(self._order_of_names())
         counts = None if self._restored_lanes is None else np.array(self._restored_lanes, dtype=np.int64)
@@ -324,10 +407,14 @@ class StreamDataModule(LightningDataModule, Generic[R]):
                 f"corpus {self.replay_corpora[0]!r} is to be replayed and nothing says how much: "
                 "add the callback ReplayScheduler(share=0.05)"
             )
-        new = {name: corpus.weight for name, corpus in self.corpora.items() if not corpus.replay}
-        old = {name: corpus.weight for name, corpus in self.corpora.items() if corpus.replay}
         share = RunningShare(self._share if self.replay_corpora else 0.0, *self._restored_sum)
-        return Mixture(self.global_batch_size, new, old, share)
+        return Mixture(self.global_batch_size, self.new_weights(), self._replay_weights(), share)
+
+    def _weight(self, name: str) -> float | None:
+        """Return the weight that decides the order; None if it follows from the rows that were learnt."""
+        corpus = self.corpora[name]
+        by_rows = corpus.replay and self._weigh_by_rows and len(self.replay_corpora) > 1
+        return 1.0 if corpus.weight is None and not by_rows else corpus.weight
 
     def _settle_epochs(self) -> None:
         """Follow the Trainer's limits, as the user set them: this object may have changed them in an earlier fit."""
@@ -350,7 +437,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
     def _fingerprint(self) -> str:
         parts = {
             "corpora": [  # their order numbers them, so it decides which slots they fill
-                [name, self._opened[corpus.path].fingerprint(), corpus.weight, corpus.replay]
+                [name, self._opened[corpus.path].fingerprint(), self._weight(name), corpus.replay]
                 for name, corpus in self.corpora.items()
             ],
             "order": [self.seed, self.shuffle, self.global_batch_size],

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from .. import UsageError
 from .corpora.images import ImageRows
+from .imaging.captions import choose
 from .imaging.decoding import MAX_PIXELS, DecodeError, decode
-from .imaging.facts import caption_of, image_suffix
 from .imaging.geometry import Crop, Size, crop, resample, size_to_decode, uniform
 from .sampling.micro_batches import Batch, Picks
 from .sampling.permutation import slot_seeds
@@ -45,16 +45,21 @@ class Showing:
 
 @dataclass(frozen=True)
 class Shown:
-    """One image of a batch: pixels (h, w, 3), what they show of the stored image, the stored size, the caption."""
+    """One image of a batch: pixels (h, w, 3), what they show of the stored image, the stored size, the caption.
+
+    Attributes:
+        captions: All captions of the image, of which ``caption`` is one unless it was dropped.
+    """
 
     pixels: NDArray[np.uint8]
     crop: Crop
     original_size: Size
     caption: str
+    captions: Sequence[str]
 
-    def about(self) -> tuple[str, list[int], list[int]]:
-        """Caption, crop and stored size as plain values."""
-        return self.caption, list(map(int, self.crop)), list(map(int, self.original_size))
+    def about(self) -> tuple[list[str], list[int], list[int]]:
+        """Captions, crop and stored size as plain values."""
+        return list(self.captions), list(map(int, self.crop)), list(map(int, self.original_size))
 
 
 class Sample(Protocol):
@@ -151,13 +156,19 @@ class ImageReader(ReplacingReader[Shown]):
         covered = None if showing.resize is None else (max(showing.resize, target[0]), max(showing.resize, target[1]))
         shown = crop(size, target, seed if picks.training and showing.random_crop else None, covered)
         members = source.shards.members(row)
-        data = members[image_suffix(members)]
-        pixels = resample(decode(data, size_to_decode(size, shown, target), showing.max_pixels), size, shown, target)
+        decoded = decode(source.shards.index.image(members), size_to_decode(size, shown, target), showing.max_pixels)
+        if decoded.shape[:2] not in [tuple(-(-side // by) for side in size) for by in (1, 2, 4, 8)]:
+            raise UsageError(
+                f"{source.path}: {source.locate(row)} has {decoded.shape[1]} x {decoded.shape[0]} pixels upright, its "
+                f"index says {size[1]} x {size[0]}: index or prepare the corpus again"
+            )
+        pixels = resample(decoded, size, shown, target)
         flip, drop = uniform(seed, "flip, caption", 2) if picks.training else (1.0, 1.0)
         if flip < showing.flip:
             pixels = pixels[:, ::-1]
-        caption = caption_of(members, source.shards.index.caption_key or None) or ""
-        return Shown(pixels, shown, size, "" if drop < showing.caption_dropout else caption)
+        captions = source.shards.index.captions(members) or [""]
+        caption = captions[choose(captions, seed if picks.training else None)]
+        return Shown(pixels, shown, size, "" if drop < showing.caption_dropout else caption, captions)
 
 
 def describe_left_out(name: str, rows: ImageRows) -> str:

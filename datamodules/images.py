@@ -138,8 +138,7 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
     def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:
         """Shapes by how many new images have them."""
         rows = [self._opened[self.corpora[name].path] for name in names]
-        new = [(self.corpora[name].weight, one) for name, one in zip(names, rows, strict=True)]
-        new = [(weight, one) for (weight, one), name in zip(new, names, strict=True) if not self.corpora[name].replay]
+        new = [(weight, self._opened[self.corpora[name].path]) for name, weight in self.new_weights().items()]
         weights = [sum(weight * one.lanes[lane] / len(one) for weight, one in new) for lane in range(len(self.sizes))]
         if self._chosen and not all(weights):
             height, width = self.sizes[weights.index(0)]

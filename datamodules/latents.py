@@ -18,7 +18,7 @@ from .corpora.images import ImageRows
 from .corpora.latents import LatentShards
 from .image_reader import ReplacingReader, describe_left_out
 from .images import ImageTextDataModule
-from .imaging.facts import caption_of
+from .imaging.captions import choose
 from .imaging.filters import Filters
 from .imaging.geometry import Crop, Size, uniform
 from .sampling.micro_batches import Batch, Picks, Reader
@@ -46,7 +46,11 @@ class LatentReader(ReplacingReader[ShownLatents]):
         members = shards.members(row)
         arrays = shards.arrays(members)
         about = json.loads(members["json"])
-        caption = caption_of(members) or ""
+        captions = shards.index.captions(members) or [""]
+        chosen = choose(captions, seed if picks.training else None)
+        caption = captions[chosen]
+        if "text" in arrays and arrays["text"].ndim > 2:  # the states of each caption
+            arrays["text"] = arrays["text"][chosen]
         drop = uniform(seed, "flip, caption", 2)[1] if picks.training else 1.0
         if drop < self._showing.caption_dropout:
             caption = ""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from .. import UsageError
 from .base import Corpus, StreamDataModule
@@ -72,13 +73,19 @@ class TextDataModule(StreamDataModule[TokenShards]):
         return next(iter(self._opened.values())).index.end_token
 
     @property
+    def begin_tokens(self) -> tuple[int, ...]:
+        """Tokens before each document, such as a BOS."""
+        return next(iter(self._opened.values())).index.begin_tokens
+
+    @property
     def tokenizer_folder(self) -> str:
         """The tokenizer that lies beside the first corpus."""
         return next(iter(self._opened.values())).tokenizer_folder
 
     def state_dict(self) -> dict[str, Any]:
-        """What every stream keeps, and where the tokenizer lies."""
-        return super().state_dict() | {"tokenizer": self.tokenizer_folder}
+        """Return what every stream keeps, where the tokenizer is, and the tokens around each document."""
+        tokens = {"end_token": self.end_token, "begin_tokens": list(self.begin_tokens)}
+        return super().state_dict() | {"tokenizer": self.tokenizer_folder, **tokens}
 
     def open_corpus(self, name: str, path: str) -> TokenShards:
         """Opens a corpus; all of them have one tokenizer and one length of rows."""
@@ -89,8 +96,15 @@ class TextDataModule(StreamDataModule[TokenShards]):
                 f"corpus {name!r} ({path}) has rows of sequence_length {shards.index.sequence_length}, asked for is "
                 f"{self.sequence_length}: prepare it again, or set sequence_length to that"
             )
-        if shards.index.tokenizer_sha256 != first.index.tokenizer_sha256:
+        if not shards.has_tokenizer_of(first):
             raise UsageError(f"corpus {name!r} ({path}) was prepared with another tokenizer than {first.path}")
+        for what in ("end_token", "begin_tokens"):
+            here, there = getattr(shards.index, what), getattr(first.index, what)
+            if here != there and here is not None and there is not None:
+                rank_zero_warn(
+                    f"corpus {name!r} ({path}) was prepared with {what} {here}, {first.path} with {there}: prepare one "
+                    "of them again, or the model learns both"
+                )
         return shards
 
     def example_batch(self, micro_batch_size: int) -> Batch:

@@ -30,8 +30,8 @@ import yaml
 from demo import command
 from report import COLOURS
 
-from rewurst.preparation.sources import shapes
-from rewurst.reproduce.shared import scalars
+from rewurst.preparation.sources.pictures import shapes
+from rewurst.reproduce.logged import scalars
 
 CONFIG, BEGUN = Path("configs/wuerstchen/continue_c.yaml"), Path("configs/wuerstchen/shapes/stage_c.yaml")
 DATA, OUT = Path("data/shapes-new"), Path("runs/continued_prior")

@@ -99,7 +99,7 @@ def prepare(data: Path) -> None:
 def export(run: str) -> str:
     """Writes the run's model as a Hugging Face folder and has it continue the prompt."""
     from rewurst.checkpoints.newest import newest_checkpoint
-    from rewurst.modules.language.hugging_face import generate_text
+    from rewurst.modules.language.generation import generate_text
 
     folder = OUT / "hf" / run
     command("export", "hf", str(newest_checkpoint([OUT / run])), str(folder), "--overwrite")

@@ -18,7 +18,7 @@ import numpy as np
 import report
 from PIL import Image, ImageDraw
 
-from rewurst.preparation.sources import shapes
+from rewurst.preparation.sources.pictures import shapes
 
 CONFIGS = Path("configs/wuerstchen/shapes")
 DATA, NEW_DATA = Path("data/shapes"), Path("data/shapes-new")  # what the configs name

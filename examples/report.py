@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewurst.reproduce.shared import scalars
+from rewurst.reproduce.logged import scalars
 
 CORPORA = ("prose", "code")
 # Okabe and Ito's colours, which the colour-blind can tell apart.

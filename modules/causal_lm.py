@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import UsageError
-from .language.document_masks import IGNORED, document_arguments, document_targets, require_positions
-from .language.head import blocks, checkpoint_activations, head_computes, is_plain_head, set_attention
-from .language.hugging_face import continuations
-from .language.initial_weights import build, load_initial_weights
-from .losses.cross_entropy import cross_entropy, linear_cross_entropy
+from .language.building import build
+from .language.document_masks import IGNORED, document_arguments, document_targets
+from .language.generation import continuations
+from .language.head import blocks, checkpoint_activations, set_attention
+from .language.initial_weights import check_weights, load_initial_weights
+from .language.limits import extend_vocabulary, require_positions_for, require_vocabulary, vocabulary_of
+from .language.lora import add_adapters, trained_names
+from .language.objective import Losses, Objective, busiest_share, compute_losses, find_objective
+from .language.probes import require_causal, require_separate_documents
 from .optimizers.choice import OptimizerChoice, OptimizerSettings, make_optimizer
-from .shared.flops import flops_a_token
+from .shared.flops import flops_per_token, matrix_parameters
 from .shared.monitored import MeasuredByCorpus, WatchedModule
 
 Batch = dict[str, Tensor]
@@ -59,13 +63,18 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
             kinds need the package flash-attn and a GPU.
         activation_checkpointing: Recompute every n-th block in the backward pass, none by default.
         compile: Compile each block with torch.compile, when a Trainer sets the module up.
+        extend_vocabulary: Give the model rows for tokens that only the tokenizer of the data has, each the mean of the
+            old rows; a number such as 64 makes the new size a multiple of it.
+        lora: Train low-rank adapters only: settings of ``peft.LoraConfig`` such as ``{r: 16, lora_alpha: 32}``.
+            ``modules_to_save: [embed_tokens, lm_head]`` trains embeddings and head too. Checkpoints contain only what
+            is trained, so the weights of ``model`` or ``init_from`` have to stay where they are.
 
     Raises:
         UsageError: The model is none that transformers knows, weights do not fit, the tokenizer has more tokens than
             the model, the model cannot do what is asked for.
     """
 
-    flops_formula = "6 N + 12 L d T a token"
+    flops_formula = "6 N + 12 L d T per token, N without what is only looked up"
     planning_arguments: ClassVar[dict[str, Any]] = {
         "init_from": None,
         "activation_checkpointing": None,
@@ -84,6 +93,8 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         attn_implementation: Attention | None = None,
         activation_checkpointing: int | None = None,
         compile: bool = False,  # noqa: A002  # the field's word
+        extend_vocabulary: bool | int = False,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(max_grad_norm)
         if z_loss < 0:
@@ -91,32 +102,38 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         self.model: nn.Module = build(model).train()  # from_pretrained leaves it in evaluation mode, without dropout
         if init_from is not None:
             load_initial_weights(self.model, init_from)
+        self.lora = lora
+        self._base = {"model": model, "init_from": init_from}
         if attn_implementation is not None:
             set_attention(self.model, attn_implementation)
         if activation_checkpointing is not None:
             checkpoint_activations(self.model, activation_checkpointing)
+        require_causal(self.model)
+        if lora is not None:
+            add_adapters(self.model, lora)
         if document_masks:
-            require_positions(self.model)
+            require_separate_documents(self.model)
+        if extend_vocabulary < 0:
+            raise UsageError(f"extend_vocabulary {extend_vocabulary} must be true, or the multiple to extend to")
         self.optimizer = optimizer
         self.z_loss = z_loss
         self.document_masks = document_masks
         self.end_token: int | None = getattr(self.model.config, "eos_token_id", None)
         self.tokens = 0
         self._to_compile = blocks(self.model) if compile else []
-        self._plain_head: bool | None = None
+        self.extend_vocabulary = extend_vocabulary
+        self._objective: Objective | None = None
+        self._busiest: Tensor | None = None
         self._window_tokens = 0
         self._sums: dict[int, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         """Checks that the model knows every token of the data, and how its loss can be computed."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        vocab_size = getattr(datamodule, "vocab_size", None)
-        known = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        if vocab_size is not None and vocab_size > known:
-            raise UsageError(
-                f"the tokenizer has {vocab_size} tokens and the model's vocab_size is {known}: "
-                f"set model.vocab_size to at least {vocab_size}"
-            )
+        if (tokens := getattr(datamodule, "vocab_size", None)) is not None:
+            require_vocabulary(self.model, tokens, self._may_extend)
+        if (length := getattr(datamodule, "sequence_length", None)) is not None:
+            require_positions_for(self.model, length)
         self.end_token = getattr(datamodule, "end_token", self.end_token)
         if self.document_masks and not isinstance(self.end_token, int):
             raise UsageError(
@@ -124,15 +141,13 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
                 "document: give the config an eos_token_id"
             )
         super().setup(stage)
-        self._find_head()
+        self._find_objective()
         while self._to_compile:
             self._to_compile.pop().compile()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of token ids (batch, length)."""
-        input_ids = input_ids.long()  # a loader without a Trainer gives them as they are stored
-        arguments = {} if self._end is None else document_arguments(self.model, input_ids, self._end)
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **arguments).logits
+        logits: Tensor = self.model(**self._arguments(input_ids), use_cache=False).logits
         return logits
 
     def token_losses(self, input_ids: Tensor) -> Tensor:
@@ -140,24 +155,33 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
 
         With ``document_masks`` it is 0 where a document begins.
         """
-        return self._losses(input_ids[:, :-1], self._targets(input_ids), 0.0, "none")
+        return self._losses(input_ids[:, :-1], self._targets(input_ids), "none").losses
 
     def loss(self, input_ids: Tensor) -> Tensor:
-        """What training minimises, from ids (batch, length): the mean of the tokens' losses, z-loss included."""
-        return self._losses(input_ids[:, :-1], self._targets(input_ids), self.z_loss, "mean")
+        """What training minimises, from ids (batch, length): the mean of the tokens' losses and every further term.
+
+        These are the z-loss and what the model itself defines, such as the balance of a mixture's experts.
+        """
+        losses, router_logits = self._losses(input_ids[:, :-1], self._targets(input_ids), "mean", training=True)
+        self._busiest = busiest_share(self.model, router_logits)
+        return losses
 
     def flops(self, batch: Batch) -> float | None:
-        """FLOPs of a training step on a micro-batch, 6 N + 12 L d T a token; none for models with experts."""
+        """Return the FLOPs of a training step on a micro-batch, or None for models with experts.
+
+        6 N + 12 L d T per token. N counts the parameters that are multiplied: not an input embedding of its own, which
+        is only looked up and is 22 % of Pythia-70m's parameters (the papers' tables of throughput count it).
+        """
         rows, length = batch["input_ids"].shape
         config: Any = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
         if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             return None  # a token passes some of the parameters
         shape = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
-        return rows * (length - 1) * flops_a_token(self._parameter_count, *shape, length - 1)
+        return rows * (length - 1) * flops_per_token(self._matrix_parameters, *shape, length - 1)
 
     @cached_property
-    def _parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+    def _matrix_parameters(self) -> int:
+        return matrix_parameters(self.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch."""
@@ -175,12 +199,14 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         """Logs the latest loss and norm, and the tokens so far."""
         super().log_latest()
         self.log("tokens", float(self.tokens), batch_size=1)
+        if self._busiest is not None:
+            self.log("train/busiest_expert", self._busiest, batch_size=1, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums losses and tokens of a corpus, so that the mean does not depend on batches or ranks."""
         input_ids = batch["input_ids"]
         targets = self._targets(input_ids)
-        losses = self._losses(input_ids[:, :-1], targets, 0.0, "none").double().sum(1)
+        losses = self._losses(input_ids[:, :-1], targets, "none").losses.double().sum(1)
         tokens = (targets != IGNORED).sum(1)
         valid = batch.get("valid", torch.ones_like(tokens, dtype=torch.bool))
         sums = torch.stack([losses.where(valid, 0).sum(), tokens.where(valid, 0).sum().double()])
@@ -193,24 +219,64 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
 
     def continue_text(self, prompts: Sequence[str], max_new_tokens: int = 50, temperature: float = 0.8) -> list[str]:
         """Continuations of prompts, for :class:`~rewurst.callbacks.LogText`, with the tokenizer of the data."""
-        folder = getattr(self.trainer.datamodule, "tokenizer_folder", None)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        folder = getattr(data, "tokenizer_folder", None)
         if not folder:
             raise UsageError("LogText: the data module knows no tokenizer_folder: prompts cannot be told as tokens")
-        return continuations(self.model, folder, prompts, max_new_tokens, temperature)
+        tokens = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
+        return continuations(self.model, folder, prompts, max_new_tokens, temperature, **tokens)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over two groups: matrices, which decay, and everything else, which does not."""
         return make_optimizer(self.optimizer, PAPERS, self)
+
+    @property
+    def _may_extend(self) -> bool | int:
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        if self.lora is not None and self.extend_vocabulary and not embeddings.weight.requires_grad:
+            raise UsageError(
+                "extend_vocabulary with lora: new rows would stay as they are; train them, lora.modules_to_save: "
+                "[embed_tokens, lm_head]"
+            )
+        return self.extend_vocabulary
+
+    @property
+    def _saves_adapter_only(self) -> bool:
+        return self.lora is not None and (isinstance(self._base["model"], str) or self._base["init_from"] is not None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the weights, with ``lora`` those that are trained: the others are in the model's own files."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if not self._saves_adapter_only:
+            return state
+        trained, prefix = trained_names(self), kwargs.get("prefix", "")
+        return {name: tensor for name, tensor in state.items() if name.removeprefix(prefix) in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, with ``lora`` those that are trained."""
+        if self._saves_adapter_only and strict:
+            check_weights(self.state_dict(), state_dict, "lora")
+        return super().load_state_dict(state_dict, strict and not self._saves_adapter_only, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the count of tokens and the model's config, with which an export needs nothing else."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["tokens"] = self.tokens
         checkpoint["model_config"] = self.model.config.to_dict()  # type: ignore[union-attr,operator]
+        if self.lora is not None:
+            checkpoint["lora"] = {"settings": self.lora, "adapter_only": self._saves_adapter_only, **self._base}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the count of tokens over; a checkpoint of another project has none."""
         self.tokens = checkpoint.get("tokens", 0)
+        self.fit_to_checkpoint(checkpoint)
+
+    def fit_to_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the model the rows that ``extend_vocabulary`` had given it when the checkpoint was saved."""
+        config = checkpoint.get("model_config") or {}
+        tokens = (config.get("text_config") or config).get("vocab_size") or 0
+        if self.extend_vocabulary and tokens > vocabulary_of(self.model):
+            extend_vocabulary(self.model, tokens)
 
     def _log_corpora(self, stage: str, loaders: Any) -> None:
         names = list(loaders) if isinstance(loaders, dict) else [str(index) for index in range(len(self._sums))]
@@ -225,13 +291,13 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         if means:
             self.log(f"{stage}/loss/average", torch.stack(list(means.values())).mean(), prog_bar=True)
 
-    def _find_head(self) -> bool:
-        if self._plain_head is None:
-            self._plain_head = is_plain_head(self.model)
-            if not self._plain_head:
+    def _find_objective(self) -> Objective:
+        if self._objective is None:
+            self._objective = find_objective(self.model)
+            if not self._objective.plain_head:
                 name = type(self.model).__name__
                 rank_zero_info(f"{name} does more than a linear head: its loss is computed over all logits")
-        return self._plain_head
+        return self._objective
 
     @property
     def _end(self) -> int | None:
@@ -243,13 +309,20 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         targets = input_ids[:, 1:]
         return targets if self._end is None else document_targets(input_ids[:, :-1], targets, self._end)
 
-    def _losses(self, input_ids: Tensor, targets: Tensor, z_loss: float, reduction: Literal["none", "mean"]) -> Tensor:
-        if not self._find_head():
-            return cross_entropy(self.forward(input_ids), targets, z_loss=z_loss, reduction=reduction)
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+    def _losses(
+        self, input_ids: Tensor, targets: Tensor, reduction: Literal["none", "mean"], training: bool = False
+    ) -> Losses:
+        return compute_losses(
+            self.model,
+            self._find_objective(),
+            self._arguments(input_ids),
+            targets,
+            z_loss=self.z_loss if training else 0.0,
+            reduction=reduction,
+            training=training,
+        )
 
-        def loss(hidden: Tensor) -> Tensor:
-            return linear_cross_entropy(hidden, head.weight, targets, head.bias, z_loss=z_loss, reduction=reduction)
-
-        with head_computes(head, loss):
-            return self.forward(input_ids)
+    def _arguments(self, input_ids: Tensor) -> dict[str, Tensor]:
+        input_ids = input_ids.long()  # a loader without a Trainer gives them as they are stored
+        further = {} if self._end is None else document_arguments(self.model, input_ids, self._end)
+        return {"input_ids": input_ids, **further}

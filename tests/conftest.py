@@ -74,9 +74,10 @@ def randomize() -> Randomize:
 # Files that take long, the longest first: they start first, so that both processes of `make test` end together.
 LONG = (
     "fsdp/test_strategy", "test_kill", "continual/test_runner", "modules/test_stage_a", "fsdp/test_optimizers",
-    "test_causal_lm", "fsdp/test_killed", "datamodules/test_text", "wuerstchen/test_study", "engine/test_ray",
-    "learning_rate/test_rewarming", "samples/test_image_scores", "modules/test_stage_b", "memory/test_plan",
-    "evaluation/test_evaluation", "test_packaging", "test_tutorials", "sources/test_builtin_text",
+    "test_causal_lm", "test_causal_lm_steps", "fsdp/test_killed", "language/test_loss", "wuerstchen/test_study",
+    "engine/test_ray", "datamodules/test_text_resume", "learning_rate/test_next_dataset",
+    "samples/test_image_scores", "modules/test_stage_b", "memory/test_plan", "evaluation/test_evaluation",
+    "test_packaging", "test_tutorials", "sources/test_builtin_text",
 )  # fmt: skip
 
 

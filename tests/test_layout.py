@@ -20,6 +20,7 @@ FLOORS = (
     ("preparation", "evaluation"),
     ("modules", "datamodules", "callbacks"),
     ("checkpoints",),
+    ("tokenizer_meaning",),
     ("tokenizer_files",),
     ("files",),
     ("lightning_compat",),

@@ -113,8 +113,9 @@ class StepProgressBar(TQDMProgressBar):
         metrics.pop("v_num", None)
         if "train/loss" in metrics:
             metrics = {"loss": metrics.pop("train/loss")} | metrics
-        if trainer.optimizers:
-            metrics["lr"] = f"{float(trainer.optimizers[0].param_groups[0]['lr']):.2e}"
+        rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
+        if rate is not None:  # Adafactor may compute its own
+            metrics["lr"] = f"{float(rate):.2e}"
         speeds = next((c.latest for c in trainer.callbacks if isinstance(c, Throughput)), {})  # type: ignore[attr-defined]
         for name in ("tokens", "samples"):
             if (speed := speeds.get(f"throughput/{name}_per_s")) is not None:

@@ -24,9 +24,9 @@ class TensorBoardLayout(Callback):
 
     Charts: the validation loss of every corpus in one; the training loss; forgetting and adaptation against the start
     of the dataset; the learning rate with a vertical line where it is re-warmed; the replay share asked for and read;
-    tokens; tokens a second, MFU with its formula, shares of time; the gradient norm; and what the module names in an
-    attribute ``charts``, as the argument does. Those that only a callback fills are there where it is. Grids and sample
-    text stand under "Images" and "Text", where :class:`~rewurst.callbacks.LogSamples` and
+    tokens; the epoch of each corpus; tokens a second, MFU with its formula, shares of time; the gradient norm; and what
+    the module names in an attribute ``charts``, as the argument does. Those that only a callback fills are there where
+    it is. Grids and sample text stand under "Images" and "Text", where :class:`~rewurst.callbacks.LogSamples` and
     :class:`~rewurst.callbacks.LogText` put them.
 
     Where a dataset begins (see :class:`~rewurst.callbacks.LRRewarming`), its name, step and schedule are logged as the
@@ -69,6 +69,8 @@ class TensorBoardLayout(Callback):
         by_tokens = getattr(datamodule, "tokens_per_step", None) is not None
         if by_tokens:
             training["Tokens"] = ["tokens"]
+        if hasattr(datamodule, "rows_read"):  # corpora with an order, see ReplaySource
+            training["Epoch of each corpus"] = ["data/epoch/.*"]
         layout = {"Learning": learning, "Training": training}
         if Throughput in there:
             formula = getattr(pl_module, "flops_formula", "FLOPs of a step")

@@ -8,7 +8,7 @@ import json
 import math
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import UsageError
-from ..imaging.facts import FACTS_DTYPE
+from ..imaging.facts import FACTS_DTYPE, captions_of, image_suffix
 from ..imaging.filters import Filters
 from ..imaging.geometry import Size, nearest_bucket
 from ..storage.random_access import join, open_bytes
-from .index import CorpusIndex
+from .index import ABSENT_IF_EMPTY, CorpusIndex
 from .open_shards import OpenShard, Shards, ends_of, places
+from .tar import is_left_out
 
 FACTS_FILE = "facts.npy"
 
@@ -33,11 +34,31 @@ class ImageIndex(CorpusIndex):
     Attributes:
         caption_key: Key of the .json under which captions stand; empty where they are the .txt.
         facts_sha256: Of ``facts.npy``, which decides what filters keep.
+        image_member: Suffix of the members that are the images; empty for the usual ones.
+        caption_member: Suffix of the members that hold the captions; empty for the usual ones.
     """
 
     facts_sha256: str
     caption_key: str = ""
+    image_member: str = field(default="", metadata=ABSENT_IF_EMPTY)
+    caption_member: str = field(default="", metadata=ABSENT_IF_EMPTY)
     kind: str = "images"
+
+    def image(self, members: Mapping[str, bytes]) -> bytes:
+        """The image file among the members of a sample.
+
+        Raises:
+            DecodeError: There is none.
+        """
+        return members[image_suffix(members, self.image_member)]
+
+    def captions(self, members: Mapping[str, bytes]) -> list[str]:
+        """The captions among the members of a sample, none where it has none.
+
+        Raises:
+            DecodeError: They are not text.
+        """
+        return captions_of(members, self.caption_key or None, self.caption_member)
 
     def check(self, where: str) -> None:
         """Raise where the index at ``where`` contradicts itself."""
@@ -124,7 +145,7 @@ def sample_members(content: bytes, where: str) -> dict[str, bytes]:
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for info in tar:
-                file = tar.extractfile(info)
+                file = None if is_left_out(info.name) else tar.extractfile(info)
                 if file is not None:
                     members[info.name.rsplit("/", 1)[-1].partition(".")[2].lower()] = file.read()
     except tarfile.TarError as error:

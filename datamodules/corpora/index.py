@@ -16,6 +16,8 @@ from ..storage.random_access import is_remote, join, read_whole
 
 INDEX_FILE = "index.json"
 VERSION = 1
+ABSENT_IF_EMPTY = {"absent_if_empty": True}
+"""Metadata of a field that an index has only where it says something, so that older corpora stay what they are."""
 HOW_TO_MAKE = "`rewurst prepare text|images SOURCE... --out DIR` makes one, `rewurst prepare index SHARD...` of shards"
 
 
@@ -74,7 +76,7 @@ class CorpusIndex:
         if content.get("kind") != kind:
             raise UsageError(f"{where}: kind is {content.get('kind')!r}, expected {kind!r}")
         values = _fields_of(where, cls, content)
-        values["sources"] = tuple(values["sources"])
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         values["shards"] = tuple(
             Shard(**_fields_of(f"{where}, shards[{i}]", Shard, shard)) for i, shard in enumerate(values["shards"])
         )
@@ -103,7 +105,7 @@ class CorpusIndex:
 
     def content(self) -> str:
         """What ``index.json`` holds."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps({name: value for name, value in asdict(self).items() if self._says(name)}, indent=1) + "\n"
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides which sample is which; where shards lie does not count."""
@@ -113,9 +115,14 @@ class CorpusIndex:
                 field.name: getattr(self, field.name)
                 for field in fields(self)
                 if field.name not in ("shards", "sources", "version", *self.not_in_fingerprint())
+                and self._says(field.name)
             },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _says(self, name: str) -> bool:
+        [field] = [field for field in fields(self) if field.name == name]
+        return bool(getattr(self, name)) or not field.metadata.get("absent_if_empty")
 
     @classmethod
     def not_in_fingerprint(cls) -> tuple[str, ...]:
@@ -179,7 +186,9 @@ def _fields_of(where: str | Path, cls: type, content: Any) -> dict[str, Any]:
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a whole number from 0")
         if kind == "str" and not isinstance(value, str):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected text")
-        if kind.startswith("tuple") and not isinstance(value, list):
+        if kind.startswith("tuple") and not isinstance(value, list | tuple):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a list")
+        if kind.startswith("tuple[int") and not all(map(_is_count, value)):
+            raise UsageError(f"{where}: {field.name} is {value!r}, expected a list of whole numbers from 0")
         values[field.name] = value
     return values

@@ -18,6 +18,8 @@ from ..storage.random_access import Bytes, SeekableFile
 BLOCK_BYTES = 512
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's: the key ends at the first dot of the file name
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's notes to itself
+# What file managers leave behind; webdataset skips names that begin with a dot.
+_CLUTTER = re.compile(r"(^|.*/)(\.[^/]*|Thumbs\.db|desktop\.ini)$|(^|.*/)__MACOSX/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,18 @@ class BytesFile(SeekableFile):
         return end - begin
 
 
-def scan(content: Bytes, where: str) -> Iterator[Sample]:
+def is_left_out(name: str) -> bool:
+    """Whether a member belongs to no sample: notes of webdataset, and what file managers leave behind."""
+    return bool(_META.match(name) or _CLUTTER.match(name))
+
+
+def scan(content: Bytes, where: str, left_out: list[str] | None = None) -> Iterator[Sample]:
     """The samples of a tar, in order.
 
     Args:
         content: The tar.
         where: Its path, for messages.
+        left_out: List that names of members are added to which belong to no sample, such as ``.DS_Store``.
 
     Raises:
         UsageError: It is no tar, cut in a header, cut in data, or lacks its end; it holds nothing; a key comes twice;
@@ -75,10 +83,10 @@ def scan(content: Bytes, where: str) -> Iterator[Sample]:
     """
     if not content.size:
         raise UsageError(f"{where}: empty, expected a tar")
-    seen: set[str] = set()
+    seen: dict[str, set[str]] = {}
     key, members, begin = "", dict[str, Member](), 0
     end = 0
-    for name, offset, member in _members(content, where):
+    for name, offset, member in _members(content, where, [] if left_out is None else left_out):
         match = _NAME.match(name)
         if match is None:
             raise UsageError(f"{where}: member {name!r} at byte {offset} has no extension; webdataset would skip it")
@@ -88,15 +96,26 @@ def scan(content: Bytes, where: str) -> Iterator[Sample]:
                 yield Sample(key, tuple(members.values()), begin, offset)
             key, members, begin = match[1], {}, offset
             if key in seen:
-                raise UsageError(f"{where}: key {key!r} at byte {offset} comes again; rename one of the samples")
-            seen.add(key)
+                raise _comes_again(where, key, offset, twice=extension in seen[key])
+            seen[key] = set()
         if extension in members:
             raise UsageError(f"{where}: member {name!r} at byte {offset} comes twice; webdataset cannot read it")
         members[extension] = Member(extension, *member)
+        seen[key].add(extension)
         end = offset_after(*member)
     if not members:
         raise UsageError(f"{where}: holds no sample")
     yield Sample(key, tuple(members.values()), begin, end)
+
+
+def _comes_again(where: str, key: str, offset: int, twice: bool) -> UsageError:
+    again = f"{where}: key {key!r} at byte {offset} comes again"
+    if twice:
+        return UsageError(f"{again}; rename one of the samples")
+    return UsageError(
+        f"{again}: the files of a sample must be neighbors, or webdataset takes them apart; make the tar again with "
+        "`tar --sort=name`"
+    )
 
 
 def offset_after(begin: int, size: int) -> int:
@@ -104,15 +123,16 @@ def offset_after(begin: int, size: int) -> int:
     return begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _members(content: Bytes, where: str) -> Iterator[tuple[str, int, tuple[int, int]]]:
-    """Name, offset of the first header, and begin and size of the content, of every plain file."""
+def _members(content: Bytes, where: str, left_out: list[str]) -> Iterator[tuple[str, int, tuple[int, int]]]:
+    """Name, offset of the first header, and begin and size of the content, of every plain file of a sample."""
     end = 0
     try:
         with tarfile.open(fileobj=BytesFile(content), mode="r:") as tar:
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it keeps every header otherwise
                 end = offset_after(info.offset_data, info.size)
-                if info.isdir() or _META.match(info.name):
+                if info.isdir() or is_left_out(info.name):
+                    left_out += [info.name] if _CLUTTER.match(info.name) and not info.isdir() else []
                     continue
                 if not info.isreg():
                     raise UsageError(f"{where}: member {info.name!r} at byte {info.offset} is no plain file")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import UsageError
-from ..storage.random_access import is_remote
-from .index import CorpusIndex, Shard
+from ..storage.random_access import is_remote, read_whole
+from .index import ABSENT_IF_EMPTY, CorpusIndex, Shard
 from .open_shards import OpenShard, Shards, ends_of, places
 from .tar import BLOCK_BYTES
 
@@ -46,6 +46,7 @@ class TokenIndex(CorpusIndex):
         vocab_size: Every token is below it.
         end_token: The token after each document, none where that is not known.
         tokenizer_sha256: SHA-256 of the ``tokenizer.json`` that made the tokens, empty where that is not known.
+        begin_tokens: Tokens before each document, such as a BOS; none in corpora prepared before they were recorded.
     """
 
     dtype: str
@@ -57,6 +58,7 @@ class TokenIndex(CorpusIndex):
     vocab_size: int
     end_token: int | None
     tokenizer_sha256: str
+    begin_tokens: tuple[int, ...] = field(default=(), metadata=ABSENT_IF_EMPTY)
     kind: str = "text"
 
     def check(self, where: str) -> None:
@@ -82,7 +84,7 @@ class TokenIndex(CorpusIndex):
     @classmethod
     def not_in_fingerprint(cls) -> tuple[str, ...]:
         """Counts that follow from the shards or decide nothing."""
-        return ("tokens", "documents", "dropped_tokens")
+        return ("tokens", "documents", "dropped_tokens", "begin_tokens")
 
 
 class TokenShards:
@@ -112,6 +114,27 @@ class TokenShards:
     def tokenizer_folder(self) -> str:
         """The tokenizer's copy that lies with the corpus."""
         return f"{self.path.rstrip('/')}/tokenizer"
+
+    def has_tokenizer_of(self, other: TokenShards) -> bool:
+        """Return whether both corpora's tokenizers mean the same; versions of the library write different bytes."""
+        if self.index.tokenizer_sha256 == other.index.tokenizer_sha256:
+            return True
+        if not self.index.tokenizer_sha256 or not other.index.tokenizer_sha256:
+            return False
+        from ...tokenizer_meaning import same_tokenizer
+
+        try:
+            return same_tokenizer(self.read_tokenizer(), other.read_tokenizer())
+        except FileNotFoundError:
+            return False
+
+    def read_tokenizer(self) -> str:
+        """Return the ``tokenizer.json`` that is next to the shards.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        return bytes(read_whole(f"{self.tokenizer_folder}/tokenizer.json")).decode("utf-8", "replace")
 
     def in_lane(self, lane: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Row numbers: there is one lane of all rows."""

@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from ... import UsageError
 from .header import MAX_PIXELS, DecodeError, Header, read_header
@@ -37,6 +47,9 @@ _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "png": PngImagePlugin.PngImageFile,
     "gif": GifImagePlugin.GifImageFile,
     "webp": WebPImagePlugin.WebPImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+    "avif": AvifImagePlugin.AvifImageFile,
 }
 _SMALLEST_SIDE = 16  # of a reduced picture: below, its size no longer tells by how much it was reduced
 
@@ -47,7 +60,7 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     simplejpeg: bool = _simplejpeg is not None,
 ) -> Pixels:
-    """Decode a JPEG, PNG, WebP or GIF (its first frame).
+    """Decode a JPEG, PNG, WebP, GIF (its first frame), BMP, TIFF (its first page) or AVIF.
 
     Args:
         data: The file.
@@ -70,7 +83,8 @@ def decode(
         pixels = _with_simplejpeg(data, header, reduction)
     if pixels is None:
         pixels = _with_pillow(data, header, reduction)
-    return np.ascontiguousarray(_upright(pixels, header.orientation))
+    upright = pixels if header.format == "tiff" else _upright(pixels, header.orientation)  # Pillow turns a TIFF itself
+    return np.ascontiguousarray(upright)
 
 
 def read_image(path: str | Path) -> Pixels:
@@ -116,10 +130,11 @@ def _with_pillow(data: bytes, header: Header, reduction: int) -> Pixels:
     size = header.stored_size[::-1]
     try:
         with _OPENERS[header.format](io.BytesIO(data)) as image:
-            if image.size != size:
+            if image.size != size and not (header.format == "tiff" and image.size == size[::-1]):
                 raise DecodeError(f"the picture is {image.size[0]} x {image.size[1]}, its header says otherwise")
             if reduction > 1:
                 image.draft(image.mode, (size[0] // reduction, size[1] // reduction))
+            _refuse_unscaled(image)
             image.load()
             return _to_rgb(image)
     except DecodeError:
@@ -128,9 +143,22 @@ def _with_pillow(data: bytes, header: Header, reduction: int) -> Pixels:
         raise DecodeError(f"{header.format}: {str(error).splitlines()[0] if str(error) else repr(error)}") from None
 
 
+def _refuse_unscaled(image: Image.Image) -> None:
+    """Refuse TIFFs whose numbers do not say what is black and what is white, or are not read as they are meant."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return
+    bits = image.tag_v2.get(258, (1,))
+    if image.mode in ("I", "F") or (image.mode.startswith("I;16") and (bits != (16,) or image.tag_v2.get(262) == 0)):
+        raise DecodeError(
+            f"a tiff of mode {image.mode} with {bits[0]} bits per channel: convert it to 8 or 16 unsigned bits, 0 black"
+        )
+
+
 def _to_rgb(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):  # 16 bits of grey
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            grey = np.where(grey == transparent, 65535, grey)  # over white
         return ((grey * 255 + 32767) // 65535).astype(np.uint8)[..., None].repeat(3, axis=-1)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         picture = image.convert("RGBA")

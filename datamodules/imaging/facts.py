@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from ... import UsageError
 from ...hints import closest
+from .captions import captions_in, captions_in_text
 from .header import MAX_PIXELS, DecodeError, read_header
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "jfif", "bmp", "tif", "tiff", "avif")
 
 # Keys of .json under which the sets keep a score, in any case; the first that holds a number counts. LAION-5B and what
 # img2dataset makes of it: pwatermark, punsafe; LAION-Aesthetics: AESTHETIC_SCORE, aesthetic; COYO: the longer ones.
@@ -49,7 +50,7 @@ class Facts(NamedTuple):
         height: The same.
         original_width: Before the set resized it, as its .json says; 0 where it does not.
         original_height: The same.
-        caption_length: Characters; -1 where there is no caption.
+        caption_length: Characters of the caption, of the shortest one if there are several; -1 if there is none.
         watermark: Probability of a watermark, NaN where unknown.
         aesthetic: Predicted aesthetic score, 1 to 10, NaN where unknown.
         unsafe: Probability of being unsafe, NaN where unknown.
@@ -69,19 +70,28 @@ UNREADABLE = Facts()
 _LARGEST = float(np.finfo(np.float32).max)  # scores are stored as float32
 
 
-def facts_of(members: Mapping[str, bytes], caption_key: str | None = None, max_pixels: int = MAX_PIXELS) -> Facts:
+def facts_of(
+    members: Mapping[str, bytes],
+    caption_key: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    image_member: str | None = None,
+    caption_member: str | None = None,
+) -> Facts:
     """Facts of one sample.
 
     Args:
         members: Contents by suffix, such as ``{"jpg": ..., "txt": ..., "json": ...}``.
         caption_key: Key of the .json with the caption; by default it is the .txt.
         max_pixels: Larger pictures are refused.
+        image_member: Suffix of the image (default: the first of ``IMAGE_SUFFIXES``).
+        caption_member: Suffix of the caption (default: txt, or json with a key).
 
     Raises:
-        DecodeError: No image, one whose header is no image's or says too many pixels, .json that is none.
+        DecodeError: No image, one whose header is no image's or says too many pixels, .json that is none, a caption
+            that is not text.
     """
-    header = read_header(members[image_suffix(members)], max_pixels)
-    values, caption = _json(members), caption_of(members, caption_key)
+    header = read_header(members[image_suffix(members, image_member)], max_pixels)
+    values, captions = json_of(members), captions_of(members, caption_key, caption_member)
     lowered = {key.lower(): value for key, value in values.items()}
     original = next((found for keys in _ORIGINAL if all(found := [_count(values.get(key)) for key in keys])), [0, 0])
     return Facts(
@@ -89,15 +99,19 @@ def facts_of(members: Mapping[str, bytes], caption_key: str | None = None, max_p
         header.height,
         original[0],
         original[1],
-        -1 if caption is None else len(caption),
+        min(map(len, captions), default=-1),
         _score(lowered, _WATERMARK),
         _score(lowered, _AESTHETIC),
         _score(lowered, _UNSAFE),
     )
 
 
-def image_suffix(members: Mapping[str, Any]) -> str:
+def image_suffix(members: Mapping[str, Any], named: str | None = None) -> str:
     """The suffix of a sample's image, in the order of ``IMAGE_SUFFIXES`` where it has several.
+
+    Args:
+        members: Contents by suffix.
+        named: The suffix that the image is known to have.
 
     Raises:
         DecodeError: There is none.
@@ -105,39 +119,54 @@ def image_suffix(members: Mapping[str, Any]) -> str:
     lowered: dict[str, str] = {}
     for suffix in members:
         lowered.setdefault(suffix.lower(), suffix)
-    for suffix in IMAGE_SUFFIXES:
+    for suffix in [named] if named else IMAGE_SUFFIXES:
         if suffix in lowered:
             return lowered[suffix]
-    raise DecodeError(f"no image, only {', '.join('.' + suffix for suffix in members) or 'nothing'}")
+    what = f"no .{named}" if named else "no image"
+    raise DecodeError(f"{what}, only {', '.join('.' + suffix for suffix in members) or 'nothing'}")
 
 
-def caption_of(members: Mapping[str, bytes], caption_key: str | None = None) -> str | None:
-    """The caption of a sample, without white space around it; None where it has none, or an empty one.
+def captions_of(
+    members: Mapping[str, bytes], caption_key: str | None = None, caption_member: str | None = None
+) -> list[str]:
+    """The captions of a sample: lines of the .txt, or the text or list of texts under a key of the .json.
 
     Args:
         members: Contents by suffix.
-        caption_key: Key of the .json; by default the caption is the .txt.
+        caption_key: Key of the .json; by default captions are the .txt.
+        caption_member: Suffix of the member that has them (default: txt, or json with a key).
 
     Raises:
-        DecodeError: .json that is none.
+        DecodeError: .json that is none, a .txt that is not text.
     """
-    if caption_key is None:
-        text: Any = members["txt"].decode("utf-8-sig", "replace") if "txt" in members else None
-    else:
-        text = _json(members).get(caption_key)
-    return (text.strip() or None) if isinstance(text, str) else None
+    if caption_key is not None:
+        return captions_in(json_of(members, caption_member or "json").get(caption_key))
+    name = caption_member or "txt"
+    try:
+        return captions_in_text(members[name]) if name in members else []
+    except DecodeError as error:
+        raise DecodeError(f".{name}: {error}") from None
 
 
-def no_caption(where: str, caption_key: str | None, members: Mapping[str, bytes]) -> UsageError:
+def caption_of(members: Mapping[str, bytes], caption_key: str | None = None) -> str | None:
+    """The first caption of a sample, None if it has none; see :func:`captions_of`."""
+    return next(iter(captions_of(members, caption_key)), None)
+
+
+def no_caption(
+    where: str, caption_key: str | None, members: Mapping[str, bytes], caption_member: str | None = None
+) -> UsageError:
     """What to say when none of the samples has a caption; ``members`` is one of them, for what it has instead."""
     try:
-        keys = [key for key, value in _json(members).items() if isinstance(value, str)]
+        keys = [key for key, value in json_of(members).items() if isinstance(value, str | list)]
     except DecodeError:
         keys = []
     texts = f"caption_key can be one of: {', '.join(keys)}" if keys else "no .json holds text either"
     if caption_key is None:
         suffixes = ", ".join("." + suffix for suffix in members)
-        return UsageError(f"{where}: no sample has a caption (.txt), they have {suffixes}; {texts}")
+        return UsageError(
+            f"{where}: no sample has a caption (.{caption_member or 'txt'}), they have {suffixes}; {texts}"
+        )
     near = closest(caption_key, keys)
     return UsageError(f"{where}: caption_key is {caption_key!r}, which no sample has{near or '; ' + texts}")
 
@@ -147,15 +176,20 @@ def facts_array(facts: Sequence[Facts]) -> NDArray[Any]:
     return np.array(list(facts), dtype=FACTS_DTYPE)
 
 
-def _json(members: Mapping[str, bytes]) -> dict[str, Any]:
-    if "json" not in members:
+def json_of(members: Mapping[str, bytes], name: str = "json") -> dict[str, Any]:
+    """The object in a sample's .json, empty where there is none.
+
+    Raises:
+        DecodeError: It is not a JSON object.
+    """
+    if name not in members:
         return {}
     try:
-        values = json.loads(members["json"])
+        values = json.loads(members[name])
     except (ValueError, RecursionError) as error:
-        raise DecodeError(f".json is not valid JSON ({str(error).splitlines()[0]})") from None
+        raise DecodeError(f".{name} is not valid JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
-        raise DecodeError(f".json holds a {type(values).__name__}, expected an object")
+        raise DecodeError(f".{name} holds a {type(values).__name__}, expected an object")
     return values
 
 

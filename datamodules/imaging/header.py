@@ -1,13 +1,20 @@
 """What an image file says about itself before anything of it is decoded: format, size, orientation.
 
 Read here rather than by a decoder, because some allocate the whole picture when they open a file. Bytes are followed
-as the formats' specifications lay them out: JPEG (ITU T.81, annex B), PNG, GIF89a, WebP (RFC 9649), EXIF 2.3.
+as the formats' specifications lay them out: JPEG (ITU T.81, annex B), PNG, GIF89a, WebP (RFC 9649), EXIF 2.3. Pillow
+reads the headers of BMP, TIFF and AVIF, because it takes no memory for pixels when it opens them.
 """
 
 from __future__ import annotations
 
+import io
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from PIL import AvifImagePlugin, BmpImagePlugin, ImageFile, TiffImagePlugin
+
+from .orientation import ORIENTATION, exif_orientation, from_hexadecimal
 
 MAX_PIXELS = 2**27  # 134 million, 400 MB once decoded: photographs have up to 108 million, the paper's pictures 17
 # A progressive JPEG is decoded once a scan: a few KB could take minutes. Encoders write about ten.
@@ -18,10 +25,18 @@ _MAGIC = {
     "png": (b"\x89PNG\r\n\x1a\n",),
     "gif": (b"GIF87a", b"GIF89a"),
     "webp": (b"RIFF",),
+    "bmp": (b"BM",),
+    "tiff": (b"II*\0", b"MM\0*"),
 }
-_ORIENTATION = 0x0112
-_SHORT = 3
+_BY_PILLOW: dict[str, type[ImageFile.ImageFile]] = {
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+    "avif": AvifImagePlugin.AvifImageFile,
+}
+_TEXT_BYTES = 1 << 20  # of a PNG's text once it is decompressed; Pillow refuses more
 _NO_FRAME = {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie among the start-of-frame markers
+_XMP_MARK = b"http://ns.adobe.com/xap/1.0/\0"
+_WANTED = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"EXIF", b"XMP ")  # chunks that may say how a picture lies
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _SCAN = 0xDA
 _ALONE = {0x00, 0x01, *range(0xD0, 0xDA)}  # no marker, or one that no segment follows
@@ -35,7 +50,7 @@ class Header(NamedTuple):
     """What is known of an image without decoding it.
 
     Attributes:
-        format: ``jpeg``, ``png``, ``gif`` or ``webp``.
+        format: ``jpeg``, ``png``, ``gif``, ``webp``, ``bmp``, ``tiff`` or ``avif``.
         height: Pixels, upright: after the EXIF orientation.
         width: Pixels, upright.
         orientation: As EXIF numbers it, 1 to 8; from 5 on the stored picture lies on its side.
@@ -57,7 +72,7 @@ class Header(NamedTuple):
 class _Found(NamedTuple):
     width: int
     height: int
-    exif: bytes = b""
+    orientation: int = 1
     channels: int = 0
 
 
@@ -80,13 +95,12 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         raise DecodeError(f"the {name} header says {found.width} x {found.height} pixels")
     if found.width * found.height > max_pixels:
         raise DecodeError(f"{found.width} x {found.height} pixels are more than {max_pixels}")
-    orientation = exif_orientation(found.exif)
-    width, height = (found.height, found.width) if orientation > 4 else (found.width, found.height)
-    return Header(name, height, width, orientation, found.channels)
+    width, height = (found.height, found.width) if found.orientation > 4 else (found.width, found.height)
+    return Header(name, height, width, found.orientation, found.channels)
 
 
 def format_of(data: bytes) -> str:
-    """``jpeg``, ``png``, ``gif`` or ``webp``, by the first bytes: names of files are often wrong.
+    """``jpeg``, ``png``, ``gif``, ``webp``, ``bmp``, ``tiff`` or ``avif``, by the first bytes: names are often wrong.
 
     Raises:
         DecodeError: Something else.
@@ -94,24 +108,13 @@ def format_of(data: bytes) -> str:
     for name, magic in _MAGIC.items():
         if data.startswith(magic) and (name != "webp" or data[8:12] == b"WEBP"):
             return name
+    brands = data[8 : int.from_bytes(data[:4], "big")][:256] if data[4:8] == b"ftyp" else b""
+    if b"avif" in brands or b"avis" in brands:
+        return "avif"
     start = f"begins with {data[:4].hex(' ')}" if data else "empty"
-    raise DecodeError(f"not a JPEG, PNG, WebP or GIF ({start})")
-
-
-def exif_orientation(exif: bytes) -> int:
-    """The orientation, 1 to 8, in the TIFF structure that EXIF is; 1 where it says none or something else."""
-    order = {b"II": "little", b"MM": "big"}.get(exif[:2])
-    if order is None:
-        return 1
-    try:
-        entries = _integer(exif, 4, 4, order)
-        for entry in range(entries + 2, entries + 2 + 12 * _integer(exif, entries, 2, order), 12):
-            if _integer(exif, entry, 2, order) == _ORIENTATION and _integer(exif, entry + 2, 2, order) == _SHORT:
-                orientation = _integer(exif, entry + 8, 2, order)
-                return orientation if 1 <= orientation <= 8 else 1
-    except IndexError:
-        pass  # broken EXIF is common, and the picture is there all the same
-    return 1
+    heic = any(brand in brands for brand in (b"heic", b"heix", b"mif1"))
+    other = ": it is HEIC; convert it to JPEG" if heic else ""
+    raise DecodeError(f"not a JPEG, PNG, WebP or GIF ({start}){other}")
 
 
 def _integer(data: bytes, offset: int, size: int, order: str = "big") -> int:
@@ -122,10 +125,12 @@ def _integer(data: bytes, offset: int, size: int, order: str = "big") -> int:
 
 
 def _jpeg(data: bytes) -> _Found:
-    exif, frame, progressive = b"", _Found(0, 0), False
+    exif, xmp, frame, progressive = b"", b"", _Found(0, 0), False
     for marker, at, end in _segments(data):
         if marker == 0xE1 and data[at : at + 6] == b"Exif\0\0":
             exif = exif or data[at + 6 : end]
+        elif marker == 0xE1 and data[at:end].startswith(_XMP_MARK):
+            xmp = data[at + len(_XMP_MARK) : end]
         elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
             frame = _Found(_integer(data, at + 3, 2), _integer(data, at + 1, 2), channels=data[at + 5])
             progressive = marker in _PROGRESSIVE
@@ -133,7 +138,7 @@ def _jpeg(data: bytes) -> _Found:
             # A sequential picture whose first scan holds all channels ends with it.
             if (progressive or data[at] < frame.channels) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
                 raise DecodeError(f"{scans} scans are more than {MAX_SCANS}")
-            return frame._replace(exif=exif)
+            return frame._replace(orientation=exif_orientation(exif, xmp))
     raise IndexError
 
 
@@ -154,8 +159,31 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _png(data: bytes) -> _Found:
     if data[12:16] != b"IHDR":
         raise DecodeError("the png header does not begin with IHDR")
-    exif = next((body for name, body in _chunks(data, 8, "big") if name == b"eXIf"), b"")
-    return _Found(_integer(data, 16, 4), _integer(data, 20, 4), exif)
+    found = dict[str, bytes]()
+    for name, body in _chunks(data, 8, "big"):
+        if name == b"eXIf":
+            found["exif"] = body
+        elif name in (b"tEXt", b"zTXt", b"iTXt"):
+            key, text = _png_text(name, body)
+            found[key] = text
+    exif = found["exif"] if "exif" in found else from_hexadecimal(found.get("Raw profile type exif", b""))
+    orientation = exif_orientation(exif, found.get("XML:com.adobe.xmp", b""))
+    return _Found(_integer(data, 16, 4), _integer(data, 20, 4), orientation)
+
+
+def _png_text(name: bytes, body: bytes) -> tuple[str, bytes]:
+    """Return the keyword and the text of one of the three text chunks; no text if it is broken."""
+    key, _, text = body.partition(b"\0")
+    packed = name == b"zTXt"
+    if packed:
+        text = text[1:]
+    elif name == b"iTXt":
+        packed, text = text[:1] not in (b"", b"\0"), text[2:].split(b"\0", 2)[-1]
+    try:
+        text = zlib.decompressobj().decompress(text, _TEXT_BYTES) if packed else text
+    except zlib.error:
+        text = b""
+    return key.decode("latin-1"), text
 
 
 def _gif(data: bytes) -> _Found:
@@ -166,8 +194,8 @@ def _webp(data: bytes) -> _Found:
     kind = data[12:16]
     if kind == b"VP8X":
         width, height = (1 + _integer(data, offset, 3, "little") for offset in (24, 27))
-        exif = next((body for name, body in _chunks(data, 12, "little") if name == b"EXIF"), b"")
-        return _Found(width, height, exif.removeprefix(b"Exif\0\0"))
+        found = {name: body for name, body in _chunks(data, 12, "little") if body}
+        return _Found(width, height, exif_orientation(found.get(b"EXIF", b""), found.get(b"XMP ", b"")))
     if kind == b"VP8 ":  # lossy: a frame tag of 3 bytes, a start code of 3, then two times 14 bits
         return _Found(_integer(data, 26, 2, "little") & 0x3FFF, _integer(data, 28, 2, "little") & 0x3FFF)
     if kind == b"VP8L":
@@ -185,8 +213,21 @@ def _chunks(data: bytes, position: int, order: str) -> Iterator[tuple[bytes, byt
             name, length = data[position : position + 4], _integer(data, position + 4, 4, order)
             after = length % 2
         # Only what may be wanted is copied; pixels are not.
-        yield name, data[position + 8 : position + 8 + length] if name in (b"eXIf", b"EXIF") else b""
+        yield name, data[position + 8 : position + 8 + length] if name in _WANTED else b""
         position += 8 + length + after
 
 
-_READERS = {"jpeg": _jpeg, "png": _png, "gif": _gif, "webp": _webp}
+def _by_pillow(data: bytes) -> _Found:
+    name = format_of(data)
+    try:
+        with _BY_PILLOW[name](io.BytesIO(data)) as image:
+            orientation = image.getexif().get(ORIENTATION, 1)
+            orientation = orientation if orientation in range(1, 9) else 1
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # `size` is upright for some of the orientations
+                return _Found(image.tag_v2[256], image.tag_v2[257], orientation)
+            return _Found(*image.size, orientation)
+    except Exception as error:  # whatever Pillow stumbles over in a corrupt header
+        raise DecodeError(f"{name}: {str(error).splitlines()[0] if str(error) else repr(error)}") from None
+
+
+_READERS = {"jpeg": _jpeg, "png": _png, "gif": _gif, "webp": _webp} | dict.fromkeys(_BY_PILLOW, _by_pillow)

@@ -97,6 +97,7 @@ class CorpusOrder:
         block: Rows in a block of the window shuffle.
         window: Blocks in a window of the window shuffle.
         first_reading: Rows that were read when the corpus was learnt; replay repeats these, in their order.
+        offset: Rows of that reading that earlier datasets have replayed.
     """
 
     corpus: str
@@ -106,6 +107,7 @@ class CorpusOrder:
     block: int = 256
     window: int = 64
     first_reading: int | None = None
+    offset: int = 0
 
     def row(self, counters: Rows) -> Rows:
         """Row of each counter; every row comes once an epoch.
@@ -113,6 +115,7 @@ class CorpusOrder:
         Args:
             counters: Samples of this corpus read before, ``(n,)``.
         """
+        counters = counters + self.offset
         if self.first_reading is not None:
             counters = counters % self.first_reading
         epochs, index = np.divmod(counters, self.rows)

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
+from ...lightning_compat import logs_now
 from .trainer_limits import Epochs
 
 
@@ -20,6 +21,7 @@ class Progress(Callback):
 
     Args:
         batch_used: Called with every batch that has been used; what it returns is logged.
+        step_done: Called after every global batch; what it returns is logged at the trainer's logging interval.
 
     Attributes:
         step: Completed global batches, over all datasets.
@@ -31,8 +33,12 @@ class Progress(Callback):
         limits: ``limit_train_batches`` as the user set it, and as the data module has it.
     """
 
-    def __init__(self, batch_used: Callable[[dict[str, Any]], dict[str, float]]) -> None:
-        self._batch_used = batch_used
+    def __init__(
+        self,
+        batch_used: Callable[[dict[str, Any]], dict[str, float]],
+        step_done: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self._batch_used, self._step_done = batch_used, step_done
         self.step = 0
         self.start = 0
         self.accumulation = 1
@@ -109,6 +115,9 @@ class Progress(Callback):
         if self._micro_batches == self.accumulation:
             self.step += 1
             self._micro_batches = 0
+            metrics = self._step_done()
+            if metrics and logs_now(trainer):
+                pl_module.log_dict(metrics, batch_size=1)
 
 
 def _unknown(number: int) -> NDArray[np.int64]:

@@ -79,4 +79,5 @@ def require_positions(model: nn.Module) -> None:
 def _takes_our_mask(config: Any) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) or kinds != {"full_attention"}
-    return getattr(config, "_attn_implementation", None) == "sdpa" and not windowed
+    routed = hasattr(config, "output_router_logits")  # models count the tokens of their experts by a mask of rows
+    return getattr(config, "_attn_implementation", None) == "sdpa" and not windowed and not routed

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +15,7 @@ from ... import UsageError
 
 @contextmanager
 def head_computes(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Has a model's head compute something else of the last hidden states, such as the loss.
+    """Temporarily replace the forward of a model's head, by one that computes the loss for example.
 
     The model's forward runs as ever and returns in ``logits`` what the function returns. Whatever hooks gather or cast
     the head's weight (FSDP's do) have done so when the function runs.
@@ -33,32 +32,6 @@ def head_computes(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iter
         del head.__dict__["forward"]
         if before is not None:
             head.__dict__["forward"] = before
-
-
-def is_plain_head(model: nn.Module) -> bool:
-    """Whether a model's logits are what its head, an ordinary linear layer, makes of hidden states, and no more.
-
-    Found by running two tokens: models that cap or scale their logits (Gemma 2, Cohere, Granite) return another
-    tensor than their head does. Random state and modes stay as they are.
-    """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        return False
-    returned: list[Tensor] = []
-    hook = head.register_forward_hook(lambda module, inputs, output: returned.append(output))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits = model(input_ids=ids, use_cache=False).logits
-    except (RuntimeError, NotImplementedError):  # of a model without weights yet, whose forward asks for values
-        return False
-    finally:
-        hook.remove()
-        for module, training in modes:
-            module.training = training
-    return len(returned) == 1 and logits is returned[0]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Checkpoints of language models as Hugging Face folders, and text from those."""
+"""Checkpoints of language models as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -7,133 +7,176 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ... import UsageError
+from ...checkpoints.newest import newest_checkpoint
+from ...checkpoints.sharded_files import is_sharded
+from ...tokenizer_meaning import PROBES
 from ..networks.weight_files import read_file
-from .initial_weights import build, lightning_state
+from .building import build, rebuild
+from .configs import config_from_stored
+from .generation import begin_tokens_of, load_auto_tokenizer
+from .initial_weights import check_weights, fill, lightning_state, load_initial_weights
+from .limits import extend_vocabulary, vocabulary_of
+from .lora import add_adapters, merge_adapters, save_adapter, trained_names
 
 
-def export_hugging_face(checkpoint: Path, out: Path, tokenizer: Path | None = None, overwrite: bool = False) -> None:
+def export_hugging_face(
+    checkpoint: Path,
+    out: Path,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    adapter: bool = False,
+) -> None:
     """Write a checkpoint of CausalLM as a folder that transformers loads.
 
+    Config, generation config and tokenizer name the same end, begin and padding tokens: those of the training data.
+
     Args:
-        checkpoint: Lightning checkpoint of CausalLM.
+        checkpoint: Lightning checkpoint of CausalLM, or auto:RUN for the newest one under a run's folder.
         out: Folder to write; it appears whole or not at all.
         tokenizer: Folder of the tokenizer (default: the one the data was prepared with).
         overwrite: Replace an export that is there.
+        dtype: Precision of the exported weights.
+        adapter: Write the adapters of a run with lora as a folder of peft, instead of merging them.
 
     Raises:
         UsageError: No checkpoint of a causal language model, the tokenizer is gone, ``out`` exists.
     """
+    checkpoint = _resolve(checkpoint)
     content = read_file(checkpoint)
     if "model_config" not in content:
         raise UsageError(f"{checkpoint} holds no causal language model: it was not saved by rewurst's CausalLM")
-    if out.exists() and not (overwrite and (out / "config.json").is_file()):
+    if out.exists() and not (
+        overwrite and any((out / name).is_file() for name in ("config.json", "adapter_config.json"))
+    ):
         raise UsageError(f"{out} exists already: choose another folder, or --overwrite an export")
-    tokenizer = tokenizer or _recorded_tokenizer(content, checkpoint)
-    model = build(dict(content["model_config"]))
-    model.load_state_dict(lightning_state(content, checkpoint))
+    if adapter and "lora" not in content:
+        raise UsageError(f"{checkpoint} holds no adapters: it was trained without lora")
+    words = load_auto_tokenizer(tokenizer or _recorded_tokenizer(content, checkpoint))
+    if adapter:
+        _export_adapter(content, checkpoint, out)
+        return
+    model = _trained_model(content, checkpoint)
+    data = content.get("TextDataModule", {})
+    align_tokens(model, words, data.get("end_token"), data.get("begin_tokens"))
+    model = model.to(getattr(torch, dtype))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
-        model.save_pretrained(folder)  # type: ignore[operator]
-        _load_tokenizer(tokenizer).save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        words.save_pretrained(folder)
+        if _take_padding_of(words, folder):
+            align_tokens(model, words, data.get("end_token"), data.get("begin_tokens"))
+            words.save_pretrained(folder)
+        model.save_pretrained(folder)
         if out.exists():
             shutil.rmtree(out)
         os.replace(folder, out)
 
 
-def generate_text(
-    folder: str,
-    prompt: str,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
-) -> str:
-    """Continue a prompt with a language model.
+def _trained_model(content: dict[str, Any], checkpoint: Path) -> Any:
+    """Return the model of a checkpoint, its adapters merged."""
+    lora, state = content.get("lora"), lightning_state(content, checkpoint)
+    if lora is None:
+        model: Any = rebuild(content["model_config"])
+        fill(model, state, str(checkpoint))
+        return model
+    if lora["adapter_only"]:
+        model = build(lora["model"])
+        if lora["init_from"] is not None:
+            load_initial_weights(model, lora["init_from"])
+        tokens = config_from_stored(content["model_config"]).get_text_config().vocab_size
+        if tokens > vocabulary_of(model):
+            extend_vocabulary(model, tokens)
+        add_adapters(model, lora["settings"])
+        trained = trained_names(model)
+        own = {name: tensor for name, tensor in model.state_dict().items() if name in trained}
+        check_weights(own, state, str(checkpoint))
+        model.load_state_dict(dict(state), strict=False)
+    else:
+        model = rebuild(content["model_config"])
+        add_adapters(model, lora["settings"])
+        fill(model, state, str(checkpoint))
+    merge_adapters(model)
+    return model
+
+
+def _export_adapter(content: dict[str, Any], checkpoint: Path, out: Path) -> None:
+    lora, state = content["lora"], lightning_state(content, checkpoint)
+    if not lora["adapter_only"]:
+        raise UsageError(f"{checkpoint}: its adapters belong to a model that was never saved: export it merged")
+    base = lora["init_from"] or lora["model"]
+    tied = bool(getattr(config_from_stored(content["model_config"]).get_text_config(), "tie_word_embeddings", False))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        folder = Path(temporary) / out.name
+        save_adapter(state, lora["settings"], base, tied, folder)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(folder, out)
+
+
+def align_tokens(model: Any, tokenizer: Any, end_token: int | None, begin_tokens: Sequence[int] | None) -> None:
+    """Have a model's configs and a tokenizer name the same end, begin and padding tokens.
 
     Args:
-        folder: Hugging Face folder or hub name.
-        prompt: Text to continue.
-        max_new_tokens: Largest number of tokens to add.
-        temperature: Temperature of the draw; 0 takes the likeliest token.
-        top_p: Probability of the likeliest tokens to draw from, in (0, 1].
-        seed: Seed of the draw; the global random state stays as it is.
-
-    Returns:
-        Prompt and continuation.
+        model: A causal language model of transformers.
+        tokenizer: Tokenizer of transformers.
+        end_token: Token after each document of the data, none for the tokenizer's.
+        begin_tokens: Tokens before each document of the data, none for the tokenizer's.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UsageError(
-            f"temperature {temperature} must not be below 0, top_p {top_p} must lie in (0, 1] and max_new_tokens "
-            f"{max_new_tokens} be at least 1"
+    text_config = model.config.get_text_config()
+    if end_token is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token)
+    if begin_tokens:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(begin_tokens[-1])
+    if begin_tokens is not None and list(begin_tokens) != list(begin_tokens_of(tokenizer)) and len(begin_tokens) < 2:
+        tokenizer.add_bos_token = bool(begin_tokens)
+    pad = getattr(text_config, "pad_token_id", None)
+    if tokenizer.pad_token_id is None and pad in tokenizer.added_tokens_decoder:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    numbers = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
+    for config in (model.config, text_config, model.generation_config):
+        for name, number in numbers.items():
+            setattr(config, name, number)
+
+
+def _take_padding_of(tokenizer: Any, folder: Path) -> bool:
+    """Take the padding token that ``AutoTokenizer`` gives a saved tokenizer by the model's class, and say if it did.
+
+    Warn if that class cuts texts into other tokens: transformers then does not read the tokenizer that is there.
+    """
+    from transformers import AutoTokenizer
+
+    auto: Any = AutoTokenizer.from_pretrained(str(folder))
+    if any(auto(text)["input_ids"] != tokenizer(text)["input_ids"] for text in PROBES):
+        rank_zero_warn(
+            f"AutoTokenizer reads the tokenizer of this model as a {type(auto).__name__}, which cuts texts into other "
+            "tokens than the training data: load it with PreTrainedTokenizerFast.from_pretrained"
         )
-    model: Any = build(folder).eval()
-    tokenizer = _load_tokenizer(Path(folder))
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        output = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p)
-    return str(tokenizer.decode(output, skip_special_tokens=True))
+    number = auto.pad_token_id
+    if tokenizer.pad_token_id is not None or number is None or number not in tokenizer.added_tokens_decoder:
+        return False
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(number)
+    return True
 
 
-@torch.no_grad()
-def continuations(
-    model: Any, tokenizer: str, prompts: Sequence[str], max_new_tokens: int, temperature: float, top_p: float = 0.95
-) -> list[str]:
-    """Continues prompts, each by itself, with a model in training; draws from the global generator.
-
-    Args:
-        model: A causal language model of transformers; it stays in the mode that it is in.
-        tokenizer: Its tokenizer's folder.
-        prompts: Texts.
-        max_new_tokens: Most tokens added to each.
-        temperature: 0 takes the likeliest token each time.
-        top_p: Draw from the likeliest tokens that hold this probability together.
-
-    Returns:
-        What was added to each prompt.
-    """
-    words, training = _load_tokenizer(Path(tokenizer)), model.training
-    try:
-        model.eval()
-        texts = []
-        for prompt in prompts:
-            output = _generate(model, words, prompt, max_new_tokens, temperature, top_p)
-            added = output[len(_ids(words, prompt)[0]) :]
-            texts.append(str(words.decode(added, skip_special_tokens=True)))
-    finally:
-        model.train(training)
-    return texts
-
-
-def _ids(tokenizer: Any, prompt: str) -> torch.Tensor:
-    ids: torch.Tensor = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt")[
-        "input_ids"
-    ]
-    return ids
-
-
-def _generate(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_p: float
-) -> torch.Tensor:
-    """Tokens (length,) of a prompt and its continuation."""
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    ids = _ids(tokenizer, prompt).to(model.device)
-    output: torch.Tensor = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
-    return output[0]
+def _resolve(checkpoint: Path) -> Path:
+    run = str(checkpoint).removeprefix("auto:")
+    if run != str(checkpoint):
+        newest = newest_checkpoint([run])
+        if newest is None:
+            raise UsageError(f"{checkpoint}: there is no whole checkpoint under {run}")
+        return newest
+    if checkpoint.is_dir() and not is_sharded(checkpoint):
+        raise UsageError(f"{checkpoint} is a folder: give a .ckpt file, or auto:{checkpoint} for its newest")
+    return checkpoint
 
 
 def _recorded_tokenizer(content: dict[str, Any], checkpoint: Path) -> Path:
@@ -143,12 +186,3 @@ def _recorded_tokenizer(content: dict[str, Any], checkpoint: Path) -> Path:
     if not Path(recorded).is_dir():
         raise UsageError(f"the tokenizer of {checkpoint} is no longer at {recorded}: name its folder with --tokenizer")
     return Path(recorded)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error

@@ -57,12 +57,13 @@ class Network(nn.Module):
         return cls(**arguments)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Self:
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Self:
         """Load what ``save`` or diffusers' ``save_pretrained`` wrote, ready for inference.
 
         Args:
             folder: Holds ``config.json`` and the weights.
             dtype: Convert the weights; by default they stay as they are stored.
+            variant: Variant of the files to prefer, such as ``fp16``.
 
         Raises:
             UsageError: A file is missing, the folder holds another network, or a weight is not finite.
@@ -71,7 +72,7 @@ class Network(nn.Module):
         config = weight_files.read_json(path)
         if config.get("_class_name", cls.diffusers_class) not in (cls.diffusers_class, cls.__name__):
             raise UsageError(f"{path} describes a {config['_class_name']}: {cls.__name__} needs {cls.diffusers_class}")
-        return cls.from_weights(config, weight_files.read_folder(folder), str(folder), dtype)
+        return cls.from_weights(config, weight_files.read_folder(folder, variant), str(folder), dtype)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, dtype: torch.dtype | None = None) -> Self:

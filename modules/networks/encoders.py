@@ -15,6 +15,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from ... import UsageError
 from .base import Network, Presets
+from .weight_files import variant_in
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which EfficientNet's weights expect."""
@@ -109,8 +110,15 @@ class TextEncoder(nn.Module):
         self.length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, tokenizer: str | Path | None = None) -> "TextEncoder":
+    def from_pretrained(
+        cls, model: str | Path, tokenizer: str | Path | None = None, variant: str | None = None
+    ) -> "TextEncoder":
         """Load from the hub or from folders; the tokenizer lies with the model, or beside it, or is given.
+
+        Args:
+            model: Folder or name on the hub.
+            tokenizer: Folder or name on the hub.
+            variant: Variant of the files to prefer, such as ``fp16``, where a folder has it.
 
         Raises:
             UsageError: It is not there, or not a CLIP text model.
@@ -124,8 +132,12 @@ class TextEncoder(nn.Module):
         for part in (model, tokenizer):
             if Path(part).is_absolute() and not Path(part).is_dir():
                 raise UsageError(f"{part} is no folder: it should hold the text encoder or its tokenizer")
+        folder = Path(model)
+        stem = "pytorch_model" if any(folder.glob("pytorch_model*")) and not any(folder.glob("model*")) else "model"
+        chosen = variant_in(folder, stem, variant)
         try:
-            return TextEncoder(CLIPTextModel.from_pretrained(str(model)), AutoTokenizer.from_pretrained(str(tokenizer)))
+            text_model = CLIPTextModel.from_pretrained(str(model), variant=chosen)
+            return TextEncoder(text_model, AutoTokenizer.from_pretrained(str(tokenizer)))
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise UsageError(f"{model} cannot be loaded as a CLIP text model with tokenizer: {reason[0]}") from None

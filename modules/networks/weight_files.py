@@ -24,6 +24,8 @@ from ...hints import did_you_mean
 WEIGHTS = "diffusion_pytorch_model"
 """Stem of diffusers' weight files."""
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
 MARKS = {
     "vquantizer.embedding.weight": ("VQGAN", "Stage A"),
     "clip_mapper.weight": ("StageBUNet", "Stage B"),
@@ -144,21 +146,54 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_folder(folder: str | Path) -> dict[str, Tensor]:
-    """Read a network's tensors from a folder in diffusers' format: one file, shards with an index, or .bin.
+def read_folder(folder: str | Path, variant: str | None = None) -> dict[str, Tensor]:
+    """Read a network's tensors from a folder in diffusers' format: one file or shards, .safetensors or .bin.
+
+    Args:
+        folder: The folder.
+        variant: Variant to prefer, such as ``fp16`` (default: the plain files, or the only variant there is).
 
     Raises:
-        UsageError: There are no weights, or a file cannot be read.
+        UsageError: There are no weights, several variants to choose from, or a file cannot be read.
     """
     folder = Path(folder)
-    for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"):
-        if (path := folder / f"{WEIGHTS}{suffix}").is_file():
+    chosen = variant_in(folder, WEIGHTS, variant)
+    dotted = f".{chosen}" if chosen else ""
+    for suffix in WEIGHT_SUFFIXES:
+        if (path := folder / f"{WEIGHTS}{dotted}{suffix}").is_file():
             return read_file(path)
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    if not index.is_file():
-        raise UsageError(f"{folder} holds no weights: {WEIGHTS}.safetensors is missing")
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    return {name: tensor for shard in shards for name, tensor in read_file(folder / Path(shard).name).items()}
+        if (path := folder / f"{WEIGHTS}{suffix}.index{dotted}.json").is_file():
+            shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+            return {name: tensor for shard in shards for name, tensor in read_file(folder / Path(shard).name).items()}
+    raise UsageError(f"{folder} holds no weights: {WEIGHTS}.safetensors is missing")
+
+
+def variant_in(folder: Path, stem: str, wanted: str | None = None) -> str | None:
+    """Return the variant of weights to read from a folder, as diffusers and transformers name their files.
+
+    Args:
+        folder: The folder.
+        stem: How names of weight files begin.
+        wanted: Variant to prefer if it is there.
+
+    Returns:
+        ``fp16`` for ``<stem>.fp16.safetensors`` and the like, None for the plain files.
+
+    Raises:
+        UsageError: There are no plain files, and several variants.
+    """
+    suffix = "(?:" + "|".join(map(re.escape, WEIGHT_SUFFIXES)) + ")"
+    single = re.compile(rf"{re.escape(stem)}(?:\.([^.]+))?{suffix}")
+    index = re.compile(rf"{re.escape(stem)}{suffix}\.index(?:\.([^.]+))?\.json")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = {match[1] for name in names if (match := single.fullmatch(name) or index.fullmatch(name))}
+    found -= {one for one in found if one and re.fullmatch(r".*-\d{5}-of-\d{5}", one)}
+    if wanted in found or not found or None in found:
+        return wanted if wanted in found else None
+    if len(found) > 1:
+        variants = ", ".join(sorted(map(str, found)))
+        raise UsageError(f"{folder} has the variants {variants} and no plain weights: say which by variant")
+    return next(iter(found))
 
 
 def write_folder(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

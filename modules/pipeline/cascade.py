@@ -68,6 +68,7 @@ class Cascade:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         compile: bool = False,  # noqa: A002 - torch's word
+        variant: str | None = None,
     ) -> Self:
         """Load an export of ours, or the hub's two folders.
 
@@ -77,11 +78,12 @@ class Cascade:
             dtype: Of the networks, for example ``torch.bfloat16``.
             device: To run on.
             compile: Compile each block at its first use.
+            variant: Variant of the files to prefer, such as ``fp16`` (default: the plain ones, or the only ones).
 
         Raises:
             UsageError: A part is missing or does not belong there.
         """
-        pipeline = cls(**read_cascade(folder, prior, dtype))
+        pipeline = cls(**read_cascade(folder, prior, dtype, variant))
         for network in pipeline.networks():
             network.to(device)
             if compile:
@@ -149,19 +151,10 @@ class Cascade:
         callback: Callable[[int, float, Tensor], Tensor | None] | None = None,
     ) -> Float[Tensor, "batch c h_latent w_latent"]:
         """Run Stage B; guidance is away from no embedding and the unwanted text."""
-        guided = guidance_scale > 1
         size = [int(side * self.latent_dim_scale) for side in embeddings.shape[-2:]]
         shape = (embeddings.shape[0], self.decoder.config["c_in"], *size)
         x = diffusion.draw(shape, generator, torch.empty(0, dtype=wide(self.decoder), device=self.device))
-        effnet = torch.cat([embeddings, torch.zeros_like(embeddings)]) if guided else embeddings
-        cache: ConditionCache = {}
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            if not guided:
-                eps: Tensor = self.decoder(x, t, effnet, text, cache)
-                return eps
-            return diffusion.guide(self.decoder(torch.cat([x, x]), t.repeat(2), effnet, text, cache), guidance_scale)
-
+        predict = self.decoder.predictor(embeddings, text, guidance_scale)
         return diffusion.sample(predict, x, times, generator, callback=callback)
 
     def pixels(self, latents: Tensor) -> Tensor:

@@ -15,13 +15,16 @@ def _part(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_cascade(folder: str | Path, prior: str | Path | None, dtype: torch.dtype | None) -> dict[str, Any]:
+def read_cascade(
+    folder: str | Path, prior: str | Path | None, dtype: torch.dtype | None, variant: str | None = None
+) -> dict[str, Any]:
     """Load all networks of a cascade; keys are the arguments of ``TextToImage``.
 
     Args:
         folder: A combined pipeline's; or one with ``prior`` and ``decoder`` in it; or a decoder pipeline's.
         prior: In the last case, the prior pipeline's.
         dtype: Of the networks.
+        variant: Variant of the files to prefer, such as ``fp16``.
 
     Raises:
         UsageError: Something is missing or does not belong together.
@@ -35,12 +38,12 @@ def read_cascade(folder: str | Path, prior: str | Path | None, dtype: torch.dtyp
     _check_scheduler(above / f"{stem}scheduler")
     compressor = root / "compressor"
     cascade = {
-        "vqgan": VQGAN.from_folder(_part(below, "vqgan"), dtype),
-        "decoder": StageBUNet.from_folder(_part(below, "decoder"), dtype),
-        "prior": Prior.from_folder(_part(above, f"{stem}prior"), dtype),
-        "text_encoder": _text_encoder(below, "", dtype),
-        "prior_text_encoder": _text_encoder(above, stem, dtype),
-        "compressor": SemanticCompressor.from_folder(compressor, dtype) if compressor.is_dir() else None,
+        "vqgan": VQGAN.from_folder(_part(below, "vqgan"), dtype, variant),
+        "decoder": StageBUNet.from_folder(_part(below, "decoder"), dtype, variant),
+        "prior": Prior.from_folder(_part(above, f"{stem}prior"), dtype, variant),
+        "text_encoder": _text_encoder(below, "", dtype, variant),
+        "prior_text_encoder": _text_encoder(above, stem, dtype, variant),
+        "compressor": SemanticCompressor.from_folder(compressor, dtype, variant) if compressor.is_dir() else None,
     }
     check_widths(cascade, str(root))
     numbers = ("resolution_multiple", "latent_mean", "latent_std", "latent_dim_scale")
@@ -63,9 +66,9 @@ def _check_scheduler(folder: Path) -> None:
         raise UsageError(f"{path} asks for scaler {scaler} and s {s}: only 1.0 and 0.008 are supported")
 
 
-def _text_encoder(folder: Path, stem: str, dtype: torch.dtype | None) -> TextEncoder:
+def _text_encoder(folder: Path, stem: str, dtype: torch.dtype | None, variant: str | None) -> TextEncoder:
     model, tokenizer = _part(folder, f"{stem}text_encoder"), _part(folder, f"{stem}tokenizer")
-    return TextEncoder.from_pretrained(model.resolve(), tokenizer.resolve()).to(dtype=dtype)
+    return TextEncoder.from_pretrained(model.resolve(), tokenizer.resolve(), variant).to(dtype=dtype)
 
 
 def check_widths(cascade: dict[str, Any], where: str) -> None:
@@ -77,8 +80,10 @@ def check_widths(cascade: dict[str, Any], where: str) -> None:
     config = {name: part.config for name, part in cascade.items() if isinstance(part, Network)}
     pairs = [
         ("Stage B's c_in", config["decoder"]["c_in"], "Stage A's latent_channels", config["vqgan"]["latent_channels"]),
-        ("Stage B's effnet_embd", config["decoder"]["effnet_embd"], "Stage C's c_in", config["prior"]["c_in"]),
     ]
+    if any(config["decoder"]["inject_effnet"]):  # otherwise no level sees what Stage C draws
+        embeddings = config["decoder"]["effnet_embd"], "Stage C's c_in", config["prior"]["c_in"]
+        pairs.append(("Stage B's effnet_embd", *embeddings))
     for stage, argument, encoder in (
         ("decoder", "clip_embd", "text_encoder"),
         ("prior", "c_cond", "prior_text_encoder"),

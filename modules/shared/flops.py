@@ -24,16 +24,32 @@ FROZEN = 1
 PASSED = 2  # gradients go through it to its inputs, and none to its weights
 
 
-def flops_a_token(parameters: int, layers: int, width: int, length: int) -> float:
-    """FLOPs that training a transformer takes a token: 6 N + 12 L d T (Chowdhery et al., arXiv 2204.02311, appendix B).
+def flops_per_token(parameters: int, layers: int, width: int, length: int) -> float:
+    """Return the FLOPs per token of training a transformer: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
 
     Args:
-        parameters: All of them, N.
-        layers: L.
-        width: Of the hidden states, d.
-        length: Of a row in tokens, T; attention counts as if every token looked at all others.
+        parameters: Parameters that a token is multiplied with, N.
+        layers: Number of layers, L.
+        width: Width of the hidden states, d.
+        length: Length of a row in tokens, T; attention counts as if every token looked at all others.
     """
     return 6.0 * parameters + 12.0 * layers * width * length
+
+
+def matrix_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a transformers model that tokens are multiplied with, as training counts them.
+
+    Frozen ones, such as those below adapters, count two thirds: they have no gradients of their own.
+
+    Vectors (norms, biases) and embeddings that are only looked up (tokens, positions) are left out; an embedding that
+    is tied to the head counts once, as the head.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    looked_up -= {id(head.weight)} if head is not None else set()
+    counted = [each for each in model.parameters() if each.dim() > 1 and id(each) not in looked_up]
+    frozen = sum(each.numel() for each in counted if not each.requires_grad)
+    return sum(each.numel() for each in counted) - frozen // 3
 
 
 def forward_flops(network: Network, shapes: Sequence[Shape | None], method: str = "__call__") -> float:

@@ -20,7 +20,10 @@ from rewurst.callbacks import ExactResume, Forgetting, LRRewarming, ReplaySchedu
 from rewurst.datamodules import ReplayLoader
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*exists and is not empty", "ignore:The dirpath has changed", "ignore:Be aware that when using `ckpt_path`"
+    "ignore:corpus .* is read again",
+    "ignore:.*exists and is not empty",
+    "ignore:The dirpath has changed",
+    "ignore:Be aware that when using `ckpt_path`",
 )
 
 

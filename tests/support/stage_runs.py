@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rewurst.callbacks import ExactResume, LRRewarming, WarmupCosine, WeightAverage
 
 
-def trainer(folder: Path, **options: Any) -> Trainer:
+def logged_trainer(folder: Path, **options: Any) -> Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "max_epochs": -1,
@@ -23,11 +23,14 @@ def trainer(folder: Path, **options: Any) -> Trainer:
         "num_sanity_val_steps": 0,
         "logger": CSVLogger(folder),
         "check_val_every_n_epoch": None,
-        "val_check_interval": 10_000,
-        "limit_val_batches": 0,
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", [])),
     }
     return Trainer(**{**defaults, **options})
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    """A trainer that does not validate."""
+    return logged_trainer(folder, **{"val_check_interval": 10_000, "limit_val_batches": 0, **options})
 
 
 def fit_six_steps(folder: Path, name: str, module: Any, data: Any, ckpt_path: Path | None) -> tuple[Any, list[float]]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -38,7 +39,7 @@ from ..datamodules import text as _text  # noqa: F401  # imported so that YAML m
 from ..modules import causal_lm as _causal_lm  # noqa: F401
 from ..modules.language.initial_weights import check_weights
 from ..modules.networks.weight_files import read_file
-from .class_names import import_named
+from .class_names import import_named, with_public_paths
 from .error_messages import one_line
 from .named_callbacks import apply_changes, take_changes
 
@@ -51,7 +52,7 @@ def run(args: list[str]) -> None:
     _check_yaml(args)
     import_named(args)
     with _lightning_errors():
-        CLI(args)
+        CLI([with_public_paths(arg) for arg in args])
 
 
 def parse(args: list[str]) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def parse(args: list[str]) -> dict[str, Any]:
     _check_yaml(args)
     import_named(args)
     with _lightning_errors():
-        config: dict[str, Any] = _ParseOnly(args).config[args[0]].as_dict()
+        config: dict[str, Any] = _ParseOnly([with_public_paths(arg) for arg in args]).config[args[0]].as_dict()
     return config
 
 
@@ -75,6 +76,10 @@ _SAID_ALREADY = (
     "The dirpath has changed",  # a run that goes on has a new version_N, on purpose
     ".*LeafSpec.*deprecated",  # Lightning's own use of torch
 )
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: _load_yaml(with_public_paths(text)), (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
@@ -310,6 +315,9 @@ class CLI(LightningCLI):
             raise UsageError(f"{path} is no Lightning checkpoint; weights of other layouts: --model.init_from {path}")
         if "optimizer_states" not in content:
             raise UsageError(f"{path} holds weights only, no run to go on: begin with them by --model.init_from {path}")
+        fit = getattr(self.model, "fit_to_checkpoint", None)
+        if fit is not None:
+            fit(content)
         own = self.model.state_dict()
         if own and self.model.strict_loading:
             check_weights(own, content["state_dict"], path)

@@ -11,19 +11,28 @@ from ..preparation.tokenizer import train_tokenizer
 
 
 def tokenizer(
-    sources: Sequence[str], out: Path, vocab_size: int, text_field: str = "text", overwrite: bool = False
+    sources: Sequence[str],
+    out: Path,
+    vocab_size: int,
+    text_field: str = "text",
+    max_corrupt: float = 0.05,
+    overwrite: bool = False,
 ) -> str:
     """Train a byte-level BPE tokenizer.
 
     Args:
-        sources: Text files (.txt, .md, .jsonl, .parquet, .gz and .zst too), .tar of captioned images, folders or URLs
-            of them, builtin:prose or builtin:code.
+        sources: Text files (.txt, .md, .jsonl, .json, .csv, .tsv, also with .gz, .zst, .bz2 or .xz; .parquet, .arrow),
+            .tar of captioned images, folders or URLs of them, builtin:prose or builtin:code.
         out: Folder to write, new or empty.
         vocab_size: Number of tokens, the end token and 256 bytes included.
-        text_field: Field of .jsonl and column of .parquet with the text.
+        text_field: Field of .jsonl and .json, or column of a table, with the text; raw.text is a field in a field.
+        max_corrupt: Share of the documents, and of the bytes in damaged files, that may be lost; they are skipped,
+            counted and the first ones named.
         overwrite: Replace a tokenizer that is there.
     """
-    size = train_tokenizer(sources, vocab_size, out, text_field=text_field, overwrite=overwrite)
+    size = train_tokenizer(
+        sources, vocab_size, out, text_field=text_field, max_corrupt=max_corrupt, overwrite=overwrite
+    )
     return f"{out}: a tokenizer of {size} tokens"
 
 
@@ -33,6 +42,8 @@ def index(
     kind: Literal["text", "images"] | None = None,
     tokenizer: str | None = None,
     caption_key: str | None = None,
+    image_member: str | None = None,
+    caption_member: str | None = None,
     max_corrupt: float | None = None,
     workers: int = 1,
     overwrite: bool = False,
@@ -45,6 +56,8 @@ def index(
         kind: Kind of corpus (default: what the first sample looks like).
         tokenizer: Folder or hub name of the tokenizer that made the rows of tokens.
         caption_key: Key of the .json that has the caption of an image (default: the .txt is the caption).
+        image_member: Ending of the names of images, such as .input.jpg (default: .jpg, .png and others).
+        caption_member: Ending of the names of captions, such as .output.txt (default: .txt, or .json with a key).
         max_corrupt: Share of the images that may be unreadable (default: 0.1).
         workers: Number of processes that scan.
         overwrite: Replace an index that is there.
@@ -52,6 +65,7 @@ def index(
     from ..preparation.index import index_shards
 
     given = {"tokenizer": tokenizer, "caption_key": caption_key, "max_corrupt": max_corrupt}
+    given |= {"image_member": image_member, "caption_member": caption_member}
     options = {name: value for name, value in given.items() if value is not None}
     return index_shards(shards, out, kind=kind, workers=workers, overwrite=overwrite, options=options)
 

@@ -31,7 +31,7 @@ TOOLS = {
     "prepare": {
         "tokenizer": Tool("cli.prepare:tokenizer", ("sources",), "train a byte-level BPE tokenizer"),
         "text": Tool("preparation.text:prepare_text", ("sources",), "tokenize text into shards"),
-        "images": Tool("preparation.images:prepare_images", ("source",), "put captioned images into shards"),
+        "images": Tool("preparation.images:prepare_images", ("sources",), "put captioned images into shards"),
         "latents": Tool("preparation.latents:prepare_latents", ("source",), "encode images once, for training"),
         "index": Tool("cli.prepare:index", ("shards",), "index tar shards that are there already"),
         "verify": Tool("cli.prepare:verify", ("folder",), "compare shards with their index"),
@@ -57,7 +57,7 @@ TOOLS = {
         ),
     },
     "generate": {
-        "text": Tool("modules.language.hugging_face:generate_text", ("folder", "prompt"), "continue a prompt"),
+        "text": Tool("modules.language.generation:generate_text", ("folder", "prompt"), "continue a prompt"),
         "image": Tool("cli.generate:image", ("folder", "prompt"), "draw pictures for a prompt"),
         "reconstruction": Tool(
             "cli.generate:reconstruction", ("folder", "image"), "show an image next to what the stages make of it"

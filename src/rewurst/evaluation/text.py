@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,6 +18,9 @@ from ..datamodules.sampling.micro_batches import EvaluationRows, as_is
 from ..datamodules.text import TokenReader
 from ..hints import closest
 from ..modules.causal_lm import CausalLM
+from ..modules.language.limits import require_positions_for
+from ..tokenizer_files import load_tokenizer
+from ..tokenizer_meaning import same_tokenizer
 
 Scores = dict[str, dict[str, Any]]
 
@@ -66,7 +70,9 @@ def evaluate_tasks(
             raise UsageError(f"tasks: lm-eval has no {task!r}{closest(task, known.all_tasks)}")
     if not Path(folder).is_dir() and Path(folder).is_absolute():
         raise UsageError(f"{folder} is no folder: give an export of `rewurst export hf`, or a hub name")
-    model = HFLM(pretrained=folder, device=device, dtype=dtype, batch_size=batch_size, trust_remote_code=False)
+    begin = bool(load_tokenizer(folder).begin_tokens) if Path(folder).is_dir() else None
+    options: dict[str, Any] = {"batch_size": batch_size, "trust_remote_code": False, "add_bos_token": begin}
+    model = HFLM(pretrained=folder, device=device, dtype=dtype, **options)
     found = simple_evaluate(
         model=model, tasks=list(tasks), task_manager=known, num_fewshot=num_fewshot, limit=limit, log_samples=False
     )
@@ -108,6 +114,7 @@ def evaluate_corpora(
     for name, path in corpora.items():
         shards = TokenShards(path)
         _check_tokenizer(folder, shards, module)
+        require_positions_for(module.model, shards.index.sequence_length, f"the sequence_length of {path}")
         rows = EvaluationRows(shards, TokenReader([shards]), batch_size)
         loader = DataLoader(rows, batch_size=None, collate_fn=as_is)  # type: ignore[arg-type]
         total, tokens = 0.0, 0
@@ -126,12 +133,18 @@ def _check_tokenizer(folder: str, shards: TokenShards, module: CausalLM) -> None
         raise UsageError(
             f"{shards.path} has {shards.index.vocab_size} tokens, {folder} knows {known}: another tokenizer"
         )
-    theirs, ours = (Path(place) / "tokenizer.json" for place in (shards.tokenizer_folder, folder))
-    if theirs.is_file() and ours.is_file():
-        from tokenizers import Tokenizer
-
-        vocabularies = [Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True) for file in (theirs, ours)]
-        if vocabularies[0] != vocabularies[1]:
-            raise UsageError(
-                f"{shards.path} was prepared with another tokenizer than that of {folder}: prepare it again"
-            )
+    ours = Path(folder) / "tokenizer.json"
+    if not ours.is_file():
+        return
+    try:
+        theirs = shards.read_tokenizer()
+    except FileNotFoundError:
+        return
+    if not same_tokenizer(theirs, ours.read_text(encoding="utf-8")):
+        raise UsageError(f"{shards.path} was prepared with another tokenizer than that of {folder}: prepare it again")
+    begin = load_tokenizer(folder).begin_tokens
+    if begin != shards.index.begin_tokens:
+        rank_zero_warn(
+            f"{shards.path} has documents that begin with tokens {list(shards.index.begin_tokens)}, the tokenizer of "
+            f"{folder} begins texts with {list(begin)}: prepare the corpus again with it"
+        )

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,14 +20,16 @@ from .engine import open_engine
 from .engine.image_units import ImageJob, prepare_image_units
 from .engine.resumable_units import begin
 from .sources.pictures import drawings, listing
-from .sources.shapes import PICTURES
+from .sources.pictures.folders import EXPECTED
+from .sources.pictures.listing import Listing, joined
+from .sources.pictures.shapes import PICTURES
 from .steps.recoding import Recoding
 from .writing.destination import Target, everywhere
 from .writing.folders import IMAGE_LAYOUT, shard_name
 
 
 def prepare_images(
-    source: str,
+    sources: Sequence[str],
     out: str | Path,
     *,
     held_out: float = 0.0,
@@ -44,25 +47,28 @@ def prepare_images(
     ray_address: str | None = None,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Write the pictures of a source into ``out/train`` and, with ``held_out`` above 0, ``out/val``.
+    """Write the pictures of sources into ``out/train`` and, with ``held_out`` above 0, ``out/val``.
 
-    ``builtin:shapes`` and ``builtin:shapes-new`` are drawn: ``val`` holds a fresh picture of each combination that
-    ``train`` shows, ``unseen`` the combinations that it does not. The same input gives the same bytes, whatever the
-    engine and the number of workers. A preparation that was stopped, killed or failed leaves no index behind; the same
-    call resumes it. Pictures on a server are recognized by their names.
+    A source with splits of its own, by names such as ``validation/metadata.csv`` or
+    ``data/test-00000-of-00001.parquet``, also has ``out/val`` and ``out/test``. ``builtin:shapes`` and
+    ``builtin:shapes-new`` are drawn: ``val`` holds a fresh picture of each combination that ``train`` shows, ``unseen``
+    the combinations that it does not. Each line of a .txt, and each text of a list, is a caption of its picture; all
+    are kept, and training draws one of them each time. The same input gives the same bytes, whatever the engine and
+    the number of workers. A preparation that was stopped, killed or failed leaves no index behind; the same call
+    resumes it. Pictures on a server are recognized by their names.
 
     Args:
-        source: Folder of images with a .txt next to each (and perhaps a .json), .jsonl or .parquet with file names or
-            images and captions, folder with metadata.jsonl or metadata.parquet, URL of one of these, builtin:shapes or
-            builtin:shapes-new.
+        sources: One or more: folder of images with a .txt, .caption or .json next to each; .jsonl, .csv or .parquet
+            with file names or images and captions; folder with such a table, or with a train/ and others that have one;
+            folder of a dataset from the hub; URL of one of these; builtin:shapes or builtin:shapes-new.
         out: Folder or URL to write, new or empty; every machine of a cluster has to see it.
         held_out: Share of the pictures kept for validation, in [0, 1); drawn pictures have their own.
         recoding: Size and format in which pictures are stored.
         workers: Number of worker processes (default: 1; with ray: all there is room for).
         max_corrupt: Share of the pictures that may be corrupt; they are left out.
         skip_without_caption: Leave out pictures without a caption instead of failing.
-        image_field: Field of a table with file names (default: file_name, image or path).
-        caption_field: Field of a table with captions (default: text or caption).
+        image_field: Field of a table with file names or images (default: file_name, image or path).
+        caption_field: Field with captions, of a table or of the .json next to each picture (default: text or caption).
         samples_per_shard: Number of pictures per shard (default: shards of about 256 MiB).
         pictures: Number of pictures drawn per combination of builtin:shapes.
         seed: Seed of drawn pictures.
@@ -80,24 +86,45 @@ def prepare_images(
     """
     _check(held_out, max_corrupt, samples_per_shard)
     recoding = recoding or Recoding()
+    names = [sources] if isinstance(sources, str) else list(sources)
     with open_engine(engine, workers, ray_address) as pool:
-        if source.startswith("builtin:"):
-            listed = drawings(source, recoding.image_size or 64, pictures, seed)
-            if held_out:
-                raise UsageError(f"held_out is {held_out}, expected none for {source}: it has held-out pictures itself")
-        else:
-            listed = listing(everywhere(source) if engine == "ray" else source, image_field, caption_field)
+        listed = _listed(names, recoding.image_size or 64, pictures, seed, image_field, caption_field, engine)
+        if held_out and set(listed.sides) - {"train"}:
+            raise UsageError(
+                f"held_out is {held_out}, expected none for {' '.join(names)}: it has held-out pictures itself"
+            )
         sides = listed.sides or (("train", "val") if held_out else ("train",))
-        name, target = shard_name(source, otherwise="images"), Target.for_engine(engine, out)
+        name, target = shard_name(names[0], otherwise="images"), Target.for_engine(engine, out)
         job = ImageJob(target, name, sides, held_out, recoding, samples_per_shard, skip_without_caption)
-        begin(target, job.plan() | {"source": source, "pictures": pictures, "seed": seed}, IMAGE_LAYOUT, overwrite)
-        counts, faults = prepare_image_units(listed, source, job, max_corrupt, pool, progress)
+        asked = {"source": names[0] if len(names) == 1 else names, "pictures": pictures, "seed": seed}
+        begin(target, job.plan() | asked, IMAGE_LAYOUT, overwrite)
+        counts, faults = prepare_image_units(listed, names, job, max_corrupt, pool, progress)
     for side in sides:
         print(f"{join(str(out), side)}: {counts[side][0]} pictures in {counts[side][1]} shards", file=sys.stderr)
     for remark in (*faults.remarks(), listed.remark):
         if remark:
             print(remark, file=sys.stderr)
     return {side: counts[side][0] for side in sides}
+
+
+def _listed(
+    names: Sequence[str],
+    size: int,
+    pictures: int,
+    seed: int,
+    image_field: str | None,
+    caption_field: str | None,
+    engine: str,
+) -> Listing:
+    if not names:
+        raise UsageError(f"no sources given, expected {EXPECTED}")
+    listings = []
+    for name in names:
+        if name.startswith("builtin:"):
+            listings.append(drawings(name, size, pictures, seed))
+        else:
+            listings.append(listing(everywhere(name) if engine == "ray" else name, image_field, caption_field))
+    return joined(listings)
 
 
 def _check(held_out: float, max_corrupt: float, samples_per_shard: int | None) -> None:

@@ -9,13 +9,9 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from ..datamodules.corpora.index import INDEX_FILE, Shard
 from ..datamodules.corpora.tar import scan, sha256_of
 from ..datamodules.storage.random_access import is_remote, open_bytes
 from ..files import write_atomically, writing
+from .engine.local_pool import LocalPool
 from .formats import KINDS, Kind, kind_of
 
 
@@ -41,12 +38,14 @@ class Scanned:
         offsets: Of its samples, and where they end.
         keys: Of its first and its last sample.
         found: What the kind of corpus found in it.
+        left_out: Names of members that belong to no sample.
     """
 
     shard: Shard
     offsets: NDArray[np.uint64]
     keys: tuple[str, str]
     found: Any
+    left_out: list[str]
 
 
 def index_shards(
@@ -68,7 +67,8 @@ def index_shards(
         workers: Processes that scan.
         overwrite: Replace an index, and sidecars that something else wrote.
         progress: Show a progress bar on stderr.
-        options: Of the kind: ``tokenizer`` of text, ``caption_key`` and ``max_corrupt`` of images.
+        options: Of the kind: ``tokenizer`` of text, ``caption_key``, ``image_member``, ``caption_member`` and
+            ``max_corrupt`` of images.
 
     Returns:
         One line that says what was indexed.
@@ -80,9 +80,13 @@ def index_shards(
     paths = expand_shards(sources)
     folder = _folder(paths, out)
     _check_free(folder, paths, overwrite)
-    chosen = kind or kind_of(next(scan(open_bytes(paths[0]), paths[0])), paths[0])
-    reader = _reader(chosen, options or {})
-    scanned = list(tqdm(_scanned(paths, reader, workers), "indexing", len(paths), unit="tar", disable=not progress))
+    given = options or {}
+    named = "images" if given.get("image_member") else None
+    chosen = kind or named or kind_of(next(scan(open_bytes(paths[0]), paths[0])), paths[0])
+    reader = _reader(chosen, given)
+    tars = LocalPool(min(workers, len(paths))).run(scan_shard, reader, zip(paths, paths, strict=True))
+    by_path = dict(tqdm(tars, "indexing", len(paths), unit="tar", disable=not progress))
+    scanned = [by_path[path] for path in paths]
     _check_neighbours(scanned)
     shards = [_placed(one.shard, folder, path) for one, path in zip(scanned, paths, strict=True)]
     with writing(folder):
@@ -94,7 +98,11 @@ def index_shards(
         with writing(sidecar):
             write_atomically(sidecar, one.offsets.astype("<u8").tobytes())
     index.save(folder)
-    return f"{folder}: {index.rows:,} rows of {chosen} in {len(shards)} shards{reader.remarks(found)}"
+    left_out = [name for one in scanned for name in one.left_out]
+    clutter = (
+        f"; {len(left_out)} files that belong to no sample left out (the first: {left_out[0]})" if left_out else ""
+    )
+    return f"{folder}: {index.rows:,} rows of {chosen} in {len(shards)} shards{reader.remarks(found)}{clutter}"
 
 
 def _reader(kind: str, options: Mapping[str, Any]) -> Kind:
@@ -171,29 +179,15 @@ def _placed(shard: Shard, folder: Path, path: str) -> Shard:
     return shard if beside else Shard(**{**vars(shard), "url": str(Path(path).resolve())})
 
 
-def _scanned(paths: Sequence[str], reader: Kind, workers: int) -> Iterator[Scanned]:
-    one = partial(scan_shard, reader=reader)
-    if workers <= 1:
-        yield from map(one, paths)
-        return
-    try:
-        with ProcessPoolExecutor(min(workers, len(paths)), multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(one, paths)
-    except BrokenProcessPool:
-        raise UsageError(
-            f"a scanning process died, perhaps for want of memory; try --workers below {workers}"
-        ) from None
-
-
-def scan_shard(path: str, reader: Kind) -> Scanned:
-    """Offsets, hash and contents of one tar."""
-    content = open_bytes(path)
-    samples = list(scan(content, path))
+def scan_shard(reader: Kind, path: str) -> Scanned:
+    """Return the offsets, hash and contents of one tar."""
+    content, left_out = open_bytes(path), list[str]()
+    samples = list(scan(content, path, left_out))
     found = reader.read(samples, content, path)
     name = path.rsplit("/", 1)[-1]
     shard = Shard(name, content.size, len(samples), reader.rows(found), sha256_of(content))
     ends = np.array([*(reader.offset(sample, path) for sample in samples), samples[-1].end], dtype=np.uint64)
-    return Scanned(shard, ends, (samples[0].key, samples[-1].key), found)
+    return Scanned(shard, ends, (samples[0].key, samples[-1].key), found, left_out)
 
 
 def _check_neighbours(scanned: Sequence[Scanned]) -> None:

@@ -50,7 +50,8 @@ def prepare_latents(
     """Write the latents of a corpus of images as a corpus of latents, row by row.
 
     Images are cropped as :class:`ImageTextDataModule` with ``random_crop=False`` crops them. A preparation that was
-    stopped, killed or failed is resumed by the same call; shards that are done stay.
+    stopped, killed or failed is resumed by the same call; shards that are done stay. A folder that was made from other
+    images, networks or options is refused.
 
     Args:
         source: Folder or URL of the images, with ``index.json``.
@@ -112,6 +113,7 @@ def prepare_latents(
         folder, job = work.folder, job_of(work)
         _open[job] = work
         if folder.is_complete() and not overwrite:
+            folder.check_complete()
             return f"{out}: complete already"
         begin(folder.target, work.plan(), LATENT_LAYOUT, overwrite)
         corrupt, stage = CorruptImages(max_corrupt), Stage(folder.target, "shards", make_shard, job)
@@ -122,29 +124,36 @@ def prepare_latents(
         total = sum(len(folder.rows(unit.work)) for unit in mine)
         with progress_bar("latents", "images", total, progress) as bar:
             complete(stage, mine, pool, bar, lambda done: done["rows"], lambda done: _count(corrupt, done))
-        if not _finish(folder, stage):
+        if not _finish(folder, stage, max_corrupt):
             return f"{out}: this process's {len(mine)} shards are done; the index comes with the last of the others'"
     remark = f"; {corrupt.count} corrupt images have none, the first: {corrupt.named()}" if corrupt.count else ""
     return f"{out}: {len(work.images):,} rows of latents in {folder.shards} shards{remark}"
 
 
-def _count(corrupt: CorruptImages, record: Record) -> None:
-    corrupt.add(record["seen"], record["corrupt"])
+def _count(corrupt: CorruptImages, record: Record, final: bool = False) -> None:
+    corrupt.add(record["seen"], record["corrupt"], final)
 
 
-def _finish(folder: LatentFolder, stage: Stage[Job]) -> bool:
-    """Write the index if all shards are done, and return whether they are; another process may be at it too."""
+def _finish(folder: LatentFolder, stage: Stage[Job], max_corrupt: float) -> bool:
+    """Write the index if all shards are done, and return whether they are; another process may be at it too.
+
+    Raises:
+        UsageError: Too many of all images are corrupt.
+    """
     shards = [Unit(f"{shard:06d}", "0", shard) for shard in range(folder.shards)]
     if not folder.is_complete():
         if len(stage.done()) < len(shards):
             return folder.is_complete()
         try:
-            entries = [stage.read(unit)["entry"] for unit in shards]
+            records = [stage.read(unit) for unit in shards]
         except UsageError:
             if folder.is_complete():  # the other process has deleted them
                 return True
             raise
-        folder.finish(entries)
+        corrupt = CorruptImages(max_corrupt)
+        for number, record in enumerate(records, 1):
+            _count(corrupt, record, final=number == len(records))
+        folder.finish(record["entry"] for record in records)
     finish(folder.target, ("shards", "empty_text"))
     return True
 

@@ -21,8 +21,9 @@ from ..tokenizer_files import load_tokenizer
 from .engine import open_engine
 from .engine.resumable_units import begin
 from .engine.text_units import TextJob, prepare_text_units
-from .sources.documents import Skipped, expand
-from .steps.tokenizing import is_held_out
+from .sources.skipped import Skipped
+from .sources.source_files import PLAIN_TEXT, SourceFile, expand
+from .steps.sections import is_held_out
 from .tokenizer import train_tokenizer
 from .verify import verify
 from .writing.destination import Target, everywhere
@@ -41,31 +42,46 @@ def prepare_text(
     held_out: float = 0.0,
     workers: int | None = None,
     text_field: str = "text",
+    document_separator: str | None = None,
+    max_corrupt: float = 0.05,
+    max_unknown: float = 0.01,
     rows_per_shard: int | None = None,
     overwrite: bool = False,
     engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     progress: bool = True,
+    end_token: str | None = None,
 ) -> dict[str, TokenIndex]:
     """Tokenize sources into ``out/train`` and, with ``held_out`` above 0, ``out/val``.
+
+    A document is a line of .jsonl, an element or a line of .json, a row of a table, a caption of a .tar, or a whole
+    .txt or .md file.
 
     The same input gives the same bytes, whatever the engine and the number of workers. A preparation that was stopped,
     killed or failed leaves no index behind; the same call resumes it.
 
     Args:
-        sources: Text files (.txt, .md, .jsonl, .parquet, .gz and .zst too), .tar of captioned images, folders or URLs
-            of them, builtin:prose or builtin:code.
-        tokenizer: Folder with a ``tokenizer.json``, or hub name of a fast tokenizer.
+        sources: Text files (.txt, .md, .jsonl, .json, .csv, .tsv, also with .gz, .zst, .bz2 or .xz; .parquet, .arrow),
+            .tar of captioned images, folders or URLs of them, builtin:prose or builtin:code.
+        tokenizer: Folder with a ``tokenizer.json`` (or ``tokenizer.model``, or ``vocab.json`` and ``merges.txt``), or
+            hub name of a fast tokenizer.
         out: Folder or URL to write, new or empty; every machine of a cluster has to see it.
         sequence_length: Number of predicted tokens per row.
         held_out: Share of the documents kept for validation, in [0, 1).
         workers: Number of worker processes (default: 1; with ray: all there is room for).
-        text_field: Field of .jsonl and column of .parquet with the text.
+        text_field: Field of .jsonl and .json, or column of a table, with the text; raw.text is a field in a field.
+        document_separator: Text between the documents of a .txt or .md file, in which backslash n is a line end, or
+            blank-line (default: a file is one document).
+        max_corrupt: Share of the documents, and of the bytes in damaged files, that may be lost; they are skipped,
+            counted and the first ones named.
+        max_unknown: Share of the text that the tokenizer may not know.
         rows_per_shard: Number of rows per shard (default: shards of about 256 MiB).
         overwrite: Replace what an earlier preparation left in ``out``.
         engine: Engine that runs the work: worker processes here, or the machines of a Ray cluster.
         ray_address: Address of the Ray cluster (default: RAY_ADDRESS, or a cluster that is started here).
         progress: Whether to show progress bars on stderr.
+        end_token: Token after each document, as text (default: the tokenizer's end token, or, if that ends the turns
+            of a chat, the token that ends documents).
 
     Returns:
         The index of each side: ``train``, and ``val`` where something is held out.
@@ -76,9 +92,13 @@ def prepare_text(
     """
     if not 0 <= held_out < 1:
         raise UsageError(f"held_out is {held_out}, expected a share of the documents from 0 to below 1")
-    skipped = Skipped()
+    for name, share in (("max_corrupt", max_corrupt), ("max_unknown", max_unknown)):
+        if not 0 <= share <= 1:
+            raise UsageError(f"{name} is {share}, expected a share from 0 to 1")
+    skipped = Skipped(max_corrupt)
     with open_engine(engine, workers, ray_address) as pool:
-        files, read_tokenizer = expand(sources, skipped), load_tokenizer(tokenizer)
+        files, read_tokenizer = expand(sources, skipped), load_tokenizer(tokenizer, end_token)
+        separator = _separator(document_separator, files)
         sides = ("train", "val") if held_out else ("train",)
         layout = RowLayout(
             name=shard_name(sources[0], otherwise="text"),
@@ -88,18 +108,36 @@ def prepare_text(
             tokenizer_sha256=read_tokenizer.sha256,
             sources=tuple(sources),
             rows_per_shard=rows_per_shard,
+            begin_tokens=read_tokenizer.begin_tokens,
         )
         target = Target.for_engine(engine, out)
-        job = TextJob(target, layout, sides, held_out, text_field, read_tokenizer.json)
-        begin(target, {**vars(layout), "held_out": held_out, "text_field": text_field}, CORPUS_LAYOUT, overwrite)
+        job = TextJob(
+            target, layout, sides, held_out, text_field, read_tokenizer.json, separator, max_corrupt, max_unknown
+        )
+        plan = {"held_out": held_out, "text_field": text_field, "document_separator": separator}
+        begin(target, {**vars(layout), **plan}, CORPUS_LAYOUT, overwrite)
         if engine == "ray":
             files = [file if file.kind == "builtin" else replace(file, name=everywhere(file.name)) for file in files]
         indices = prepare_text_units(files, read_tokenizer, job, skipped, pool, progress)
+    begin_text = f", begin tokens {list(layout.begin_tokens)}" if layout.begin_tokens else ", no begin token"
+    print(f"end token {read_tokenizer.end_text!r} ({layout.end_token}){begin_text}", file=sys.stderr)
     for side in sides:
         print(_summary(join(str(out), side), indices[side]), file=sys.stderr)
     if report := skipped.report():
         print(report, file=sys.stderr)
     return indices
+
+
+def _separator(given: str | None, files: Sequence[SourceFile]) -> str | None:
+    """Return the separator of documents, with its escapes replaced."""
+    if given is None:
+        return None
+    if not any(file.kind in PLAIN_TEXT for file in files):
+        raise UsageError(f"document_separator is {given!r}, but no source is a {' or '.join(PLAIN_TEXT)} file; omit it")
+    separator = given.replace("\\n", "\n").replace("\\t", "\t")
+    if not separator:
+        raise UsageError("document_separator is empty, expected a text, or blank-line")
+    return separator
 
 
 def _summary(folder: str, index: TokenIndex) -> str:

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..files import write_atomically, writing
-from .sources.documents import Skipped, expand, read
+from .sources.documents import read
+from .sources.skipped import Skipped
+from .sources.source_files import expand, total_bytes
 from .writing.folders import TOKENIZER_LAYOUT, make_folder
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,6 +27,7 @@ def train_tokenizer(
     out: Path,
     *,
     text_field: str = "text",
+    max_corrupt: float = 0.05,
     overwrite: bool = False,
     progress: bool = True,
 ) -> int:
@@ -43,7 +46,7 @@ def train_tokenizer(
         raise UsageError(
             f"vocab_size is {vocab_size}, expected {SMALLEST_VOCABULARY} or more: 256 bytes and the end token"
         )
-    skipped = Skipped()
+    skipped = Skipped(max_corrupt)
     files = expand(sources, skipped)
     make_folder(Path(out), TOKENIZER_LAYOUT, overwrite)
     tokenizer = Tokenizer(models.BPE())
@@ -64,6 +67,7 @@ def train_tokenizer(
                     yield piece.text
 
         tokenizer.train_from_iterator(texts(), trainer)
+    skipped.check(total_bytes(files), final=True)
     _save(tokenizer, Path(out))
     reached = int(tokenizer.get_vocab_size())
     few = f" ({vocab_size} asked for; the text has no more pairs to merge)" if reached < vocab_size else ""

@@ -18,62 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import IO, Any, Generic
 
 from tqdm import tqdm
 
 from .. import UsageError
+from .jobs import J, Job, Ledger, Name, R
 
 _POLL_SECONDS = 0.5
 _SAVING_SECONDS = 120.0
 _LOG_LINES = 15
-
-Name = tuple[str, int]
-"""Of what is run, and its seed."""
-
-
-class Work(Protocol):
-    """A job: one process, whose outcome a ledger finds in its folder."""
-
-    @property
-    def name(self) -> Name:
-        """What it is known by among others."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes."""
-
-    @property
-    def own_steps(self) -> int:
-        """How long it is, in steps or what is like them."""
-
-    @property
-    def needs(self) -> Sequence[Work]:
-        """Jobs that it begins after."""
-
-    def command(self) -> list[str]:
-        """Arguments of Python; writes what the process needs to be given into the folder, which is there."""
-
-    def steps_done(self) -> int:
-        """How far it has come, in its steps."""
-
-
-J = TypeVar("J", bound=Work)
-J_contra = TypeVar("J_contra", bound=Work, contravariant=True)
-R = TypeVar("R")
-
-
-class Ledger(Protocol[J_contra, R]):
-    """Finds what came of jobs."""
-
-    def load(self, job: J_contra) -> R | None:
-        """A job's result, where it has one."""
-
-    def keep(self, job: J_contra, results: dict[Name, R], seconds: float) -> R | None:
-        """Reads what a process wrote and keeps it; nothing where it has not come to its end."""
-
-    def told(self, result: R) -> str:
-        """The result in a few words."""
 
 
 class Stopped(Exception):  # noqa: N818  # no error
@@ -135,9 +89,9 @@ class Runner(Generic[J, R]):
         """Starts what can be started; returns what waits on."""
         left = []
         for job in waiting:
-            failed = [label(other) for other in job.needs if label(other) in self.failures]
+            failed = [other.label for other in job.needs if other.label in self.failures]
             if failed:
-                self.failures[label(job)] = f"it needs {failed[0]}, which failed"
+                self.failures[job.label] = f"it needs {failed[0]}, which failed"
             elif len(going) >= self.at_once or any(other.name not in self.results for other in job.needs):
                 left.append(job)
             else:
@@ -156,18 +110,18 @@ class Runner(Generic[J, R]):
         result = self.ledger.load(job) or self.ledger.keep(job, self.results, time.monotonic() - attempt.began)
         if result is None:
             what = f"exit status {status}" if status else "it stopped before its end"
-            self.failures[label(job)] = f"{what}; {job.folder / 'log.txt'} ends with: {_tail(job.folder / 'log.txt')}"
-            bar.write(f"{label(job)} failed: {what}", file=sys.stderr)
+            self.failures[job.label] = f"{what}; {job.folder / 'log.txt'} ends with: {_tail(job.folder / 'log.txt')}"
+            bar.write(f"{job.label} failed: {what}", file=sys.stderr)
         else:
             self.results[job.name] = result
-            bar.write(f"{label(job)}: {self.ledger.told(result)}", file=sys.stderr)
+            bar.write(f"{job.label}: {result.summary()}", file=sys.stderr)
             self.finished(self.results)
         return True
 
     def _show(self, bar: Any, going: list[Attempt[J]]) -> None:
         done = sum(job.own_steps for job in self.jobs if job.name in self.results)
         now = done + sum(attempt.job.steps_done() for attempt in going)
-        under_way = ", ".join(label(attempt.job) for attempt in going)
+        under_way = ", ".join(attempt.job.label for attempt in going)
         if (now, under_way) == (bar.n, bar.postfix) and not sys.stderr.isatty():
             return  # a log has a line for what changed
         bar.n = now
@@ -213,7 +167,7 @@ def results_of(jobs: Sequence[J], ledger: Ledger[J, R]) -> dict[Name, R]:
     return {name: result for name, result in found.items() if result is not None}
 
 
-def launch(job: Work, at_once: int) -> subprocess.Popen[bytes] | None:
+def launch(job: Job, at_once: int) -> subprocess.Popen[bytes] | None:
     """Starts a job's process; none where another holds its lock."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / "lock").open("a") as lock, (job.folder / "log.txt").open("ab") as log:
@@ -266,8 +220,3 @@ def _stop_signals() -> Iterator[None]:
 def _tail(path: Path) -> str:
     lines = re.split(r"[\r\n]+", path.read_text(encoding="utf8", errors="replace").strip())
     return " | ".join(lines[-_LOG_LINES:])
-
-
-def label(job: Work) -> str:
-    """What a job is called in messages."""
-    return f"{job.name[0]} seed {job.name[1]}"

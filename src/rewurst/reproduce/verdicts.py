@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 Verdict = Literal["held", "not held", "undecided"]
 
@@ -20,11 +21,11 @@ class Judged:
     """A claim's measure over the seeds.
 
     Args:
-        mean: Mean over the seeds, none without any.
-        spread: Standard deviation over the seeds (n - 1), none with fewer than two.
-        margin: Half the width of the 90 % interval of the mean, none with fewer than two.
-        seeds: How many there were.
-        verdict: Whether the whole interval lies on the claim's side of the bound, on the other, or on both.
+        mean: Mean over the seeds, None without any.
+        spread: Standard deviation over the seeds (n - 1), None with fewer than two.
+        margin: Half the width of the 90 % interval of the mean, None with fewer than two.
+        seeds: Number of seeds.
+        verdict: Whether the whole interval is on the claim's side of the bound, on the other, or on both.
     """
 
     mean: float | None
@@ -35,9 +36,9 @@ class Judged:
 
 
 def judge(values: Sequence[float], at_least: float | None = None, at_most: float | None = None) -> Judged:
-    """Tests the mean of ``values``, one a seed, against a bound (or two).
+    """Test the mean of ``values``, one per seed, against a bound (or two).
 
-    With one seed nothing is known about the spread, so nothing is decided.
+    With one seed the spread is unknown, so nothing is decided.
     """
     count = len(values)
     if count < 2:
@@ -55,23 +56,63 @@ def judge(values: Sequence[float], at_least: float | None = None, at_most: float
 
 
 def quantile(degrees: int) -> float:
-    """95 % quantile of Student's t."""
+    """Return the 95 % quantile of Student's t."""
     return _T[degrees - 1] if degrees <= len(_T) else _T_LARGE
 
 
 Row = dict[str, Any]
+E = TypeVar("E")
 
 
-def claim_row(claim: str, quantity: str, paper: str, bound: str, judged: Judged) -> Row:
-    """A claim and what the seeds say of it, as ``report.json`` holds them."""
-    return {
-        "claim": claim,
-        "paper": paper,
-        "ours": judged.mean,
-        "spread": judged.spread,
-        "verdict": judged.verdict,
-        "quantity": quantity,
-        "bound": bound,
-        "margin": judged.margin,
-        "seeds": judged.seeds,
-    }
+class NotMeasurable(Exception):  # noqa: N818  # not an error
+    """A run has not ended, or the number makes no sense with these results."""
+
+
+@dataclass(frozen=True)
+class Claim(Generic[E]):
+    """A claim of a paper: one number per seed, and a bound that was fixed before anything was run.
+
+    Args:
+        claim: What is claimed.
+        quantity: What the number is, with its unit.
+        paper: What the paper found.
+        measure: Function that returns the number of a seed's evidence, or raises NotMeasurable.
+        at_least: Lowest number with which the claim holds.
+        at_most: Highest number with which the claim holds.
+    """
+
+    claim: str
+    quantity: str
+    paper: str
+    measure: Callable[[E], float]
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def bound(self) -> str:
+        """The bound in words."""
+        given = {"at least": self.at_least, "at most": self.at_most}
+        return " and ".join(f"{side} {value:g}" for side, value in given.items() if value is not None)
+
+    def judged(self, seeds: Iterable[E]) -> Judged:
+        """Judge the seeds whose runs have ended."""
+        values = []
+        for seed in seeds:
+            with suppress(NotMeasurable):  # the report says how many seeds a claim has
+                values.append(self.measure(seed))
+        return judge(values, self.at_least, self.at_most)
+
+    def row(self, seeds: Iterable[E]) -> Row:
+        """Return the claim and its verdict as ``report.json`` holds them."""
+        judged = self.judged(seeds)
+        return {
+            "claim": self.claim,
+            "paper": self.paper,
+            "ours": judged.mean,
+            "spread": judged.spread,
+            "verdict": judged.verdict,
+            "quantity": self.quantity,
+            "bound": self.bound,
+            "margin": judged.margin,
+            "seeds": judged.seeds,
+        }

@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 from rewurst import UsageError
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.modules import CausalLM
-from rewurst.modules.language.hugging_face import export_hugging_face, generate_text
+from rewurst.modules.language.generation import generate_text
+from rewurst.modules.language.hugging_face import export_hugging_face
 from rewurst.preparation.text import prepare_text, train_tokenizer
 
 

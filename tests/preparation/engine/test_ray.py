@@ -220,8 +220,8 @@ def test_a_killed_preparation_goes_on(
 
 def test_a_source_that_has_changed_is_refused(texts: Path, tokenizer: str, tmp_path: Path) -> None:
     (texts / "5.jsonl").write_text("{")
-    asked: dict[str, Any] = {"engine": "ray", "workers": 1, **TEXT}
-    with pytest.raises(UsageError, match=r"5\.jsonl:1: not valid JSON"):
+    asked: dict[str, Any] = {"engine": "ray", "workers": 1, "max_corrupt": 0.0, **TEXT}
+    with pytest.raises(UsageError, match=r"5\.jsonl:1"):
         prepare_text([str(texts)], tokenizer, tmp_path / "out", **asked)
     (texts / "0.jsonl").write_text(json.dumps({"text": "other"}))
     with pytest.raises(UsageError, match="the source of tokens 000000 has changed since it was prepared"):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rewurst import UsageError
 from rewurst.preparation.sources import compressed_files as streams
 from rewurst.preparation.sources import documents as sources
+from rewurst.preparation.sources import records
 from rewurst.preparation.sources.documents import Skipped, expand, read
 
 DOCUMENTS = ["The first.\nTwo lines.", "Zweites: äöü, 你好, 😀", "x" * 500, "fourth\r\n"]
@@ -172,7 +173,8 @@ def parquet(path: Path, **columns: Any) -> None:
 
 
 KNOWN = (
-    r"\.txt, \.md, \.jsonl \(or these with \.gz or \.zst\), \.parquet, .tar, a folder, builtin:prose or builtin:code"
+    r"\.txt, \.md, \.jsonl, \.json, \.csv, \.tsv \(or these with \.gz or \.zst or \.bz2 or \.xz\), \.parquet, "
+    r"\.arrow, \.tar, a folder, builtin:prose or builtin:code"
 )
 
 
@@ -216,12 +218,12 @@ def test_parquet_columns_are_named(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", id=[1], body=["x"])
     with pytest.raises(UsageError, match=r"a\.parquet: no column 'text'; --text_field can be one of: id, body"):
         documents([str(tmp_path)])
-    with pytest.raises(UsageError, match=r"a\.parquet, row 0: column 'id' holds a number, expected text"):
+    with pytest.raises(UsageError, match=r"a\.parquet: column 'id' holds int64, expected text"):
         documents([str(tmp_path)], text_field="id")
 
 
 def test_a_line_that_memory_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINE_BYTES", 100)
+    monkeypatch.setattr(records, "LINE_BYTES", 100)
     put(tmp_path / "a.jsonl", json_lines(["a", "b" * 100]))
     with pytest.raises(UsageError, match=r"a\.jsonl:2: line is longer than 100 bytes; cut the document"):
         documents([str(tmp_path)])

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from rewurst.reproduce.continual.corpora import Data
-from rewurst.reproduce.continual.jobs import Job, make_jobs
-from rewurst.reproduce.continual.results import Result
+from rewurst.reproduce.continual.jobs import RunJob, make_jobs
+from rewurst.reproduce.continual.results import LossResult
 from rewurst.reproduce.continual.runs import Run, grid
 from rewurst.reproduce.continual.scales import SCALES, Scale
 
-Results = dict[tuple[str, int], Result]
+Results = dict[tuple[str, int], LossResult]
 Losses = dict[str, tuple[float, float]]  # a run's old and new loss at its end
 
 # As the trial at small size found them, or where it did not look, as the papers would have them.
@@ -44,19 +44,19 @@ def scale() -> Scale:
 
 
 @pytest.fixture
-def jobs(scale: Scale, data: Data, tmp_path: Path) -> list[Job]:
+def jobs(scale: Scale, data: Data, tmp_path: Path) -> list[RunJob]:
     """Every run with three seeds."""
     runs = grid(scale.steps, scale.split_steps, scale.peak)
     return make_jobs(runs, [0, 1, 2], scale, data, tmp_path / "out")
 
 
 @pytest.fixture
-def results(jobs: list[Job]) -> Results:
+def results(jobs: list[RunJob]) -> Results:
     """What the runs would give: the trial's numbers, a little apart from seed to seed."""
     return {(job.run.name, job.seed): synthetic(job) for job in jobs}
 
 
-def synthetic(job: Job, noise: float = 0.004) -> Result:
+def synthetic(job: RunJob, noise: float = 0.004) -> LossResult:
     begin, middle, end = job.start, job.start + job.run.steps // 2, job.steps
     old, new = ends(job.run)
     shift = noise * (job.seed - 1)
@@ -69,7 +69,9 @@ def synthetic(job: Job, noise: float = 0.004) -> Result:
     if job.run.content.startswith("split"):
         del losses["old"]
     losses = {name: curve if job.parent else curve[1:] for name, curve in losses.items()}
-    return Result(job.key, losses, job.steps * 2048, job.steps, job.run.share, 1.0)
+    return LossResult(
+        key=job.key, losses=losses, tokens=job.steps * 2048, steps=job.steps, share_read=job.run.share, seconds=1.0
+    )
 
 
 def ends(run: Run) -> tuple[float, float]:

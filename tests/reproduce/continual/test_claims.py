@@ -11,11 +11,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rewurst.reproduce.continual.claims import best_share, claims, examine
-from rewurst.reproduce.continual.results import Result
-from rewurst.reproduce.verdicts import judge, quantile
+from rewurst.reproduce.continual.claims import best_share, claims, of_seeds
+from rewurst.reproduce.continual.results import LossResult
+from rewurst.reproduce.verdicts import Judged, judge, quantile
 
-Results = dict[tuple[str, int], Result]
+Results = dict[tuple[str, int], LossResult]
 VALUES = st.lists(st.floats(-5, 5), min_size=2, max_size=12)
 BOUND = st.floats(-5, 5)
 SEEDS = [0, 1, 2]
@@ -78,8 +78,13 @@ def test_the_order_of_seeds_does_not_matter_and_spread_is_the_standard_deviation
     assert judged.verdict == turned.verdict
 
 
+def judged(results: Results, seeds: list[int] = SEEDS) -> dict[str, Judged]:
+    losses = of_seeds(results, seeds, "old", "new")
+    return {claim.claim: claim.judged(losses) for claim in claims(best_share(losses))}
+
+
 def verdicts(results: Results, seeds: list[int] = SEEDS) -> dict[str, str]:
-    return {each.claim.claim: each.judged.verdict for each in examine(results, seeds, "old", "new", True)}
+    return {claim: each.verdict for claim, each in judged(results, seeds).items()}
 
 
 def test_the_trials_numbers_hold(results: Results) -> None:
@@ -126,7 +131,7 @@ def test_each_claim_falls_with_its_runs(results: Results, run: str, corpus: str,
 
 def test_what_is_missing_is_undecided(results: Results) -> None:
     two = {name: result for name, result in results.items() if name != ("constant", 2)}
-    low = [each.judged for each in examine(two, SEEDS, "old", "new", True) if "constant low" in each.claim.claim]
+    low = [each for claim, each in judged(two).items() if "constant low" in claim]
     assert [each.seeds for each in low] == [2, 2]
     assert set(verdicts(results, [0]).values()) == {"undecided"}
     assert set(verdicts({}).values()) == {"undecided"}
@@ -138,8 +143,8 @@ def test_forgetting_that_is_not_there_cannot_be_removed(results: Results) -> Non
 
 
 def test_the_best_share_is_one_for_all_seeds(results: Results) -> None:
-    assert best_share(results, SEEDS, "old", "new") == 0.25  # 3.565 on average, 3.575 with 50 %
-    assert best_share(change(results, "replay_10", "old", -1.0), SEEDS, "old", "new") == 0.1
+    assert best_share(of_seeds(results, SEEDS, "old", "new")) == 0.25  # 3.565 on average, 3.575 with 50 %
+    assert best_share(of_seeds(change(results, "replay_10", "old", -1.0), SEEDS, "old", "new")) == 0.1
 
 
 def test_claims_have_one_bound_and_one_name() -> None:

@@ -80,7 +80,7 @@ def test_sources_become_corpora_and_splits(micro: Scale, tmp_path: Path) -> None
         (["--jobs", "-1"], "--jobs is -1, expected 1 or more"),
         (["--old", "a.txt"], "--old and --new go together"),
         (["--scale", "tiniest"], "did you mean 'tiny'"),
-        (["--scale", "405m"], "data/pile/train is no prepared corpus"),
+        (["--scale", "405m"], "data/pile/train is not a prepared corpus"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(

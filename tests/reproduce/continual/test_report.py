@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from rewurst.reproduce.continual.corpora import Data
-from rewurst.reproduce.continual.jobs import Job
+from rewurst.reproduce.continual.jobs import RunJob
 from rewurst.reproduce.continual.report import write_report
-from rewurst.reproduce.continual.results import Result, keep_result, load_result
+from rewurst.reproduce.continual.results import LossLedger, LossResult
 from rewurst.reproduce.continual.scales import Scale
 
-Results = dict[tuple[str, int], Result]
+Results = dict[tuple[str, int], LossResult]
 FIGURES = {"replay.png", "peaks.png", "warmups.png", "again.png", "splits.png"}
 
 
-def test_tables_claims_and_figures(jobs: list[Job], results: Results, scale: Scale, data: Data, tmp_path: Path) -> None:
+def test_tables_claims_and_figures(
+    jobs: list[RunJob], results: Results, scale: Scale, data: Data, tmp_path: Path
+) -> None:
     write_report(tmp_path, scale, jobs, data, results)
     found = json.loads((tmp_path / "report.json").read_text())
     rows = {row["run"]: row for row in found["table"]}
@@ -39,7 +41,7 @@ def test_tables_claims_and_figures(jobs: list[Job], results: Results, scale: Sca
     assert all(f"({name})" in text and (tmp_path / name).stat().st_size > 10_000 for name in FIGURES)
 
 
-def test_a_part_of_the_runs(jobs: list[Job], results: Results, scale: Scale, data: Data, tmp_path: Path) -> None:
+def test_a_part_of_the_runs(jobs: list[RunJob], results: Results, scale: Scale, data: Data, tmp_path: Path) -> None:
     some = {name: results[name] for name in (("old", 0), ("replay_0", 0), ("replay_5", 0), ("replay_0", 1))}
     content = write_report(tmp_path, scale, jobs, data, some)
     assert [(row["run"], row["seeds"]) for row in content["table"]] == [("old", 1), ("replay_0", 2), ("replay_5", 1)]
@@ -48,7 +50,7 @@ def test_a_part_of_the_runs(jobs: list[Job], results: Results, scale: Scale, dat
     assert write_report(tmp_path, scale, jobs, data, {})["table"] == []
 
 
-def test_without_splits(jobs: list[Job], results: Results, scale: Scale, data: Data, tmp_path: Path) -> None:
+def test_without_splits(jobs: list[RunJob], results: Results, scale: Scale, data: Data, tmp_path: Path) -> None:
     kept = [job for job in jobs if "split" not in job.run.name]
     some = {name: result for name, result in results.items() if "split" not in name[0]}
     content = write_report(tmp_path, scale, kept, replace(data, splits=()), some)
@@ -56,7 +58,7 @@ def test_without_splits(jobs: list[Job], results: Results, scale: Scale, data: D
     assert "## Three splits" not in (tmp_path / "report.md").read_text()
 
 
-def test_a_result_is_what_was_logged(jobs: list[Job], results: Results) -> None:
+def test_a_result_is_what_was_logged(jobs: list[RunJob], results: Results) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     job = next(job for job in jobs if job.run.name == "replay_5")
@@ -71,14 +73,14 @@ def test_a_result_is_what_was_logged(jobs: list[Job], results: Results) -> None:
                 writer.add_scalar("replay/share_read", 0.05, step)
 
     log(0, (20, 29, 30), 1)  # what it began with, and a validation as it was stopped
-    before = results["old", 0]
-    assert keep_result(job, before, 1.0) is None, "it has not come to its end"
-    assert load_result(job) is None
+    before, ledger = results["old", 0], LossLedger()
+    assert ledger.keep(job, results, 1.0) is None, "it has not come to its end"
+    assert ledger.load(job) is None
     log(1, (29, 30, 40), 0)  # after a resume Lightning logs one step later
-    kept = keep_result(job, before, 2.0)
+    kept = ledger.keep(job, results, 2.0)
     assert kept is not None
     first = before.losses["old"][-1]
     assert kept.losses["old"] == [first, (30, pytest.approx(3.0)), (40, pytest.approx(4.0))]
     assert (kept.tokens, kept.steps) == (40 * 2048, 40)
-    assert load_result(job) == kept
-    assert load_result(replace(job, key="another")) is None
+    assert ledger.load(job) == kept
+    assert ledger.load(replace(job, key="another")) is None

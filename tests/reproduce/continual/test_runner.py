@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from rewurst.reproduce.continual.corpora import Data
-from rewurst.reproduce.continual.jobs import Job, make_jobs
-from rewurst.reproduce.continual.results import LossLedger, Result
+from rewurst.reproduce.continual.jobs import RunJob, make_jobs
+from rewurst.reproduce.continual.results import LossLedger, LossResult, Results
 from rewurst.reproduce.continual.runs import grid
 from rewurst.reproduce.continual.scales import SCALES, Scale
 from rewurst.reproduce.runner import Runner, Stopped, launch
@@ -42,10 +42,10 @@ def micro(tiny_config: dict[str, Any], tmp_path: Path) -> Scale:
 
 
 @pytest.fixture
-def two(micro: Scale, data: Data, tmp_path: Path) -> Callable[[str], list[Job]]:
+def two(micro: Scale, data: Data, tmp_path: Path) -> Callable[[str], list[RunJob]]:
     """Pre-training, and 5 % replay that continues it, in a folder."""
 
-    def make(folder: str) -> list[Job]:
+    def make(folder: str) -> list[RunJob]:
         runs = [run for run in grid(STEPS, STEPS, 1e-2) if run.name in ("old", "replay_5")]
         return make_jobs(runs, [0], micro, data, tmp_path / folder)
 
@@ -53,7 +53,7 @@ def two(micro: Scale, data: Data, tmp_path: Path) -> Callable[[str], list[Job]]:
 
 
 @contextmanager
-def when_saved(job: Job, then: Callable[[], None]) -> Iterator[None]:
+def when_saved(job: RunJob, then: Callable[[], None]) -> Iterator[None]:
     """Does something as soon as a job has saved."""
     over = threading.Event()
 
@@ -73,7 +73,7 @@ def when_saved(job: Job, then: Callable[[], None]) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_forked")
-def test_stopped_and_killed_runs_come_to_the_same_end(two: Callable[[str], list[Job]]) -> None:
+def test_stopped_and_killed_runs_come_to_the_same_end(two: Callable[[str], list[RunJob]]) -> None:
     whole = Runner(two("whole"), LossLedger(), at_once=2).run()
     assert {name: result.steps for (name, _), result in whole.items()} == {"old": STEPS, "replay_5": 2 * STEPS}
     assert whole["replay_5", 0].share_read == pytest.approx(0.05, abs=1 / (STEPS * 8))
@@ -105,7 +105,7 @@ def test_stopped_and_killed_runs_come_to_the_same_end(two: Callable[[str], list[
         assert Runner(two("broken"), LossLedger(), at_once=1).run() == results
 
 
-def test_a_run_that_another_left_behind_is_waited_for(two: Callable[[str], list[Job]]) -> None:
+def test_a_run_that_another_left_behind_is_waited_for(two: Callable[[str], list[RunJob]]) -> None:
     old, _ = two("orphan")
     process = launch(old, 1)
     assert process is not None
@@ -127,25 +127,25 @@ class Finished:
         return self.status
 
 
-def test_order_and_failures(jobs: list[Job], results: dict[tuple[str, int], Result]) -> None:
+def test_order_and_failures(jobs: list[RunJob], results: dict[tuple[str, int], LossResult]) -> None:
     """Without processes: each run after the one it continues, so many at a time, and failures stay with their own."""
     began: list[tuple[str, int]] = []
 
-    def begin(job: Job, at_once: int) -> Finished:
-        assert job.parent is None or (job.parent.run.name, job.seed) in began
+    def begin(job: RunJob, at_once: int) -> Finished:
+        assert job.parent is None or job.parent.name in began
         began.append((job.run.name, job.seed))
         job.folder.mkdir(parents=True)
         (job.folder / "log.txt").write_text("no luck today")
         return Finished(1 if (job.run.name, job.seed) == ("old", 1) else 0)
 
-    def keep(job: Job, before: Result | None, seconds: float) -> Result | None:
-        assert (before is None) == (job.parent is None)
+    def keep(ledger: LossLedger, job: RunJob, done: Results, seconds: float) -> LossResult | None:
+        assert job.parent is None or job.parent.name in done
         return None if (job.run.name, job.seed) == ("old", 1) else results[job.run.name, job.seed]
 
     counts: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rewurst.reproduce.runner.launch", begin)
-        patch.setattr("rewurst.reproduce.continual.results.keep_result", keep)
+        patch.setattr(LossLedger, "keep", keep)
         patch.setattr("rewurst.reproduce.runner._POLL_SECONDS", 0.0)
         runner = Runner(jobs, LossLedger(), at_once=2, finished=lambda done: counts.append(len(done)))
         done = runner.run()

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from rewurst.cli.lightning import parse
+from rewurst.reproduce.configs import Config, load, merge, write_config
 from rewurst.reproduce.continual.corpora import Data, of_recipe
-from rewurst.reproduce.continual.jobs import Job, config_key, interval, make_jobs
+from rewurst.reproduce.continual.jobs import RunJob, config_key, interval, make_jobs
 from rewurst.reproduce.continual.runs import (
     PEAKS,
     SHARES,
@@ -25,7 +26,6 @@ from rewurst.reproduce.continual.runs import (
     warmup_name,
 )
 from rewurst.reproduce.continual.scales import CONFIGS, SCALES, Scale, base_config
-from rewurst.reproduce.shared import Config, load, merge
 
 
 def test_every_question_of_the_papers_has_its_runs() -> None:
@@ -60,11 +60,11 @@ def test_the_end_of_every_run_is_validated(name: str) -> None:
         assert scale.every / 2 < every < scale.every * 2
 
 
-def test_configs_parse_and_continue_one_another(jobs: list[Job]) -> None:
+def test_configs_parse_and_continue_one_another(jobs: list[RunJob]) -> None:
     seed = [job for job in jobs if job.seed == 1]
     assert len({job.folder for job in jobs}) == len(jobs)
     for job in (seed[0], seed[2], seed[-1], next(job for job in seed if job.run.extension)):
-        config = parse(["fit", "--config", str(job.write_config())])
+        config = parse(["fit", "--config", str(write_config(job.folder, job.config))])
         assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 1
         assert config["trainer"]["max_steps"] == job.steps
         assert config["trainer"]["val_check_interval"] == 10
@@ -121,7 +121,7 @@ def test_keys_are_stable_and_tell_what_matters(scale: Scale, data: Data, tmp_pat
     assert not set(keys(scale, data, tmp_path, peak=1e-3).values()) & set(known.values())
 
 
-def test_what_only_watches_is_not_part_of_the_key(jobs: list[Job]) -> None:
+def test_what_only_watches_is_not_part_of_the_key(jobs: list[RunJob]) -> None:
     job = next(job for job in jobs if job.run.name == "replay_5")
     trainer = job.config["trainer"]
     watched = {"callbacks": [*trainer["callbacks"], {"class_path": "LogSamples"}], "log_every_n_steps": 1, "devices": 2}
@@ -143,8 +143,8 @@ def test_merging_appends_and_replaces() -> None:
     assert under == {"a": {"b": 1, "c": [1]}, "d": 1}
 
 
-def test_a_config_on_disk_says_how_it_is_run(jobs: list[Job]) -> None:
-    path = jobs[0].write_config()
+def test_a_config_on_disk_says_how_it_is_run(jobs: list[RunJob]) -> None:
+    path = write_config(jobs[0].folder, jobs[0].config)
     text = path.read_text()
     assert text.startswith(f"# rewurst fit --config {path}\n")
     assert yaml.safe_load(text) == jobs[0].config

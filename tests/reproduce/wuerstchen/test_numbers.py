@@ -16,7 +16,7 @@ from rewurst.reproduce.wuerstchen import recipes as of_recipes
 from rewurst.reproduce.wuerstchen.costs import Cost, a100_hours
 from rewurst.reproduce.wuerstchen.curves import at_equal_score, first_reach, shifted
 from rewurst.reproduce.wuerstchen.evidence import CLAIMS, Evidence
-from rewurst.reproduce.wuerstchen.jobs import Pictures, Plan, baseline_steps, make_jobs
+from rewurst.reproduce.wuerstchen.jobs import Pictures, Plan, baseline_steps, last_checkpoint, make_jobs
 from rewurst.reproduce.wuerstchen.ledger import Outcome
 from rewurst.reproduce.wuerstchen.recipes import CONFIGS, Recipes, parts, read_recipes, whole_parts
 
@@ -106,14 +106,13 @@ def test_jobs_come_after_what_they_need_and_read_its_files(plan: Plan) -> None:
     assert all(place[other.name] < place[job.name] for job in jobs for other in job.needs)
     known = {job.name: job for job in jobs}
     single, latents = known["single_stage", 1], known["latents", 1]
-    assert single.config is not None
-    assert single.config["model"]["init_args"]["stage_a"] == known["stage_a", 1].checkpoint
+    assert single.config["model"]["init_args"]["stage_a"] == last_checkpoint(known["stage_a", 1])
     assert single.config["data"]["init_args"]["corpora"] == {"shapes": {"path": str(latents.folder / "train")}}
     assert single.config["seed_everything"] == single.config["data"]["init_args"]["seed"] == 1
     rewarming = single.config["trainer"]["callbacks"][0]["init_args"]
     assert rewarming["length"] == single.config["trainer"]["max_steps"] == single.own_steps
     compressors = {
-        kind: job.config["model"]["init_args"]["compressor"]["c_latent"]  # type: ignore[index]
+        kind: job.config["model"]["init_args"]["compressor"]["c_latent"]
         for (kind, seed), job in known.items()
         if kind.startswith("stage_b_") and seed == 0
     }
@@ -144,18 +143,18 @@ def test_keys_tell_what_decides_an_outcome(plan: Plan, tmp_path: Path) -> None:
 
 def test_claims_come_from_the_points(plan: Plan) -> None:
     def scores(**by_step: float) -> Outcome:
-        return Outcome("", {"points": {step[1:]: {"all": value} for step, value in by_step.items()}}, 1.0)
+        points = {step[1:]: {"all": value} for step, value in by_step.items()}
+        return Outcome(key="", values={"points": points}, seconds=1.0)
 
     steps = plan.recipes["stage_c"]["trainer"]["max_steps"]
+    seconds = {"stage_c": 1.0, "stage_b_and_a": 1.0, "stage_a": 0.5, "single_stage": 5.0}
     outcomes = {
         ("judge_stage_c", 0): scores(**{f"s{steps}": 0.8}),
         ("judge_single_stage", 0): scores(s100=0.1, s1000=0.4),
-        ("timing", 0): Outcome(
-            "", {"seconds_a_picture": {"stage_c": 1.0, "stage_b_and_a": 1.0, "stage_a": 0.5, "single_stage": 5.0}}, 1.0
-        ),
+        ("timing", 0): Outcome(key="", values={"seconds_a_picture": seconds}, seconds=1.0),
     }
     evidence = Evidence(plan, COSTS, [0], outcomes)
-    c_alone, with_b, advantage, speed, compression = (claim.judged(evidence) for claim in CLAIMS)
+    c_alone, with_b, advantage, speed, compression = (claim.judged([(evidence, 0)]) for claim in CLAIMS)
     flops_c, flops_b = steps * 20.0, plan.recipes["stage_b"]["trainer"]["max_steps"] * 5.0
     assert c_alone.mean == pytest.approx(25_000 / (flops_c / 2))
     assert with_b.mean == pytest.approx(25_000 / (flops_b + flops_c / 2))

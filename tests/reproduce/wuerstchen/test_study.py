@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor, nn
 
 from rewurst.preparation.images import prepare_images
+from rewurst.reproduce.jobs import Job
 from rewurst.reproduce.wuerstchen import work
-from rewurst.reproduce.wuerstchen.jobs import PictureJob
 from rewurst.reproduce.wuerstchen.study import Options, reproduce
 from rewurst.train import main
 
@@ -61,7 +61,7 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kinds of the jobs that began, in this process: a dozen others would take most of the time to import torch."""
     kinds: list[str] = []
 
-    def begin(job: PictureJob, at_once: int) -> Ended:
+    def begin(job: Job, at_once: int) -> Ended:
         job.folder.mkdir(parents=True, exist_ok=True)
         _, module, *arguments = job.command()
         if module == "rewurst.train":
@@ -185,7 +185,7 @@ def test_fid_of_given_pictures(
         (["--prompts", "0"], "--prompts is 0, expected 1 or more"),
         (["--data", "x"], "--data and --val go together"),
         (["--data", "x", "--val", "y"], "x has no index.json: index its shards with `rewurst prepare index`"),
-        (["--inception", "none.pth"], "--inception none.pth is no file"),
+        (["--inception", "none.pth"], "--inception none.pth is not a file"),
         (["--recipes", "nowhere"], "nowhere/stage_a.yaml is missing"),
         (["--seed", "1", "--scale", "tiny"], "--scale"),
     ],

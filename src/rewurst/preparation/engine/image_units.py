@@ -83,10 +83,10 @@ class ShardWork(NamedTuple):
 def gather(job: ImageJob, unit: Unit) -> Record:
     """Write the samples of a run of pictures into a tar for each side.
 
-    The record has ``seen``, ``faults`` (pictures that cannot be used) and, for each side that has samples, ``entry``,
-    ``facts`` and ``ends``, the offsets after each sample.
+    The record has ``seen``, ``faults`` (pictures that cannot be used), ``several`` (the number of pictures with several
+    captions) and, for each side that has samples, ``entry``, ``facts`` and ``ends``, the offsets after each sample.
     """
-    files, samples, faults = dict[str, ShardFile](), dict[str, list[Sample]](), list[Fault]()
+    files, samples, faults, several = dict[str, ShardFile](), dict[str, list[Sample]](), list[Fault](), 0
     with job.target.scratch() as scratch, ExitStack() as stack:
         for picture in unit.work:
             result = sample_of(picture, job.recoding)
@@ -95,6 +95,7 @@ def gather(job: ImageJob, unit: Unit) -> Record:
                     raise without_caption(result)
                 faults.append(result)
                 continue
+            several += b"\n" in result.members["txt"]
             side = side_of(result, job.held_out)
             if side not in files:
                 files[side] = stack.enter_context(ShardFile(scratch / f"{unit.name}-{side}.tar"))
@@ -102,7 +103,7 @@ def gather(job: ImageJob, unit: Unit) -> Record:
             files[side].add_members(image_key(files[side].samples), result.members)
             samples[side].append(result._replace(members={}))
         sides = {side: _publish(job, files[side], samples[side]) for side in files}
-    return {"seen": len(unit.work), "faults": faults, "sides": sides}
+    return {"seen": len(unit.work), "faults": faults, "several": several, "sides": sides}
 
 
 def _publish(job: ImageJob, file: ShardFile, samples: Sequence[Sample]) -> Record:
@@ -136,13 +137,13 @@ def _members(job: ImageJob, spans: Iterable[Span]) -> Iterator[dict[str, bytes]]
 
 
 def prepare_image_units(
-    listed: Listing, source: str, job: ImageJob, max_corrupt: float, engine: Engine, progress: bool
+    listed: Listing, sources: Sequence[str], job: ImageJob, max_corrupt: float, engine: Engine, progress: bool
 ) -> tuple[dict[str, tuple[int, int]], Faults]:
     """Fill a folder that :func:`.resumable_units.begin` has made.
 
     Args:
         listed: Pictures in their order.
-        source: Source to record in the index.
+        sources: Sources to record in the index.
         job: What all units share.
         max_corrupt: Share of the pictures that may be corrupt.
         engine: Engine that runs the units.
@@ -162,6 +163,7 @@ def prepare_image_units(
     records = list(found.values())
     for record in records:
         _count(counted, record)
+        counted.several += record.get("several", 0)
     counted.count(0, [], final=True)
     shards = [unit for side in job.sides for unit in _shards(job, side, records)]
     with progress_bar("packing", "shards", len(shards), progress) as bar:
@@ -170,7 +172,7 @@ def prepare_image_units(
     for side in reversed(job.sides):
         entries = [Shard(**packed[unit.name]) for unit in shards if unit.work.side == side]
         facts = [_array(record["sides"][side]["facts"], FACTS_DTYPE) for record in records if side in record["sides"]]
-        index = image_index(job.target.where(side), entries, facts, [source])
+        index = image_index(job.target.where(side), entries, facts, sources)
         job.target.write(f"{side}/{INDEX_FILE}", index.content())
         counts[side] = index.rows, len(entries)
     finish(job.target, ("pictures", "shards"))
@@ -192,9 +194,11 @@ def _runs(pictures: Iterable[Picture]) -> Iterator[Unit]:
 
 def _identity(picture: Picture) -> list[Any]:
     """Return the name of a picture, and what changes when one of its files on this machine does."""
-    known: list[Any] = [picture.name]
+    known: list[Any] = [picture.name, *(() if picture.caption else picture.caption_fields)]
     for part in (picture.image, picture.caption, picture.values):
-        if isinstance(part, Path):
+        if part and isinstance(part, dict | list):
+            known.append(digest_of(part))
+        elif isinstance(part, Path):
             with suppress(OSError):  # a missing file is for the worker to report
                 status = part.stat()
                 known += [status.st_size, status.st_mtime_ns]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -53,7 +58,8 @@ class LocalPool:
             return
         # Spawned, not forked: this process may have threads of torch and tokenizers, which do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, context, _start_worker, (function, job))
+        started = context.Event()
+        pool = ProcessPoolExecutor(self.workers, context, _start_worker, (function, job, started))
         pending: dict[Future[Any], str] = {}
         try:
             for name, unit in units:
@@ -63,12 +69,21 @@ class LocalPool:
             while pending:
                 yield from _done(pending)
         except BrokenProcessPool:
-            raise UsageError(
-                f"a worker process died, perhaps for want of memory; try --workers below {self.workers} and start "
-                "again: what is done stays"
-            ) from None
+            raise self._died(started.is_set()) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _died(self, started: bool) -> UsageError:
+        if started:
+            return UsageError(
+                f"a worker process died, perhaps for want of memory; try --workers below {self.workers} and start "
+                "again: what is done stays"
+            )
+        script = getattr(sys.modules["__main__"], "__file__", None)
+        return UsageError(
+            f"the worker processes could not start: each of them imports {script or 'the main script'} again, so what "
+            'that does must stand below `if __name__ == "__main__":`; or set workers to 1'
+        )
 
 
 def _done(pending: dict[Future[Any], str]) -> Iterator[tuple[str, Any]]:
@@ -81,10 +96,20 @@ _function: Callable[[Any, Any], Any] | None = None  # of this worker process
 _job: Any = None
 
 
-def _start_worker(function: Callable[[Any, Any], Any], job: Any) -> None:
+def _start_worker(function: Callable[[Any, Any], Any], job: Any, started: Event) -> None:
     global _function, _job
+    Thread(target=_end_with_parent, daemon=True).start()
+    started.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     _function, _job = function, job
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed: it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work_on(unit: Any) -> Any:

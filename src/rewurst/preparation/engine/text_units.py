@@ -27,18 +27,21 @@ from ...datamodules.corpora.tokens import TokenIndex
 from ...datamodules.storage.random_access import open_bytes
 from ...files import writing
 from ...tokenizer_files import TokenizerFiles
-from ..sources.documents import Skipped, SourceFile, identity
-from ..steps.tokenizing import Text, encode, texts
+from ..sources.skipped import Skipped
+from ..sources.source_files import SourceFile, identity
+from ..steps.sections import Text
+from ..steps.tokenizing import Encoder, encode, encoder_of, texts
 from ..writing.destination import UNFINISHED, Target
 from ..writing.row_layout import MemberBuffer, RowLayout, token_key
 from ..writing.shard_file import ShardFile
 from .local_pool import LocalPool
 from .resumable_units import READERS, Engine, Record, Stage, Unit, complete, digest_of, finish, progress_bar
+from .tally import Tally, tokens_of
 
 RUN_BYTES = 2**26  # small files are read together, because each unit costs a task and some requests
 PART_CHARS = 2**22  # of a part that one process cuts for others: much work per task, little lost by a kill
 READ_TOKENS = 2**22
-Counts = dict[str, int]
+Counts = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class TextJob:
         held_out: Share of the documents for ``val``.
         text_field: Field or column with the text.
         tokenizer_json: Contents of ``tokenizer.json``.
+        separator: What separates the documents of a plain text file (default: the file is one document).
+        max_corrupt: Share of the documents that may be corrupt.
+        max_unknown: Share of the text that the tokenizer may not know.
     """
 
     target: Target
@@ -60,6 +66,18 @@ class TextJob:
     held_out: float
     text_field: str
     tokenizer_json: str
+    separator: str | None = None
+    max_corrupt: float = 0.0
+    max_unknown: float = 1.0
+
+    @property
+    def encoder(self) -> Encoder:
+        """Encoder of this process."""
+        return encoder_of(self.tokenizer_json, self.layout.end_token, self.layout.begin_tokens)
+
+    def texts(self, files: Sequence[SourceFile], skipped: Skipped) -> Iterator[Text]:
+        """Yield the documents of files."""
+        return texts(files, self.text_field, self.held_out, skipped, self.encoder, self.separator)
 
 
 class Cut(NamedTuple):
@@ -91,25 +109,28 @@ def tokenize(job: TextJob, unit: Unit) -> Record:
     The unit's work is a :class:`Cut`, or the list of the files to read.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
-    skipped = Skipped()
+    skipped = Skipped(job.max_corrupt)
     cut = unit.work if isinstance(unit.work, Cut) else None
-    source = iter(cut.texts) if cut else texts(unit.work, job.text_field, job.held_out, skipped)
+    source = iter(cut.texts) if cut else job.texts(unit.work, skipped)
     tokens, documents = dict.fromkeys(job.sides, 0), dict.fromkeys(job.sides, 0)
+    unknown, first = 0, ""
     with job.target.scratch() as scratch, writing(scratch), ExitStack() as stack:
         files = {side: stack.enter_context((scratch / side).open("wb")) for side in job.sides}
-        for encoded in encode(source, job.tokenizer_json, job.layout.end_token):
+        for encoded in encode(source, job.encoder):
             side = job.sides[encoded.stream]
             job.layout.check(encoded.tokens)
             files[side].write(encoded.tokens.astype(job.layout.dtype).tobytes())
             tokens[side] += encoded.tokens.size
             documents[side] += encoded.documents
+            unknown, first = unknown + encoded.unknown, first or encoded.first_unknown
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())  # the record says that they are there
         for side in job.sides:
             if tokens[side]:
                 job.target.publish(scratch / side, _tokens_file(unit.name, side))
-    return {"tokens": tokens, "documents": documents, "skipped": cut.skipped if cut else _counts(skipped)}
+    counts = cut.skipped if cut else skipped.take()
+    return {"tokens": tokens, "documents": documents, "skipped": counts, "unknown": [unknown, first]}
 
 
 def pack(job: TextJob, unit: Unit) -> Record:
@@ -154,13 +175,11 @@ def prepare_text_units(
         UsageError: A source cannot be read or has changed, or there is too little text for one row.
     """
     stage = Stage(job.target, "tokens", tokenize, job)
-    runs = _runs(files)
+    with ThreadPoolExecutor(READERS) as pool:
+        known = list(pool.map(identity, files))
+    runs = _runs(files, known)
     parts = _cut(job, runs, stage.done()) if isinstance(engine, LocalPool) else runs
-    with progress_bar("tokenizing", "tokens", None, progress) as bar:
-        records = complete(stage, parts, engine, bar, lambda record: sum(record["tokens"].values()))
-    for record in records.values():
-        for name, count in record["skipped"].items():
-            setattr(skipped, name, getattr(skipped, name) + count)
+    records = _tokenized(stage, parts, job, skipped, sum(size for _, size, _ in known), engine, progress)
     shards = [unit for side in job.sides for unit in _shards(job, side, records)]
     with progress_bar("packing", "shards", len(shards), progress) as bar:
         packed = complete(Stage(job.target, "shards", pack, job), shards, engine, bar)
@@ -178,10 +197,34 @@ def prepare_text_units(
     return {side: indices[side] for side in job.sides}
 
 
-def _runs(files: Sequence[SourceFile]) -> Iterator[Unit]:
+def _tokenized(
+    stage: Stage[TextJob],
+    parts: Iterable[Unit],
+    job: TextJob,
+    skipped: Skipped,
+    size: int,
+    engine: Engine,
+    progress: bool,
+) -> dict[str, Record]:
+    """Do the first stage, and raise if too much is lost; where nothing was found, no record stays."""
+    early, fresh = Tally(Skipped(job.max_corrupt), size, job.max_unknown), not stage.done()
+    try:
+        with progress_bar("tokenizing", "tokens", None, progress) as bar:
+            records = complete(stage, parts, engine, bar, tokens_of, early.add)
+        whole = Tally(skipped, size, job.max_unknown)  # in the order of the files, for the first of each kind
+        for record in records.values():
+            whole.add(record)
+        whole.finish()
+    except UsageError:
+        if fresh and not early.tokens:  # so that the same command with another text_field starts over
+            for folder in (stage.name, "parts"):
+                job.target.remove(f"{UNFINISHED}/{folder}")
+        raise
+    return records
+
+
+def _runs(files: Sequence[SourceFile], known: Sequence[tuple[str, int, str]]) -> Iterator[Unit]:
     """Group neighbouring files of up to ``RUN_BYTES`` together; larger files stand alone."""
-    with ThreadPoolExecutor(READERS) as pool:
-        known = list(pool.map(identity, files))
     run: list[int] = []
     number = 0
     for i in range(len(files)):
@@ -213,24 +256,26 @@ def _cut(job: TextJob, runs: Iterable[Unit], done: Mapping[str, str]) -> Iterato
 
 def _parts(job: TextJob, files: Sequence[SourceFile]) -> Iterator[Cut]:
     """Read files into parts; the last one, which counts what was skipped at the end, may have no text."""
-    skipped, part, size = Skipped(), list[Text](), 0
-    for text in texts(files, job.text_field, job.held_out, skipped):
+    skipped, part, size = Skipped(job.max_corrupt), list[Text](), 0
+    for text in job.texts(files, skipped):
         part.append(text)
         size += len(text.text) + 64  # a million empty lines are work too
         if size >= PART_CHARS:
-            yield Cut(part, _counts(skipped))
-            skipped.empty_documents = skipped.repaired_documents = 0
+            yield Cut(part, skipped.take())
             part, size = [], 0
-    yield Cut(part, _counts(skipped))
-
-
-def _counts(skipped: Skipped) -> Counts:
-    return {"empty_documents": skipped.empty_documents, "repaired_documents": skipped.repaired_documents}
+    yield Cut(part, skipped.take())
 
 
 def _shards(job: TextJob, side: str, records: Mapping[str, Record]) -> Iterator[Unit]:
     counts = np.array([record["tokens"][side] for record in records.values()], dtype=np.int64)
     total = int(counts.sum())
+    documents = {side: sum(record["documents"][side] for record in records.values()) for side in job.sides}
+    if not documents[side] and (there := sum(documents.values())):
+        raise UsageError(
+            f"{job.target.where(side)}: none of the {there} documents is here with held_out {job.held_out}; a plain "
+            "text file is one document unless --document_separator says what separates its documents: give more "
+            "documents or another share"
+        )
     try:
         rows = job.layout.rows(total, job.target.where(side))
     except UsageError as error:

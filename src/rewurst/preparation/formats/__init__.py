@@ -26,5 +26,5 @@ def kind_of(sample: Sample, where: str) -> str:
         return "text"
     raise UsageError(
         f"{where}: its first sample {sample.key!r} holds {', '.join(extensions)}; expected .npy of token rows, or an "
-        f"image ({', '.join(IMAGE_SUFFIXES)}) with its caption"
+        f"image ({', '.join(IMAGE_SUFFIXES)}) with its caption; other names with --image_member and --caption_member"
     )

@@ -15,8 +15,16 @@ from ...datamodules.corpora.images import ImageIndex, ImageShards
 from ...datamodules.corpora.index import Shard
 from ...datamodules.corpora.tar import Member, Sample
 from ...datamodules.imaging.corrupt import CorruptImages
-from ...datamodules.imaging.facts import UNREADABLE, Facts, facts_array, facts_of, image_suffix, no_caption
-from ...datamodules.imaging.header import DecodeError
+from ...datamodules.imaging.facts import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    Facts,
+    facts_array,
+    facts_of,
+    image_suffix,
+    no_caption,
+)
+from ...datamodules.imaging.header import MAX_PIXELS, DecodeError
 from ...datamodules.storage.random_access import Bytes
 from ..writing.image_index import image_index
 from .base import Kind
@@ -37,10 +45,19 @@ class Images(Kind):
     Args:
         caption_key: Key of the .json with the caption; by default it is the .txt.
         max_corrupt: Share of the images that may be unreadable.
+        image_member: Suffix of the image, such as ``input.jpg`` (default: jpg, png and others).
+        caption_member: Suffix of the caption, such as ``output.txt`` (default: txt, or json with a key).
     """
 
-    def __init__(self, caption_key: str | None = None, max_corrupt: float = 0.1) -> None:
+    def __init__(
+        self,
+        caption_key: str | None = None,
+        max_corrupt: float = 0.1,
+        image_member: str | None = None,
+        caption_member: str | None = None,
+    ) -> None:
         self.caption_key, self.max_corrupt = caption_key, max_corrupt
+        self.image_member, self.caption_member = _suffix(image_member), _suffix(caption_member)
 
     def load(self, folder: str | Path) -> ImageIndex:
         """The index of such a corpus."""
@@ -54,9 +71,11 @@ class Images(Kind):
         """Reads headers of images, captions and scores."""
         facts, unreadable = [], []
         for sample in samples:
+            if not self.image_member:
+                _refuse_several(sample, where)
             members = {member.extension: _content(member, content) for member in sample.members}
             try:
-                facts.append(facts_of(members, self.caption_key))
+                facts.append(facts_of(members, self.caption_key, MAX_PIXELS, self.image_member, self.caption_member))
             except DecodeError as error:
                 facts.append(UNREADABLE)
                 unreadable.append(f"{where}, {sample.key}: {error}")
@@ -75,8 +94,11 @@ class Images(Kind):
         unreadable = [line for one in found for line in one.unreadable]
         CorruptImages(self.max_corrupt).add(len(facts), unreadable, final=True)
         if not (facts["caption_length"] >= 0).any():
-            raise no_caption(shards[0].name, self.caption_key, found[0].first)
-        return image_index(folder, shards, [one.facts for one in found], sources, self.caption_key)
+            raise no_caption(shards[0].name, self.caption_key, found[0].first, self.caption_member)
+        facts_of_shards = [one.facts for one in found]
+        return image_index(
+            folder, shards, facts_of_shards, sources, self.caption_key, self.image_member, self.caption_member
+        )
 
     def remarks(self, found: Sequence[FoundImages]) -> str:
         """How many images cannot be read, with the first of them, and how many have no caption."""
@@ -96,16 +118,35 @@ class Images(Kind):
     def check_rows(self, opened: ImageShards, rows: range) -> None:
         """Compares the facts of every sample with those beside the index."""
         for row in rows:
-            facts = _facts(opened, row, opened.index.caption_key or None)
+            facts = _facts(opened, row)
             if facts_array([facts]).tobytes() != opened.facts[row].tobytes():
                 raise UsageError(f"{opened.path}: {opened.locate(row)} is not what facts.npy says of it")
 
 
-def _facts(shards: ImageShards, row: int, caption_key: str | None) -> Facts:
+def _facts(shards: ImageShards, row: int) -> Facts:
+    index = shards.index
     try:
-        return facts_of(shards.members(row), caption_key)
+        return facts_of(
+            shards.members(row), index.caption_key or None, MAX_PIXELS, index.image_member, index.caption_member
+        )
     except DecodeError:
         return UNREADABLE
+
+
+def _suffix(given: str | None) -> str:
+    """A suffix as users write it, ``*.input.jpg`` or ``.Input.jpg``, as samples have it."""
+    return (given or "").lstrip("*").lstrip(".").lower()
+
+
+def _refuse_several(sample: Sample, where: str) -> None:
+    """Raise where a sample has more images than one, or one whose name has a dot: training would see only one."""
+    images = [m.extension for m in sample.members if m.extension.rpartition(".")[2] in IMAGE_SUFFIXES]
+    if len(images) > 1 or any("." in extension for extension in images):
+        raise UsageError(
+            f"{where}: webdataset makes one sample {sample.key!r} of {', '.join('.' + name for name in images)}: a key "
+            "ends at the first dot of a name; rename the files so that no other dot is in them, or, if it is meant to "
+            f"be one sample, name its image: --image_member {images[0]}"
+        )
 
 
 def _content(member: Member, content: Bytes) -> bytes:

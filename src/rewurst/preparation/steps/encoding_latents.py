@@ -157,10 +157,11 @@ def _groups(shard: int, folder: LatentFolder, sizes: Sequence[Size], batch_size:
 
 
 def _members(batch: dict[str, Any], makers: Makers) -> list[Members]:
-    captions = [caption for caption, _, _ in batch["shown"]]
+    captions = [captions for captions, _, _ in batch["shown"]]
     samples = []
-    for arrays, (caption, crop, size) in zip(makers(batch["image"], captions), batch["shown"], strict=True):
-        members = {"txt": caption.encode(), "json": json.dumps({"crop": crop, "original_size": size}).encode()}
+    for arrays, (texts, crop, size) in zip(makers(batch["image"], captions), batch["shown"], strict=True):
+        members = {"txt": "\n".join(texts).encode()}
+        members["json"] = json.dumps({"crop": crop, "original_size": size}).encode()
         samples.append(members | {f"{name}.npy": array_bytes(array) for name, array in arrays.items()})
     return samples
 

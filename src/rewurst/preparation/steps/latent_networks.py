@@ -61,16 +61,26 @@ class Makers:
             self.parts["text"] = Frozen(TextEncoder.from_pretrained(text_encoder), text_encoder)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, captions: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
-        """Arrays by name of each of a batch's images (n, 3, h, w), bytes."""
+    def __call__(self, images: Tensor, captions: Sequence[Sequence[str]]) -> list[dict[str, NDArray[Any]]]:
+        """Arrays by name of each of a batch's images (n, 3, h, w), bytes; text of several captions is (captions, ...).
+
+        Args:
+            images: The images.
+            captions: Captions of each image, one or more.
+        """
         pixels = images.to(self.device).float() / 255
-        made = {"z": self.parts["z"].on(self.device)(pixels)}
+        made = {"z": list(self._stored(self.parts["z"].on(self.device)(pixels)))}
         if "a" in self.parts:
-            made["a"] = self.parts["a"].on(self.device).to_latents(pixels)
+            made["a"] = list(self._stored(self.parts["a"].on(self.device).to_latents(pixels)))
         if "text" in self.parts:
-            made["text"] = self.parts["text"].on(self.device).encode(captions)
-        arrays = {name: made[name].float().cpu().numpy().astype(self.dtype) for name in self.what}
-        return [{name: array[i] for name, array in arrays.items()} for i in range(len(images))]
+            states = self.parts["text"].on(self.device).encode([text for texts in captions for text in texts])
+            ends = np.cumsum([len(texts) for texts in captions])[:-1]
+            made["text"] = [one[0] if len(one) == 1 else one for one in np.split(self._stored(states), ends)]
+        return [{name: made[name][i] for name in self.what} for i in range(len(images))]
+
+    def _stored(self, made: Tensor) -> NDArray[Any]:
+        stored: NDArray[Any] = made.float().cpu().numpy().astype(self.dtype)
+        return stored
 
     def empty_text(self) -> bytes | None:
         """States of the text "" as a file, where there is a text encoder."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ... import UsageError
+from ...datamodules.imaging.captions import captions_in, captions_in_text
 from ...datamodules.imaging.corrupt import CorruptImages
 from ...datamodules.imaging.decoding import decode, read_header
 from ...datamodules.imaging.facts import facts_of
@@ -25,11 +26,11 @@ from ...datamodules.imaging.geometry import Crop, resample, size_to_decode
 from ...datamodules.imaging.header import MAX_PIXELS, DecodeError
 from ...datamodules.storage.url import Place, Url
 from ..sources.pictures import Drawing, Picture
-from ..sources.shapes import draw
+from ..sources.pictures.shapes import draw
 from ..writing.image_writer import Sample
 
 FORMATS = ("jpg", "png", "webp")
-_SUFFIXES = {"jpeg": "jpg"}  # of formats, where it is another word
+_SUFFIXES = {"jpeg": "jpg", "tiff": "tif"}  # of formats, where it is another word
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,12 @@ class Fault(NamedTuple):
 def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
     """The sample that a picture becomes, or why it becomes none."""
     try:
-        caption = _caption(picture.caption)
-        if caption is None:
-            return Fault("caption", picture.name, "no caption")
+        captions = _captions(picture.caption)
         values = _values(picture.values)
+        for field in () if captions else picture.caption_fields:
+            captions = captions or captions_in(values.get(field))
+        if not captions:
+            return Fault("caption", picture.name, "no caption")
         if isinstance(picture.image, Drawing):
             drawing = picture.image
             suffix = recoding.format or "png"
@@ -82,7 +85,7 @@ def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
             suffix, data, original = _recode(decides, recoding)
             if original is not None:
                 values = {"original_width": original[1], "original_height": original[0]} | values
-        members = {suffix: data, "txt": caption.encode()}
+        members = {suffix: data, "txt": "\n".join(captions).encode()}
         if values:
             members["json"] = json.dumps(values, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")
         share = int.from_bytes(hashlib.blake2b(decides, digest_size=8).digest(), "big") / 2**64
@@ -108,7 +111,7 @@ def _recode(data: bytes, recoding: Recoding) -> tuple[str, bytes, tuple[int, int
     target = _target(size, recoding.image_size) if smaller else size
     whole = Crop(0, 0, *size)
     pixels = decode(data, size_to_decode(size, whole, target), recoding.max_pixels)
-    suffix = recoding.format or {"gif": "png"}.get(suffix, suffix)
+    suffix = recoding.format or (suffix if suffix in FORMATS else "png")
     return suffix, _encode(resample(pixels, size, whole, target), suffix, recoding.quality), size if smaller else None
 
 
@@ -130,12 +133,14 @@ def _encode(pixels: NDArray[np.uint8], suffix: str, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _caption(caption: Place | str | None) -> str | None:
-    if isinstance(caption, Path | Url):
-        caption = _read(caption).decode("utf-8-sig", "replace")
-    if caption is not None:
-        caption = caption.encode("utf-8", "replace").decode().strip()  # JSON can spell half a surrogate pair
-    return caption or None
+def _captions(caption: Place | str | list[str] | None) -> list[str]:
+    if not isinstance(caption, Path | Url):
+        return captions_in(caption)
+    try:
+        return captions_in_text(_read(caption))
+    except DecodeError as error:
+        reason = str(error)
+        raise DecodeError(reason if str(caption) in reason else f"{caption}: {reason}") from None
 
 
 def _values(values: Place | dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +176,7 @@ class Faults:
     def __init__(self, max_corrupt: float, skip_without_caption: bool) -> None:
         self._corrupt = CorruptImages(max_corrupt, ENOUGH)
         self._bare = CorruptImages(float(skip_without_caption))
+        self.several = 0  # pictures with several captions, which is not a fault
 
     def count(self, seen: int, found: Sequence[Fault], final: bool = False) -> None:
         """Count pictures, and those among them that cannot be used.
@@ -189,6 +195,8 @@ class Faults:
         for kind, what in ((self._corrupt, "corrupt pictures"), (self._bare, "pictures without a caption")):
             if kind.count:
                 yield f"{kind.count} {what} left out, the first: {kind.named()}"
+        if self.several:
+            yield f"{self.several} pictures have several captions, of which training draws one each time"
 
 
 def without_caption(fault: Fault) -> UsageError:

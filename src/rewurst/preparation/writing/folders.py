@@ -22,7 +22,7 @@ LATENT_LAYOUT = re.compile(
     rf"latents-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|empty_text\.npy|index\.json)(\.\w+)*|{_UNFINISHED}"
 )
 IMAGE_LAYOUT = re.compile(
-    rf"(train|val|unseen)/([^/]+-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)*)|{_UNFINISHED}"
+    rf"(train|val|test|unseen)/([^/]+-\d{{6,}}\.(tar|idx)|\.?(facts\.npy|index\.json)(\.\w+)*)|{_UNFINISHED}"
 )
 
 

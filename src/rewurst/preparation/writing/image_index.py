@@ -23,6 +23,8 @@ def image_index(
     facts: Sequence[NDArray[Any]],
     sources: Sequence[str],
     caption_key: str | None = None,
+    image_member: str = "",
+    caption_member: str = "",
 ) -> ImageIndex:
     """Write ``facts.npy``; the index, to be saved last."""
     facts_sha256 = write_facts(folder, np.concatenate(facts))
@@ -32,6 +34,8 @@ def image_index(
         sources=tuple(sources),
         facts_sha256=facts_sha256,
         caption_key=caption_key or "",
+        image_member=image_member,
+        caption_member=caption_member,
     )
 
 

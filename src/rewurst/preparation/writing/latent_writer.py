@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ... import UsageError
 from ...datamodules.corpora.images import ImageShards
 from ...datamodules.corpora.index import INDEX_FILE, Shard
 from ...datamodules.corpora.latents import LatentIndex
@@ -43,6 +45,24 @@ class LatentFolder:
         """Return whether the index has been written."""
         return self.target.read(INDEX_FILE) is not None
 
+    def check_complete(self) -> None:
+        """Compare what there is with what is asked for.
+
+        Raises:
+            UsageError: It was made from other images, by other networks or with other options, or a shard is missing.
+        """
+        index = LatentIndex.load(self.target.root)
+        sources = LatentIndex.not_in_fingerprint()
+        asked = {name: value for name, value in self.described.items() if name not in sources}
+        asked["samples_per_shard"] = min(self.rows_per_shard, len(self.images))
+        there = asdict(index) | {"samples_per_shard": index.shards[0].rows}
+        for name, value in asked.items():
+            if json.dumps(there[name]) != json.dumps(value):
+                raise UsageError(f"{self.target} was made {_difference(name, there[name], value)}; {_HOW_TO_REPLACE}")
+        names = set(self.target.names())
+        if missing := [shard.name for shard in index.shards if shard.name not in names]:
+            raise UsageError(f"{self.target}: its index lists {missing[0]}, which is missing; {_HOW_TO_REPLACE}")
+
     def write(self, shard: int, samples: Sequence[Mapping[str, bytes]]) -> dict[str, Any]:
         """Write a shard of samples' members, and return its entry in the index."""
         first = self.rows(shard).start
@@ -64,3 +84,16 @@ class LatentFolder:
             **self.described,
         )
         self.target.write(INDEX_FILE, index.content())
+
+
+_HOW_TO_REPLACE = "add --overwrite to make the latents again, or choose another folder"
+
+
+def _difference(name: str, there: Any, asked: Any) -> str:
+    """Say how latents differ from those asked for; fingerprints themselves tell nobody anything."""
+    if not name.endswith("_sha256"):
+        return f"with {name} {there}, not {asked}"
+    what = name.removesuffix("_sha256").replace("_", " ")
+    if what == "images":
+        return "from other images or captions than there are now"
+    return f"by another {what}" if asked else f"with a {what}"

@@ -30,6 +30,7 @@ class RowLayout:
         sources: Recorded in the index.
         rows_per_sample: Rows of a tar member.
         rows_per_shard: A multiple of ``rows_per_sample``; by default shards have about 256 MiB.
+        begin_tokens: Recorded in the index.
 
     Raises:
         UsageError: Numbers that fit no shard.
@@ -43,6 +44,7 @@ class RowLayout:
     sources: tuple[str, ...] = ()
     rows_per_sample: int = ROWS_PER_SAMPLE
     rows_per_shard: int | None = None
+    begin_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -119,6 +121,7 @@ class RowLayout:
             end_token=self.end_token,
             tokenizer_sha256=self.tokenizer_sha256,
             sources=self.sources,
+            begin_tokens=self.begin_tokens,
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ... import UsageError
 from ...preparation.sources.documents import Skipped, expand, read
 from ...preparation.text import is_held_out, prepare_text, train_tokenizer
-from ..shared import load
+from ..configs import load
 from .scales import CONFIGS, Scale, base_config
 
 Corpora = dict[str, dict[str, Any]]

@@ -9,25 +9,9 @@ from typing import Any
 
 from ... import callbacks
 from ...callbacks.learning_rate.dataset_schedule import DatasetRun
-from .jobs import Job
+from . import runs
+from .jobs import RunJob
 from .results import Curve, Results
-from .runs import (
-    BASE,
-    BOTH_SCRATCH,
-    COSINE_CHAIN,
-    INFINITE,
-    LOW,
-    NEW_SCRATCH,
-    OLD,
-    PEAKS,
-    SHARES,
-    WARMUPS,
-    again_name,
-    peak_name,
-    replay_name,
-    split_name,
-    warmup_name,
-)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the line styles tell them apart without colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -48,7 +32,7 @@ class Evidence:
         names: Names of the old and the new validation corpus.
     """
 
-    jobs: Sequence[Job]
+    jobs: Sequence[RunJob]
     results: Results
     names: tuple[str, str]
 
@@ -57,10 +41,10 @@ class Evidence:
         found = [result for (name, _), result in self.results.items() if name == run]
         return [result.losses[corpus] for result in found if corpus in result.losses]
 
-    def has(self, *runs: str) -> bool:
+    def has(self, *names: str) -> bool:
         """Whether every run has ended with one seed at least."""
         there = {name for name, _ in self.results}
-        return there.issuperset(runs)
+        return there.issuperset(names)
 
     @property
     def tokens_per_step(self) -> float:
@@ -75,11 +59,19 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, str]:
 
     matplotlib.use("agg")
     figures: dict[str, tuple[Callable[[Evidence, Path], None], list[str], str]] = {
-        "replay.png": (draw_replay, [OLD, BASE, replay_name(0.05)], "Replay shares, and training from scratch"),
-        "peaks.png": (draw_peaks, [OLD, BASE, LOW], "A constant low learning rate, and three peaks"),
-        "warmups.png": (draw_warmups, [OLD, BASE], "Lengths of the warm-up"),
-        "again.png": (draw_again, [OLD, again_name(1.0)], "Re-warming on the data that was learnt already"),
-        "splits.png": (draw_splits, [split_name(COSINE_CHAIN, 3)], "Three splits of the new data, one after the other"),
+        "replay.png": (
+            draw_replay,
+            [runs.OLD, runs.BASE, runs.replay_name(0.05)],
+            "Replay shares, and training from scratch",
+        ),
+        "peaks.png": (draw_peaks, [runs.OLD, runs.BASE, runs.LOW], "A constant low learning rate, and three peaks"),
+        "warmups.png": (draw_warmups, [runs.OLD, runs.BASE], "Lengths of the warm-up"),
+        "again.png": (draw_again, [runs.OLD, runs.again_name(1.0)], "Re-warming on the data that was learnt already"),
+        "splits.png": (
+            draw_splits,
+            [runs.split_name(runs.COSINE_CHAIN, 3)],
+            "Three splits of the new data, one after the other",
+        ),
     }
     drawn = {}
     for name, (draw, needed, shows) in figures.items():
@@ -93,34 +85,37 @@ def draw_replay(evidence: Evidence, path: Path) -> None:
     """All replay shares, in the form of Ibrahim et al.'s figures 4 and 5."""
     import matplotlib
 
-    shares = (0.0, *SHARES)
+    shares = (0.0, *runs.SHARES)
     colours = matplotlib.colormaps[_SHARES_MAP]
     lines: dict[str, tuple[str, Style]] = {}
     for index, share in enumerate(shares):
         label = f"{share * 100:g} % replay" if share else "no replay"
         marker = {"marker": MARKERS[index], "markersize": 4}
-        lines[replay_name(share)] = (label, {"color": colours(index / len(shares)), **marker})
-    lines[BOTH_SCRATCH] = ("both from scratch", {"color": "#D55E00", "linestyle": "--"})
-    lines[NEW_SCRATCH] = ("new from scratch", {"color": "#CC79A7", "linestyle": ":"})
+        lines[runs.replay_name(share)] = (label, {"color": colours(index / len(shares)), **marker})
+    lines[runs.BOTH_SCRATCH] = ("both from scratch", {"color": "#D55E00", "linestyle": "--"})
+    lines[runs.NEW_SCRATCH] = ("new from scratch", {"color": "#CC79A7", "linestyle": ":"})
     _draw_both(evidence, path, lines)
 
 
 def draw_peaks(evidence: Evidence, path: Path) -> None:
     """No replay: the constant low rate, and the peaks."""
-    lines = {LOW: ("constant, a tenth of the peak", _style(3))}
-    lines |= {peak_name(f): (f"re-warmed to {f:g} x the peak", _style(i)) for i, f in enumerate(PEAKS)}
+    lines = {runs.LOW: ("constant, a tenth of the peak", _style(3))}
+    lines |= {runs.peak_name(f): (f"re-warmed to {f:g} x the peak", _style(i)) for i, f in enumerate(runs.PEAKS)}
     _draw_both(evidence, path, lines)
 
 
 def draw_warmups(evidence: Evidence, path: Path) -> None:
     """No replay: the warm-up's length."""
-    _draw_both(evidence, path, {warmup_name(w): (f"{w * 100:g} % warm-up", _style(i)) for i, w in enumerate(WARMUPS)})
+    _draw_both(
+        evidence, path, {runs.warmup_name(w): (f"{w * 100:g} % warm-up", _style(i)) for i, w in enumerate(runs.WARMUPS)}
+    )
 
 
 def draw_again(evidence: Evidence, path: Path) -> None:
     """The same data again."""
     lines = {
-        again_name(f): (f"re-warmed to {f:g} x the peak", _style(i)) for i, f in enumerate(f for f in PEAKS if f >= 1)
+        runs.again_name(f): (f"re-warmed to {f:g} x the peak", _style(i))
+        for i, f in enumerate(f for f in runs.PEAKS if f >= 1)
     }
     _draw_both(evidence, path, lines)
 
@@ -131,14 +126,16 @@ def draw_splits(evidence: Evidence, path: Path) -> None:
 
     canvas, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
     unit, size = _unit(evidence)
-    for index, chain in enumerate((COSINE_CHAIN, *INFINITE)):
-        label = "chain of re-warmed cosines" if chain == COSINE_CHAIN else f"{chain.replace('_', ' ')}"
+    for index, chain in enumerate((runs.COSINE_CHAIN, *runs.INFINITE)):
+        label = "chain of re-warmed cosines" if chain == runs.COSINE_CHAIN else f"{chain.replace('_', ' ')}"
         for split in (1, 2, 3):
-            curves = evidence.curves(split_name(chain, split), evidence.names[1])
+            curves = evidence.curves(runs.split_name(chain, split), evidence.names[1])
             _line(above, curves, evidence.tokens_per_step / size, label if split == 1 else None, _style(index))
         steps, rates = _learning_rates(evidence.jobs, chain)
         below.plot([step * evidence.tokens_per_step / size for step in steps], rates, label=label, **_style(index))
-    ends = [job.steps for job in evidence.jobs if job.run.name in {split_name(COSINE_CHAIN, n) for n in (1, 2)}]
+    ends = [
+        job.steps for job in evidence.jobs if job.run.name in {runs.split_name(runs.COSINE_CHAIN, n) for n in (1, 2)}
+    ]
     for panel in (above, below):
         for end in ends:
             panel.axvline(end * evidence.tokens_per_step / size, color="grey", linewidth=0.8, linestyle=":")
@@ -158,14 +155,14 @@ def _draw_both(evidence: Evidence, path: Path, lines: dict[str, tuple[str, Style
     unit, size = _unit(evidence)
     scale = evidence.tokens_per_step / size
     for panel, corpus, side in zip(panels, evidence.names, ("old", "new"), strict=True):
-        pre_training = evidence.curves(OLD, corpus)
+        pre_training = evidence.curves(runs.OLD, corpus)
         _line(panel, pre_training, scale, "old only (pre-training)", {"color": "black"})
         begin = pre_training[0][-1][0]
         for run, (label, style) in lines.items():
             _line(panel, evidence.curves(run, corpus), scale, label, style)
         panel.axvline(begin * scale, color="grey", linewidth=0.8, linestyle=":")
         panel.set(title=f"held-out {corpus} ({side})", xlabel=f"tokens seen ({unit})")
-        panel.set(ylabel="validation loss (nats a token)", ylim=_limits(evidence, corpus, [OLD, *lines]))
+        panel.set(ylabel="validation loss (nats a token)", ylim=_limits(evidence, corpus, [runs.OLD, *lines]))
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
@@ -187,28 +184,28 @@ def _line(panel: Any, curves: Sequence[Curve], scale: float, label: str | None, 
         panel.fill_between(tokens, [min(each) for each in values], [max(each) for each in values], **band)
 
 
-def _limits(evidence: Evidence, corpus: str, runs: Sequence[str]) -> tuple[float, float]:
+def _limits(evidence: Evidence, corpus: str, names: Sequence[str]) -> tuple[float, float]:
     """What shows every end, and every continued run whole; the first steps from fresh weights run out of the top."""
     ends, others = [], []
-    for run in runs:
+    for run in names:
         for curve in evidence.curves(run, corpus):
             ends.append(curve[-1][1])
-            if run not in (OLD, BOTH_SCRATCH, NEW_SCRATCH):
+            if run not in (runs.OLD, runs.BOTH_SCRATCH, runs.NEW_SCRATCH):
                 others += [loss for _, loss in curve]
     low, high = min(ends), max(ends + others)
     room = 0.05 * (high - low)
     return low - room, high + room
 
 
-def _learning_rates(jobs: Sequence[Job], chain: str) -> tuple[list[int], list[float]]:
+def _learning_rates(jobs: Sequence[RunJob], chain: str) -> tuple[list[int], list[float]]:
     steps: list[int] = []
     rates: list[float] = []
     seed = jobs[0].seed
     for job in jobs:
-        if job.seed != seed or job.run.name not in {split_name(chain, split) for split in (1, 2, 3)}:
+        if job.seed != seed or job.run.name not in {runs.split_name(chain, split) for split in (1, 2, 3)}:
             continue
         schedule = getattr(callbacks, job.run.schedule["class_path"])(**job.run.schedule["init_args"])
-        continues = job.parent is not None and chain != COSINE_CHAIN
+        continues = job.parent is not None and chain != runs.COSINE_CHAIN
         run = DatasetRun("", schedule, job.run.steps, job.run.extension, start=job.start, continues=continues)
         own = range(job.start, job.steps + 1, max(1, job.run.steps // 250))
         steps += own

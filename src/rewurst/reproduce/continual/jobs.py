@@ -7,55 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..shared import KEY_DIGITS, Config, deciding, digest, fingerprint, named, saved_steps, write_config
+from ..configs import Config, named
+from ..jobs import Job
+from ..keys import KEY_DIGITS, deciding, digest, fingerprint
 from .corpora import Corpora, Data
 from .runs import Run, total_steps
 from .scales import Scale, base_config
 
+DECIDING = ("LRRewarming", "ReplayScheduler")  # the callbacks of the scales' configs log and save
 
-@dataclass(frozen=True)
-class Job:
-    """A run with a seed.
+
+@dataclass(frozen=True, kw_only=True)
+class RunJob(Job):
+    """A run of the grid with a seed.
 
     Args:
         run: What is run.
-        seed: Seed of the initial weights and of the order of the data.
-        key: Hash of everything that decides the outcome, the runs it continues included.
-        folder: Where it logs and saves.
-        steps: Absolute steps at its end.
         every: Steps between validations.
-        config: What ``rewurst fit`` is given.
-        parent: The job that it continues.
     """
 
     run: Run
-    seed: int
-    key: str
-    folder: Path
-    steps: int
     every: int
-    config: Config
-    parent: Job | None = None
 
     @property
-    def name(self) -> tuple[str, int]:
-        """Run and seed."""
-        return self.run.name, self.seed
-
-    @property
-    def own_steps(self) -> int:
-        """Steps of its own."""
-        return self.run.steps
-
-    @property
-    def needs(self) -> list[Job]:
+    def parent(self) -> Job | None:
         """The job that it continues."""
-        return [self.parent] if self.parent else []
+        return self.needs[0] if self.needs else None
 
     @property
-    def start(self) -> int:
-        """Absolute steps at its beginning."""
-        return self.steps - self.run.steps
+    def steps(self) -> int:
+        """Absolute steps at its end."""
+        return self.start + self.own_steps
 
     @property
     def tokens_per_step(self) -> int:
@@ -63,23 +45,11 @@ class Job:
         sizes = self.config["data"]["init_args"]
         return int(sizes["global_batch_size"] * sizes["sequence_length"])
 
-    def command(self) -> list[str]:
-        """``rewurst fit`` with its config."""
-        return ["-m", "rewurst.train", "fit", "--config", str(self.write_config())]
 
-    def steps_done(self) -> int:
-        """Own steps as far as it has saved."""
-        return max(0, saved_steps(self.folder) - self.start)
-
-    def write_config(self) -> Path:
-        """Writes the config, whole or not at all, and returns its path."""
-        return write_config(self.folder, self.config)
-
-
-def make_jobs(runs: list[Run], seeds: list[int], scale: Scale, data: Data, out: Path) -> list[Job]:
+def make_jobs(runs: list[Run], seeds: list[int], scale: Scale, data: Data, out: Path) -> list[RunJob]:
     """A job for every run of every seed: all runs of the first seed, then of the next."""
     base, by_name = base_config(scale), {run.name: run for run in runs}
-    jobs: dict[tuple[str, int], Job] = {}
+    jobs: dict[tuple[str, int], RunJob] = {}
     for seed in seeds:
         for run in runs:
             parent = jobs[run.parent, seed] if run.parent else None
@@ -87,7 +57,9 @@ def make_jobs(runs: list[Run], seeds: list[int], scale: Scale, data: Data, out: 
     return list(jobs.values())
 
 
-def _job(run: Run, seed: int, base: Config, scale: Scale, data: Data, out: Path, steps: int, parent: Job | None) -> Job:
+def _job(
+    run: Run, seed: int, base: Config, scale: Scale, data: Data, out: Path, steps: int, parent: Job | None
+) -> RunJob:
     trainer = base["trainer"] | {"max_steps": steps, "enable_progress_bar": False}
     data_config = _data_config(run, base["data"], data, seed)
     every = interval(run.steps, scale.every)
@@ -98,7 +70,10 @@ def _job(run: Run, seed: int, base: Config, scale: Scale, data: Data, out: Path,
     trainer["val_check_interval"] = every * _micro_batches(data_config["init_args"], trainer)
     trainer["logger"] = named("TensorBoardLogger", save_dir=str(folder.parent), name=folder.name)
     config["ckpt_path"] = f"auto:{parent.folder}" if parent else "auto"
-    return Job(run, seed, key, folder, steps, every, config, parent)
+    return RunJob(
+        kind=run.name, seed=seed, key=key, folder=folder, own_steps=run.steps, start=steps - run.steps, config=config,
+        needs=(parent,) if parent else (), run=run, every=every,
+    )  # fmt: skip
 
 
 def interval(steps: int, every: int) -> int:
@@ -123,7 +98,7 @@ def config_key(config: Config, every: int, parent: str) -> str:
         [name, {**corpus, "path": fingerprint(corpus["path"])}] for name, corpus in arguments["corpora"].items()
     ]
     arguments["val"] = {name: fingerprint(path) for name, path in arguments["val"].items()}
-    trainer = deciding(config["trainer"])
+    trainer = deciding(config["trainer"], DECIDING)
     return digest([config["seed_everything"], config["model"], arguments, trainer, every, parent])
 
 

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...files import write_atomically
-from ..verdicts import Row, claim_row
-from .claims import Tested, examine
+from ..report import VERDICTS, claims_table, hours, machine, write
+from ..verdicts import Row
+from .claims import best_share, claims, of_seeds
 from .corpora import Data
 from .figures import Evidence, draw_all
-from .jobs import Job
+from .jobs import RunJob
 from .paper import STRONG, WEAK, Losses
 from .results import Results
 from .runs import OLD, Run
 from .scales import Scale
 
-METHOD = """\
-A claim is one number a seed, taken between runs of the same seed (they share initial weights, pre-training and the
+METHOD = f"""\
+A claim is one number per seed, taken between runs of the same seed (they share initial weights, pre-training and the
 order of the data), and a bound that was fixed beforehand. *Ours* is its mean over the seeds, *spread* its standard
-deviation. A claim is **held** where the 90 % interval of the mean (Student's t) lies within the bound, **not held**
-where it lies outside, and **undecided** where it reaches across, or with a single seed."""
+deviation. {VERDICTS}"""
 
 
-def write_report(out: Path, scale: Scale, jobs: Sequence[Job], data: Data, results: Results) -> dict[str, Any]:
-    """Writes both files and the figures; returns what ``report.json`` holds."""
+def write_report(out: Path, scale: Scale, jobs: Sequence[RunJob], data: Data, results: Results) -> dict[str, Any]:
+    """Write both files and the figures; return what ``report.json`` holds."""
     out.mkdir(parents=True, exist_ok=True)
     names, seeds = (data.old_name, data.new_name), sorted({job.seed for job in jobs})
     runs = list({job.run.name: job.run for job in jobs}.values())
     table = [row for run in runs if (row := _row(run, results, names))]
-    tested = examine(results, seeds, *names, splits=bool(data.splits))
+    losses = of_seeds(results, seeds, *names)
     figures = draw_all(Evidence(jobs, results, names), out) if results else {}
     content = {
         "scale": scale.name,
@@ -43,12 +39,11 @@ def write_report(out: Path, scale: Scale, jobs: Sequence[Job], data: Data, resul
         "seeds": len(seeds),
         "runs": len(jobs),
         "runs_done": len(results),
-        "hours": round(sum(result.seconds for result in results.values()) / 3600, 2),
+        "hours": hours(results),
         "table": table,
-        "claims": [_claim(each) for each in tested],
+        "claims": [claim.row(losses) for claim in claims(best_share(losses), splits=bool(data.splits))],
     }
-    write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_atomically(out / "report.md", _markdown(content, scale, jobs, figures))
+    write(out, content, _markdown(content, scale, jobs, figures))
     return content
 
 
@@ -73,12 +68,7 @@ def _row(run: Run, results: Results, names: tuple[str, str]) -> Row | None:
 _PAPER: dict[str, dict[str, Losses]] = {"slimpajama": WEAK, "german": STRONG}
 
 
-def _claim(tested: Tested) -> Row:
-    claim = tested.claim
-    return claim_row(claim.claim, claim.quantity, claim.paper, claim.bound, tested.judged)
-
-
-def _markdown(content: dict[str, Any], scale: Scale, jobs: Sequence[Job], figures: dict[str, str]) -> str:
+def _markdown(content: dict[str, Any], scale: Scale, jobs: Sequence[RunJob], figures: dict[str, str]) -> list[str]:
     lines = [*_head(content, scale, jobs), "", "## Claims", "", *claims_table(content["claims"]), "", METHOD, ""]
     lines += ["## Losses", "", *_losses_table(content), ""]
     splits = [row for row in content["table"] if row["old"] is None]
@@ -87,10 +77,10 @@ def _markdown(content: dict[str, Any], scale: Scale, jobs: Sequence[Job], figure
     lines += ["## Curves", ""]
     for name, shows in figures.items():
         lines += [f"### {shows}", "", f"![{shows}: validation losses over tokens]({name})", ""]
-    return "\n".join(lines)
+    return lines
 
 
-def _head(content: dict[str, Any], scale: Scale, jobs: Sequence[Job]) -> list[str]:
+def _head(content: dict[str, Any], scale: Scale, jobs: Sequence[RunJob]) -> list[str]:
     model = jobs[0].config["model"]["init_args"]["model"]
     sizes = jobs[0].config["data"]["init_args"]
     tokens = sizes["global_batch_size"] * sizes["sequence_length"]
@@ -109,28 +99,14 @@ def _head(content: dict[str, Any], scale: Scale, jobs: Sequence[Job]) -> list[st
         f"{scale.split_steps:,} steps.",
         f"- Learning rate: peak {scale.peak:g}, minimum a tenth of it, warm-up 1 %, cosine; the optimizer's state is "
         "reset where it re-warms.",
-        f"- Time: {content['hours']} hours of runs, on {os.cpu_count()} cores, Python {platform.python_version()}.",
+        f"- Time: {content['hours']} hours of runs, on {machine()}.",
     ]
-
-
-def claims_table(claims: list[Row]) -> list[str]:
-    """Lines of the table of claims."""
-    lines = [
-        "| claim | measured as | papers | held if | ours | spread | seeds | verdict |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for claim in claims:
-        lines.append(
-            f"| {claim['claim']} | {claim['quantity']} | {claim['paper']} | {claim['bound']} | "
-            f"{_number(claim['ours'])} | {_number(claim['spread'])} | {claim['seeds']} | **{claim['verdict']}** |"
-        )
-    return lines
 
 
 def _losses_table(content: dict[str, Any]) -> list[str]:
     old, new = content["old"], content["new"]
     lines = [
-        "Nats a token on held-out documents, at the end; the mean over the seeds and their standard deviation. The",
+        "Nats per token on held-out documents, at the end; the mean over the seeds and their standard deviation. The",
         "papers' columns are of their 405M model on the Pile (old), then SlimPajama or German (new): old / new /",
         "average.",
         "",
@@ -165,10 +141,6 @@ def _with_spread(row: Row, side: str) -> str:
 
 def _paper(losses: list[float] | None) -> str:
     return " / ".join(f"{loss:.2f}" for loss in losses) if losses else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def _count(tokens: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..shared import named
+from ..configs import named
 
 Content = Literal["old", "again", "new", "both", "split_1", "split_2", "split_3"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..shared import Config, load, merge
+from ..configs import Config, load, merge
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "continual"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..runner import Runner, bring_to_end
 from .corpora import BUILTIN, Data, of_recipe, prepare
-from .jobs import Job, make_jobs
+from .jobs import RunJob, make_jobs
 from .report import write_report
 from .results import LossLedger, Results
 from .runs import grid
@@ -64,13 +64,13 @@ def _data(options: Options) -> Data:
     return prepare(*sources, options.out / "data", options.scale, options.tokenizer)
 
 
-def _report_seed(options: Options, jobs: list[Job], data: Data, results: Results) -> None:
+def _report_seed(options: Options, jobs: list[RunJob], data: Data, results: Results) -> None:
     """Writes the report whenever a seed is complete: a figure costs more than looking at it is worth after each run."""
     runs = {job.run.name for job in jobs}
     if len(results) < len(jobs) and len(results) % len(runs) == 0:
         _report(options, jobs, data, results)
 
 
-def _report(options: Options, jobs: list[Job], data: Data, results: Results) -> None:
+def _report(options: Options, jobs: list[RunJob], data: Data, results: Results) -> None:
     write_report(options.out, options.scale, jobs, data, results)
     print(f"{options.out / 'report.md'}: {len(results)} of {len(jobs)} runs")

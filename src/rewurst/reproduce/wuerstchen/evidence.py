@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from ..verdicts import Judged, judge
+from ..verdicts import Claim, NotMeasurable
 from .costs import Cost
 from .curves import Curve, EqualScore, at_equal_score, shifted
 from .jobs import Plan, baseline_steps
@@ -14,6 +14,7 @@ from .ledger import Outcomes
 from .recipes import image_size_of, ratio_of, shape_of, steps_of, variants
 
 CASCADE, SINGLE = "stage_c", "single_stage"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,90 +95,78 @@ class Evidence:
         return outcome.values["seconds_a_picture"] if outcome else None
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim, one number a seed, and its bound, which was fixed before anything was run.
-
-    Args:
-        claim: What is claimed.
-        quantity: What the number is.
-        paper: What the paper found.
-        measure: The number of a seed, none where runs are missing.
-        at_least: Held where the number is not below this.
-    """
-
-    claim: str
-    quantity: str
-    paper: str
-    measure: Callable[[Evidence, int], float | None]
-    at_least: float
-
-    def judged(self, evidence: Evidence) -> Judged:
-        """What the seeds say."""
-        values = [self.measure(evidence, seed) for seed in evidence.seeds]
-        return judge([value for value in values if value is not None], at_least=self.at_least)
+OfSeed = tuple[Evidence, int]
 
 
-def _ratio(with_b: bool) -> Callable[[Evidence, int], float | None]:
-    def measure(evidence: Evidence, seed: int) -> float | None:
-        equal = evidence.equal(seed, with_b)
-        return equal.ratio if equal else None
+def _ratio(with_b: bool) -> Callable[[OfSeed], float]:
+    def measure(of: OfSeed) -> float:
+        evidence, seed = of
+        return _known(evidence.equal(seed, with_b)).ratio
 
     return measure
 
 
-def _advantage(evidence: Evidence, seed: int) -> float | None:
-    cascade, single = evidence.final(CASCADE, seed), evidence.final(SINGLE, seed)
-    if cascade is None or single is None:
-        return None
-    return single - cascade if evidence.score == "fid" else cascade - single
+def _advantage(of: OfSeed) -> float:
+    evidence, seed = of
+    better = _known(evidence.final(CASCADE, seed)) - _known(evidence.final(SINGLE, seed))
+    return -better if evidence.score == "fid" else better
 
 
-def _speed(evidence: Evidence, seed: int) -> float | None:
-    seconds = evidence.seconds() if seed == evidence.seeds[0] else None
-    return seconds["single_stage"] / (seconds["stage_c"] + seconds["stage_b_and_a"]) if seconds else None
+def _speed(of: OfSeed) -> float:
+    evidence, seed = of
+    seconds = _known(evidence.seconds() if seed == evidence.seeds[0] else None)
+    return seconds["single_stage"] / (seconds["stage_c"] + seconds["stage_b_and_a"])
 
 
-def _cost_of_compression(evidence: Evidence, seed: int) -> float | None:
+def _cost_of_compression(of: OfSeed) -> float:
+    evidence, seed = of
     rows = [row for row in evidence.compressions(seed) if row["run"] != "stage_b"]
     near = min(rows, key=lambda row: abs(row["ratio"] - 42.67), default=None)
-    return near["psnr"] - rows[0]["psnr"] if near is not None and near is not rows[0] else None
+    if near is None or near is rows[0]:
+        raise NotMeasurable
+    return float(near["psnr"] - rows[0]["psnr"])
 
 
-CLAIMS = (
+def _known(value: T | None) -> T:
+    if value is None:
+        raise NotMeasurable
+    return value
+
+
+CLAIMS: tuple[Claim[OfSeed], ...] = (
     Claim(
         "At equal accuracy the prior takes fewer training FLOPs than a single stage (Stage B is there already)",
         "training FLOPs of the single stage over those of Stage C, where both reach the smaller final score",
         "24,602 A100-hours of Stage C against 200,000 of Stable Diffusion 2.1: 8.1; no figure for its own baseline",
         _ratio(False),
-        1.0,
+        at_least=1.0,
     ),
     Claim(
         "... also with Stage B and the compressor counted",
         "the same over those of Stage B and Stage C",
         "35,602 A100-hours (11,000 of them Stage B's*) against 200,000: 5.6",
         _ratio(True),
-        1.0,
+        at_least=1.0,
     ),
     Claim(
         "At equal training FLOPs (B and C together) the cascade follows prompts better",
         "final score of the cascade less that of the single stage (share of right pictures; FID: the other way round)",
         "FID 23.6 against 43.5 of its own latent diffusion baseline*",
         _advantage,
-        0.0,
+        at_least=0.0,
     ),
     Claim(
         "The cascade draws a picture more than twice as fast",
         "seconds a picture of the single stage over those of C, B and A",
         "more than twice as fast as Stable Diffusion 2.1",
         _speed,
-        2.0,
+        at_least=2.0,
     ),
     Claim(
         "Compressing some 42 times costs reconstructions little",
         "PSNR at the compression nearest to 42.67, less that at the least compression (dB)",
         "nobody reports reconstructions",
         _cost_of_compression,
-        -3.0,
+        at_least=-3.0,
     ),
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...files import write_atomically
-from ..shared import KEY_DIGITS, Config, deciding, digest, fingerprint, saved_steps, write_config
+from ..configs import Config
+from ..jobs import Job
+from ..keys import KEY_DIGITS, deciding, digest, fingerprint
 from .costs import Cost
 from .recipes import SHORT_STEPS, Recipes, Where, image_size_of, placed, steps_of, variants, watched, whole_parts
 
@@ -18,50 +20,25 @@ DECIDING = ("LRRewarming", "WeightAverage")
 TASK, DONE = "task.json", "done.json"
 
 
-@dataclass(frozen=True)
-class PictureJob:
-    """A run of a stage, or a task of :mod:`.work`.
+@dataclass(frozen=True, kw_only=True)
+class Task(Job):
+    """A task of :mod:`.work`.
 
     Args:
-        kind: What it is.
-        seed: Of initial weights and of the order of the data.
-        key: Hash of everything that decides the outcome.
-        folder: Where it writes.
-        own_steps: How long it is.
-        needs: What it begins after.
-        config: What ``rewurst fit`` is given, none for a task.
-        task: What the task is given, empty for a run.
+        task: Input of the task.
     """
 
-    kind: str
-    seed: int
-    key: str
-    folder: Path
-    own_steps: int
-    needs: tuple[PictureJob, ...] = ()
-    config: Config | None = None
-    task: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> tuple[str, int]:
-        """Kind and seed."""
-        return self.kind, self.seed
-
-    @property
-    def checkpoint(self) -> str:
-        """The checkpoint at its end, of a run of which one is kept."""
-        return str(self.folder / "checkpoints" / "last.ckpt")
+    task: dict[str, Any]
 
     def command(self) -> list[str]:
-        """Writes the config or the task, and says which program takes it."""
-        if self.config is not None:
-            return ["-m", "rewurst.train", "fit", "--config", str(write_config(self.folder, self.config))]
+        """Write the task into the folder and return the arguments of Python."""
         write_atomically(self.folder / TASK, json.dumps(self.task, indent=1) + "\n")
         return ["-m", "rewurst.reproduce.wuerstchen.work", str(self.folder / TASK)]
 
-    def steps_done(self) -> int:
-        """As far as it has saved."""
-        return saved_steps(self.folder)
+
+def last_checkpoint(job: Job) -> str:
+    """Return the checkpoint at the end of a run that keeps one."""
+    return str(job.folder / "checkpoints" / "last.ckpt")
 
 
 @dataclass(frozen=True)
@@ -115,7 +92,7 @@ def baseline_steps(recipes: Recipes, costs: dict[str, Cost]) -> int:
     return whole_parts(8 * max(1, round(asked / costs["single_stage"].flops_a_step / 8)))
 
 
-def make_jobs(plan: Plan, costs: dict[str, Cost], seeds: Sequence[int]) -> list[PictureJob]:
+def make_jobs(plan: Plan, costs: dict[str, Cost], seeds: Sequence[int]) -> list[Job]:
     """All jobs, every one after those that it needs; the measuring of time comes last of all."""
     jobs = [job for seed in seeds for job in _of_seed(plan, costs, seed)]
     first = {job.kind: job for job in jobs if job.seed == seeds[0]}
@@ -124,17 +101,16 @@ def make_jobs(plan: Plan, costs: dict[str, Cost], seeds: Sequence[int]) -> list[
     task = {"kind": "timing", "runs": runs, "side": image_size_of(plan.recipes), "cores": os.cpu_count()}
     key = digest([[job.key for job in stages.values()], "timing"])
     folder = plan.out / "runs" / f"timing-{key[:KEY_DIGITS]}"
-    return [*jobs, PictureJob("timing", seeds[0], key, folder, 1, tuple(jobs), task=task)]
+    timing = Task(kind="timing", seed=seeds[0], key=key, folder=folder, own_steps=1, needs=tuple(jobs), task=task)
+    return [*jobs, timing]
 
 
-def _of_seed(plan: Plan, costs: dict[str, Cost], seed: int) -> list[PictureJob]:
+def _of_seed(plan: Plan, costs: dict[str, Cost], seed: int) -> list[Job]:
     recipes, pictures, content = plan.recipes, plan.pictures, plan.pictures.content
     here = Where(pictures.train, pictures.val, pictures.tokenizer)
     hashed = Where(content.train, content.val, content.tokenizer)
 
-    def run(
-        kind: str, recipe: Config, steps: int, needs: tuple[PictureJob, ...] = (), keep: bool = False
-    ) -> PictureJob:
+    def run(kind: str, recipe: Config, steps: int, needs: tuple[Job, ...] = (), keep: bool = False) -> Job:
         named = {job.kind: job for job in needs}
         latents = named.get("latents")
         of_images = latents is None
@@ -142,7 +118,7 @@ def _of_seed(plan: Plan, costs: dict[str, Cost], seed: int) -> list[PictureJob]:
             here.train if of_images else str(latents.folder / "train"),  # type: ignore[union-attr]
             here.val if of_images else {name: str(latents.folder / name) for name in here.val},  # type: ignore[union-attr]
             here.tokenizer,
-            **{stage: job.checkpoint for stage, job in named.items() if stage in ("stage_a", "stage_b")},
+            **{stage: last_checkpoint(job) for stage, job in named.items() if stage in ("stage_a", "stage_b")},
         )
         keys = {stage: job.key for stage, job in named.items() if stage in ("stage_a", "stage_b")}
         by_content = Where(hashed.train, hashed.val, hashed.tokenizer, **keys)
@@ -152,15 +128,15 @@ def _of_seed(plan: Plan, costs: dict[str, Cost], seed: int) -> list[PictureJob]:
         folder = plan.out / "runs" / f"{kind}-seed_{seed}-{key[:KEY_DIGITS]}"
         config = placed(recipe, where, seed, steps)
         watched(config, folder, steps, keep)
-        return PictureJob(kind, seed, key, folder, steps, needs, config)
+        return Job(kind=kind, seed=seed, key=key, folder=folder, own_steps=steps, needs=needs, config=config)
 
-    def work(kind: str, task: dict[str, Any], needs: tuple[PictureJob, ...]) -> PictureJob:
+    def work(kind: str, task: dict[str, Any], needs: tuple[Job, ...]) -> Job:
         lasting = {name: value for name, value in task.items() if name not in ("run", "val", "sources", "stage_b")}
         key = digest([lasting, content.val, content.train, [job.key for job in needs]])
         folder = plan.out / "runs" / f"{kind}-seed_{seed}-{key[:KEY_DIGITS]}"
-        return PictureJob(kind, seed, key, folder, 1, needs, task=task)
+        return Task(kind=kind, seed=seed, key=key, folder=folder, own_steps=1, needs=needs, task=task)
 
-    def judged(job: PictureJob) -> PictureJob:
+    def judged(job: Job) -> Job:
         task = {"kind": "judge", "run": str(job.folder), "val": pictures.val, "side": side, "prompts": plan.prompts}
         return work(f"judge_{job.kind}", task | {"drawn": pictures.drawn, "inception": plan.inception}, (job,))
 
@@ -169,7 +145,9 @@ def _of_seed(plan: Plan, costs: dict[str, Cost], seed: int) -> list[PictureJob]:
     b = run("stage_b", recipes["stage_b"], steps_of(recipes["stage_b"]), (a,))
     sources = {"train": pictures.train, **pictures.val}
     latents = work(
-        "latents", {"kind": "latents", "sources": sources, "stage_b": b.checkpoint, "side": side, "what": "z,a"}, (b,)
+        "latents",
+        {"kind": "latents", "sources": sources, "stage_b": last_checkpoint(b), "side": side, "what": "z,a"},
+        (b,),
     )
     c = run("stage_c", recipes["stage_c"], steps_of(recipes["stage_c"]), (b, latents), keep=True)
     single = run("single_stage", recipes["single_stage"], baseline_steps(recipes, costs), (a, latents), keep=True)

@@ -16,8 +16,8 @@ from ...evaluation.images import validation_images
 from ...modules import LatentDiffusion, StageB, StageC
 from ...modules.shared.batches import generators, pixels
 from ...modules.shared.image_metrics import psnr, ssim
-from ...preparation.sources import shapes
-from ...preparation.sources.shapes import Judge, Shape
+from ...preparation.sources.pictures import shapes
+from ...preparation.sources.pictures.shapes import Judge, Shape
 
 BATCH = 48
 Pixels = NDArray[np.uint8]

@@ -1,66 +1,52 @@
-"""What came of the comparison's processes."""
+"""Results of the comparison's processes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ...checkpoints.newest import newest_checkpoint
-from ...files import write_atomically
 from ...modules.networks.weight_files import read_file
-from ..shared import RESULT, scalars
-from .jobs import DONE, PictureJob
+from ..jobs import Job, Ledger, Name, Result
+from ..logged import scalars
+from .jobs import DONE, Task
 
 TAGS = ("val/loss", "val/psnr")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Of a finished job.
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Result):
+    """A finished job.
 
     Args:
-        key: Hash of what it came from.
-        values: By name: of a run what it logged at its end, of a task what it found.
-        seconds: Wall-clock time of the process that finished it.
+        values: Numbers by name: those that a run logged at its end, or those that a task found.
     """
 
-    key: str
     values: dict[str, Any]
-    seconds: float
+
+    def summary(self) -> str:
+        """Return its numbers."""
+        numbers = [f"{name} {value:.4g}" for name, value in self.values.items() if isinstance(value, float)]
+        return f"{', '.join([*numbers, 'done'])} ({self.seconds:.0f} s)"
 
 
-Outcomes = dict[tuple[str, int], Outcome]
+Outcomes = Mapping[Name, Outcome]
 
 
-class PictureLedger:
-    """Outcomes beside the runs they came from."""
+class PictureLedger(Ledger[Job, Outcome]):
+    """Outcomes of runs and tasks."""
 
-    def load(self, job: PictureJob) -> Outcome | None:
-        """A job's outcome, where it has one."""
-        path = job.folder / RESULT
-        if not path.exists():
-            return None
-        content = json.loads(path.read_text(encoding="utf8"))
-        return Outcome(**content) if content["key"] == job.key else None
+    result = Outcome
 
-    def keep(self, job: PictureJob, results: Mapping[tuple[str, int], Outcome], seconds: float) -> Outcome | None:
-        """Takes what a task found; of a run what it logged, where its newest checkpoint is that of its last step."""
-        values = _found(job) if job.config is None else _logged(job)
-        if values is None:
-            return None
-        outcome = Outcome(job.key, values, round(seconds, 1))
-        write_atomically(job.folder / RESULT, json.dumps(asdict(outcome)) + "\n")
-        return outcome
-
-    def told(self, outcome: Outcome) -> str:
-        """Its numbers."""
-        numbers = [f"{name} {value:.4g}" for name, value in outcome.values.items() if isinstance(value, float)]
-        return f"{', '.join([*numbers, 'done'])} ({outcome.seconds:.0f} s)"
+    def read(self, job: Job, results: Outcomes) -> dict[str, Any] | None:
+        """Return a task's findings; of a run what it logged, if its newest checkpoint is that of its last step."""
+        values = _found(job) if isinstance(job, Task) else _logged(job)
+        return None if values is None else {"values": values}
 
 
-def _found(job: PictureJob) -> dict[str, Any] | None:
+def _found(job: Job) -> dict[str, Any] | None:
     path = job.folder / DONE
     if not path.exists():
         return None
@@ -68,8 +54,7 @@ def _found(job: PictureJob) -> dict[str, Any] | None:
     return content
 
 
-def _logged(job: PictureJob) -> dict[str, Any] | None:
-    assert job.config is not None
+def _logged(job: Job) -> dict[str, Any] | None:
     newest = newest_checkpoint([job.folder])
     if newest is None:
         return None

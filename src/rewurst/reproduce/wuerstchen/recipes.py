@@ -12,7 +12,7 @@ import torch
 from ... import UsageError
 from ...modules.networks import SemanticCompressor
 from ...modules.networks.base import build
-from ..shared import Config, load, named
+from ..configs import Config, load, named
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "wuerstchen"
 STAGES = ("stage_a", "stage_b", "stage_c", "single_stage")

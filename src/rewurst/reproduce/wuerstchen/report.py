@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from typing import Any
-
-from ...files import write_atomically
-from ...preparation.sources.shapes import Shape
-from ..continual.report import claims_table
-from ..verdicts import claim_row
+from ...preparation.sources.pictures.shapes import Shape
+from ..report import VERDICTS, claims_table, hours, machine, write
+from ..verdicts import Row
 from .costs import a100_hours, as_rows, released
-from .evidence import CASCADE, CLAIMS, SINGLE, Claim, Evidence
+from .evidence import CASCADE, CLAIMS, SINGLE, Evidence
 from .figures import draw_all
 from .jobs import baseline_steps
 from .recipes import image_size_of, shape_of, steps_of
 
-Row = dict[str, Any]
 TITLES = {
     "stage_a": "Stage A",
     "stage_b": "Stage B with the compressor",
@@ -25,15 +18,14 @@ TITLES = {
     "single_stage": "single stage with its text encoder",
 }
 
-METHOD = """\
+METHOD = f"""\
 Both models are trained on the same pictures, in the same Stage A's latents (the single stage) or in what Stage B's
 compressor makes of them (Stage C), with the same loss, weights, text encoder, averaging of weights, sampling steps and
 guidance, as their recipes say. The single stage has as many steps as take the training FLOPs of Stage B and Stage C.
 FLOPs are the stages' own count of a step times steps; Stage A, which both need, and the encoding of the pictures, once,
 are left out. Points before the last are of the same run, whose learning rate has not fallen yet: a run of that length
 would do better, for both. A ratio is taken where both first reach the smaller of the two final scores, linearly between
-points. A claim is **held** where the 90 % interval of its mean over the seeds lies within the bound, **not held** where
-it lies outside, **undecided** otherwise, and with a single seed always: then the number stands for itself."""
+points. {VERDICTS}"""
 
 
 def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
@@ -47,7 +39,7 @@ def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
         "seeds": len(evidence.seeds),
         "jobs": jobs,
         "jobs_done": len(evidence.outcomes),
-        "hours": round(sum(outcome.seconds for outcome in evidence.outcomes.values()) / 3600, 2),
+        "hours": hours(evidence.outcomes),
         "score": evidence.score,
         "table": [
             {"model": model, "seed": seed, **point}
@@ -55,7 +47,7 @@ def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
             for model in (CASCADE, SINGLE)
             for point in evidence.points(model, seed)
         ],
-        "claims": [_claim(claim, evidence) for claim in CLAIMS],
+        "claims": [claim.row((evidence, seed) for seed in evidence.seeds) for claim in CLAIMS],
         "equal_score": [_equal(evidence, seed, with_b) for seed in evidence.seeds for with_b in (False, True)],
         "costs": as_rows(evidence.costs),
         "training_flops": {stage: evidence.flops(stage) for stage in evidence.costs},
@@ -69,14 +61,8 @@ def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
         "released": released(),
         "a100_hours": a100_hours(),
     }
-    write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    write_atomically(out / "report.md", _markdown(content, evidence, figures))
+    write(out, content, _markdown(content, evidence, figures))
     return content
-
-
-def _claim(claim: Claim, evidence: Evidence) -> Row:
-    bound = f"at least {claim.at_least:g}"
-    return claim_row(claim.claim, claim.quantity, claim.paper, bound, claim.judged(evidence))
 
 
 def _equal(evidence: Evidence, seed: int, with_b: bool) -> Row:
@@ -85,7 +71,7 @@ def _equal(evidence: Evidence, seed: int, with_b: bool) -> Row:
     return {"seed": seed, "stage_b_counted": with_b, **known, "ratio": equal.ratio if equal else None}
 
 
-def _markdown(content: Row, evidence: Evidence, figures: dict[str, str]) -> str:
+def _markdown(content: Row, evidence: Evidence, figures: dict[str, str]) -> list[str]:
     parts = [
         _head(content, evidence),
         ["## Training FLOPs at equal score", "", *_ratios(content, evidence)],
@@ -96,7 +82,7 @@ def _markdown(content: Row, evidence: Evidence, figures: dict[str, str]) -> str:
         ["## The released sizes", "", *_released(content)],
         ["## Figures", ""] + [f"![{shows}]({name})\n" for name, shows in figures.items()],
     ]
-    return "\n".join("\n".join([*part, ""]) for part in parts)
+    return [line for part in parts for line in [*part, ""]]
 
 
 def _head(content: Row, evidence: Evidence) -> list[str]:
@@ -113,7 +99,7 @@ def _head(content: Row, evidence: Evidence) -> list[str]:
         f"z is {z}.",
         f"- Steps: Stage A {steps_of(recipes['stage_a']):,}, B {steps_of(recipes['stage_b']):,}, C "
         f"{steps_of(recipes['stage_c']):,}, single stage {baseline_steps(recipes, evidence.costs):,}.",
-        f"- Time: {content['hours']} hours of processes, {os.cpu_count()} cores, Python {platform.python_version()}.",
+        f"- Time: {content['hours']} hours of processes, {machine()}.",
     ]
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ... import UsageError
 from ...preparation.images import prepare_images
-from ...preparation.sources.shapes import PICTURES
+from ...preparation.sources.pictures.shapes import PICTURES
 from ...preparation.tokenizer import train_tokenizer
+from ..jobs import Job
 from ..runner import Runner, bring_to_end
 from .costs import Cost, costs_of
 from .evidence import Evidence
-from .jobs import PictureJob, Pictures, Plan, make_jobs
+from .jobs import Pictures, Plan, make_jobs
 from .ledger import Outcome, Outcomes, PictureLedger
 from .recipes import CONFIGS, SHORT_STEPS, read_recipes
 from .report import write_report
@@ -65,14 +66,14 @@ def reproduce(options: Options) -> Outcomes:
         UsageError: Something given is missing or does not fit, or jobs failed; the report is written without them.
     """
     if options.inception is not None and not Path(options.inception).is_file():
-        raise UsageError(f"--inception {options.inception} is no file: give torch-fidelity's Inception weights")
+        raise UsageError(f"--inception {options.inception} is not a file: give torch-fidelity's Inception weights")
     folder = options.recipes or CONFIGS / ("emoji" if options.data else "shapes")
     recipes = read_recipes(folder, options.image_size)
     pictures = prepare(options)
     plan = Plan(recipes, pictures, options.out, options.prompts, options.inception, options.short_steps)
     costs, seeds = costs_of(recipes, pictures.tokenizer), list(range(options.seeds))
     jobs = make_jobs(plan, costs, seeds)
-    runner: Runner[PictureJob, Outcome] = Runner(jobs, PictureLedger(), options.at_once)
+    runner: Runner[Job, Outcome] = Runner(jobs, PictureLedger(), options.at_once)
     report = partial(_report, options, plan, costs, jobs)
     return bring_to_end(runner, report, options.report_only, "jobs")
 
@@ -101,7 +102,7 @@ def prepare(options: Options) -> Pictures:
     return Pictures(train, val, str(tokenizer), drawn)
 
 
-def _report(options: Options, plan: Plan, costs: dict[str, Cost], jobs: list[PictureJob], results: Outcomes) -> None:
+def _report(options: Options, plan: Plan, costs: dict[str, Cost], jobs: list[Job], results: Outcomes) -> None:
     evidence = Evidence(plan, costs, list(range(options.seeds)), results)
     write_report(evidence, len(jobs), options.command)
     print(f"{options.out / 'report.md'}: {len(results)} of {len(jobs)} jobs")

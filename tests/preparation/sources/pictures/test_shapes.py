@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rewurst.preparation.sources.shapes import (
+from rewurst.preparation.sources.pictures.shapes import (
     BACKGROUNDS,
     COLOURS,
     FAMILIES,
