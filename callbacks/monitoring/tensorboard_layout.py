@@ -26,11 +26,11 @@ class TensorBoardLayout(Callback):
     """Lays TensorBoard's tab "Custom Scalars" out, and marks where a dataset begins.
 
     Charts: the validation loss of every corpus in one, each in its color; the training loss; forgetting and adaptation
-    against the start of the dataset; the learning rate with a vertical line where it is re-warmed; the replay share asked for and read;
-    tokens; the epoch of each corpus; tokens a second, MFU with its formula, shares of time; the gradient norm; and what
-    the module names in an attribute ``charts``, as the argument does. Those that only a callback fills are there where
-    it is. Grids and sample text stand under "Images" and "Text", where :class:`~rewurst.callbacks.LogSamples` and
-    :class:`~rewurst.callbacks.LogText` put them.
+    against the start of the dataset; the learning rate with a vertical line where it is re-warmed; the replay share
+    asked for and read; tokens; the epoch of each corpus; tokens a second, MFU with its formula, shares of time; the
+    gradient norm; and what the module names in an attribute ``charts``, as the argument does. Those that only a
+    callback fills are there where it is. Grids and sample text stand under "Images" and "Text", where
+    :class:`~rewurst.callbacks.LogSamples` and :class:`~rewurst.callbacks.LogText` put them.
 
     Where a dataset begins (see :class:`~rewurst.callbacks.LRRewarming`), its name, step and schedule are logged as the
     text ``dataset``. With other loggers nothing happens.
