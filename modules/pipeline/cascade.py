@@ -112,14 +112,15 @@ class Cascade:
             network.to(*args, **named)
         return self
 
-    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> Self:
-        """Keep the networks in the CPU's memory, and each on a device only while it works.
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> Self:
+        """Keep the networks in the CPU's memory, and each on a device only while it works; arguments as in diffusers.
 
         Args:
+            gpu_id: Number of the device.
             device: Device that they work on.
         """
         self.to("cpu")
-        self._offloaded_from = torch.device(device)
+        self._offloaded_from = torch.device(device) if gpu_id is None else torch.device(device, gpu_id)
         return self
 
     @contextmanager
