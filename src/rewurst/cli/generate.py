@@ -22,6 +22,7 @@ def image(
     prior_steps: int = 60,
     guidance: float = 4.0,
     steps: int = 12,
+    decoder_guidance: float = 0.0,
     seed: int | None = None,
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -41,6 +42,7 @@ def image(
         prior_steps: Sampling steps of Stage C.
         guidance: Guidance scale of Stage C.
         steps: Sampling steps of Stage B.
+        decoder_guidance: Guidance scale of Stage B; up to 1 there is none (the paper: 4, diffusers: none).
         seed: Seed of the first picture (default: a new one).
         device: Device to draw on, such as cuda.
         dtype: Precision of the networks.
@@ -69,6 +71,7 @@ def image(
                 prior_num_inference_steps=prior_steps,
                 prior_guidance_scale=guidance,
                 num_inference_steps=steps,
+                decoder_guidance_scale=decoder_guidance,
                 negative_prompt=negative_prompt,
                 seed=first + begin,
                 progress=bool(bar.disable),
