@@ -75,8 +75,8 @@ class Corpus:
         of_stream = f"stream {self.stream}" if self.stream else ""
         if bool(self.path and self.path != of_stream) + bool(self.source) + bool(self.stream) != 1:
             raise UsageError(
-                f"a corpus needs a path, a source or a stream; path is {self.path!r}, source is {self.source!r}, stream "
-                f"is {self.stream!r}"
+                f"a corpus needs a path, a source or a stream; path is {self.path!r}, source is {self.source!r}, "
+                f"stream is {self.stream!r}"
             )
         self.path = self.path or of_stream
 

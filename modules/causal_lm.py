@@ -249,7 +249,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         folder = getattr(data, "tokenizer_folder", None)
         if not folder:
             raise UsageError("LogText: the data module knows no tokenizer_folder: prompts cannot be told as tokens")
-        tokens = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
+        tokens: dict[str, Any] = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
         return continuations(self.model, folder, prompts, max_new_tokens, temperature, **tokens)
 
     def configure_optimizers(self) -> Optimizer:
@@ -270,7 +270,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
     def _saves_adapter_only(self) -> bool:
         return self.lora is not None and (isinstance(self._base["model"], str) or self._base["init_from"] is not None)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the weights, with ``lora`` those that are trained: the others are in the model's own files."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         if not self._saves_adapter_only:

@@ -23,7 +23,7 @@ class LineBar(Tqdm):
         self._seconds, self._ends = seconds, False
         super().__init__(**kwargs)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]  # tqdm's returns it, too
         """Write a line, if it is time."""
         now = time.monotonic()
         if self.disable or msg == "" or not (self._ends or now - LineBar._written >= self._seconds):

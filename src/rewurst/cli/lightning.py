@@ -39,11 +39,11 @@ from ..datamodules import text as _text  # noqa: F401  # imported so that YAML m
 from ..modules import causal_lm as _causal_lm  # noqa: F401
 from ..modules.language.initial_weights import check_weights
 from ..modules.networks.weight_files import read_file
-from .class_names import import_named, with_public_paths
 from .error_messages import one_line
-from .named_callbacks import apply_changes, take_changes
-from .shipped_configs import with_shipped_configs
-from .short_options import add_short_options, apply_short_options
+from .options.class_names import import_named, with_public_paths
+from .options.named_callbacks import apply_changes, take_changes
+from .options.shipped_configs import with_shipped_configs
+from .options.short_options import add_short_options, apply_short_options
 
 
 def run(args: list[str]) -> None:
