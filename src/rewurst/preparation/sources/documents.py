@@ -107,11 +107,11 @@ def _captions(path: str, skipped: Skipped) -> Iterator[str]:
             skipped.left_out_members += len(left_out)
             return
         for member in sample.members:
-            if member.extension == "txt":
+            if member.extension.rpartition(".")[2] == "txt":  # names may have other dots
                 try:
                     yield text_of(bytes(content.read(member.begin, member.begin + member.size)))
                 except DecodeError as error:
-                    skipped.corrupt(f"{path}: {sample.key}.txt: {error}")
+                    skipped.corrupt(f"{path}: {sample.key}.{member.extension}: {error}")
 
 
 def _whole_file(path: Place, skipped: Skipped) -> Iterator[Piece]:
