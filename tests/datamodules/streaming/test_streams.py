@@ -24,6 +24,7 @@ from rewurst import UsageError
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.datamodules.streaming import token_stream
 from rewurst.datamodules.streaming.order import Place, ShardOrder, approximate
+from rewurst.datamodules.streaming.stream import expand_tars
 from rewurst.datamodules.streaming.tars import samples
 from rewurst.preparation.tokenizer import train_tokenizer
 from rewurst.tokenizer_files import load_tokenizer
@@ -96,7 +97,7 @@ def test_a_second_pass_is_reported_once(make: Callable[..., TextDataModule]) -> 
 
 
 def test_processes_share_the_tars(stream: str) -> None:
-    urls = tuple(token_stream.expand_tars(stream, allow_pipe=False))
+    urls = tuple(expand_tars(stream, allow_pipe=False))
     order = ShardOrder("web", urls, 0, 4)
     for epoch in range(3):
         parts = [order.own(reader, epoch) for reader in range(4)]
