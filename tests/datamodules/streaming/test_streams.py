@@ -312,3 +312,11 @@ def test_a_changed_list_of_tars_is_noticed(make: Callable[..., TextDataModule], 
     fit(make(), 4, SaveAt(4, path))
     with warnings.catch_warnings(), pytest.raises(UsageError, match="differ from those of the checkpoint"):
         fit(make(corpora={"web": Corpus(stream=stream.replace("005", "004"))}), 4, ckpt_path=path)
+
+
+def test_tars_on_a_server(make: Callable[..., TextDataModule], tmp_path: Path, loopback: Any) -> None:
+    for path in tmp_path.glob("s-*.tar"):
+        loopback.behaviour.objects[f"/d/{path.name}"] = path.read_bytes()
+    url = loopback.url("/d/s-{000..005}.tar")
+    assert rows_read(fit(make(corpora={"web": Corpus(stream=url)}), 18))[:1]
+    assert set(rows_read(fit(make(corpora={"web": Corpus(stream=url)}), 18))) == ALL
