@@ -14,7 +14,7 @@ from ... import UsageError
 from ..optimizer_steps import StepCallback
 from .dataset_schedule import DatasetRun
 from .lengths import TO_MAX_STEPS, counted_optimizers, in_steps, parse_length
-from .schedule_types import InfiniteCosine, Schedule
+from .schedule_types import InfiniteCosine, Schedule, initial_rates
 
 
 class LRRewarming(StepCallback):
@@ -257,8 +257,7 @@ def _require_max_steps(max_steps: int) -> int:
 
 def _scales(optimizers: list[Optimizer]) -> list[list[float]]:
     """Learning rates as multiples of the first group's, before any schedule touched them."""
-    groups = [optimizer.param_groups for optimizer in optimizers]
-    initial = [[float(group.get("initial_lr", group["lr"])) for group in of_one] for of_one in groups]
+    initial = [initial_rates(optimizer) for optimizer in optimizers]
     reference = initial[0][0]
     if reference == 0:
         raise UsageError("the first parameter group begins with a learning rate of 0: no ratio to the others exists")

@@ -190,7 +190,7 @@ def _fields_of(where: str | Path, cls: type, content: Any) -> dict[str, Any]:
             raise UsageError(f"{where}: {field.name} is {value!r}, expected text")
         if kind.startswith("tuple") and not isinstance(value, list | tuple):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a list")
-        if kind.startswith("tuple[int") and not all(map(_is_count, value)):
+        if kind.startswith("tuple[int") and not all(map(_is_count, value or ())):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a list of whole numbers from 0")
         values[field.name] = value
     return values

@@ -115,7 +115,7 @@ class TokenShards:
         """The tokenizer's copy that lies with the corpus."""
         return f"{self.path.rstrip('/')}/tokenizer"
 
-    def has_tokenizer_of(self, other: TokenShards) -> bool:
+    def has_tokenizer_of(self, other: Any) -> bool:
         """Return whether both corpora's tokenizers mean the same; versions of the library write different bytes."""
         if self.index.tokenizer_sha256 == other.index.tokenizer_sha256:
             return True

@@ -26,7 +26,7 @@ from recipes import (
 )
 
 from rewurst.callbacks import InfiniteCosine
-from rewurst.cli.class_names import import_named
+from rewurst.cli.options.class_names import import_named
 
 
 # The lengths of your_text follow from the text that it is given; test_your_text.py runs it.

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from .. import UsageError
+from ... import UsageError
 
 OWNERS = {"peak": "LRRewarming", "length": "LRRewarming", "share": "ReplayScheduler"}
 
