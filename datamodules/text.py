@@ -16,7 +16,7 @@ from .base import Corpus, StreamDataModule
 from .corpora.tokens import TokenShards
 from .sampling.micro_batches import Batch, Picks, Reader
 from .sources import SourceOptions, row_length
-from .streaming.token_stream import TokenStream, expand_tars
+from .streaming.token_stream import TokenStream
 
 __all__ = ["Corpus", "TextDataModule"]
 
@@ -161,9 +161,8 @@ class TextDataModule(StreamDataModule[TokenRows]):
 
     def open_corpus(self, name: str, path: str) -> TokenRows:
         """Opens a corpus; all of them have one tokenizer and one length of rows."""
-        corpus = self.corpora.get(name)
-        streamed = corpus is not None and corpus.stream is not None and corpus.path == path
-        shards = self._open_stream(name, self.corpora[name]) if streamed else TokenShards(path)
+        urls = self.streamed_tars(name, path)
+        shards = TokenShards(path) if urls is None else self._open_stream(name, path, urls)
         first = next(iter(self._opened.values()), shards)
         if shards.index.sequence_length != self.sequence_length:
             raise UsageError(
@@ -181,13 +180,12 @@ class TextDataModule(StreamDataModule[TokenRows]):
                 )
         return shards
 
-    def _open_stream(self, name: str, corpus: Corpus) -> TokenStream:
-        assert corpus.stream is not None
+    def _open_stream(self, name: str, path: str, urls: Sequence[str]) -> TokenStream:
         module = None if self.trainer is None else self.trainer.lightning_module
-        tokenizer = load_tokenizer(self._options.tokenizer_of(module, f"stream {corpus.stream}"))
-        urls = expand_tars(corpus.stream, corpus.allow_pipe)
-        folder = self._options.folder
-        return TokenStream(name, corpus.path, urls, tokenizer, self.sequence_length, self._options.text_field, folder)
+        tokenizer = load_tokenizer(self._options.tokenizer_of(module, path))
+        return TokenStream(
+            name, path, urls, tokenizer, self.sequence_length, self._options.text_field, self._options.folder
+        )
 
     def example_batch(self, micro_batch_size: int) -> Batch:
         """Return a batch of zeros; no corpus is needed."""
