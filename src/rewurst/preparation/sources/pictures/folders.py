@@ -77,8 +77,10 @@ def _tables(folder: Place, tables: Sequence[Place], image_field: str | None, cap
         refuse_gaps("/".join([str(folder), *inside]), known)
     plain = {part[:-1] for part in parts if part[-1] not in TABLES and not (part[:-1] and part[-2].lower() in SPLITS)}
     if len(plain) > 1:
-        names = ", ".join("/".join(inside) or "." for inside in sorted(plain))
-        raise UsageError(f"source {folder}: it has tables in the folders {names}; name the one to read, or several")
+        several_folders = ", ".join("/".join(inside) or "." for inside in sorted(plain))
+        raise UsageError(
+            f"source {folder}: it has tables in the folders {several_folders}; name the one to read, or several"
+        )
     sides = [split_of(part) for part in parts]
     found = [side for side in SIDES if side in sides or (side == "train" and None in sides)]
     alone = found == ["train"]  # --held_out may take some of it
