@@ -119,12 +119,12 @@ def test_what_file_managers_leave_behind_is_left_out_and_counted(tmp_path: Path)
 def test_an_unsorted_tar_is_told_how_to_be_sorted(tmp_path: Path) -> None:
     names = ["0.jpg", "1.jpg", "0.txt", "1.txt"]
     tar(tmp_path / "a.tar", {name: png() for name in names})
-    with pytest.raises(UsageError, match=r"key '0' at byte \d+ comes again: .*`tar --sort=name`"):
+    with pytest.raises(UsageError, match=r"key '0' at byte \d+ occurs again: .*`tar --sort=name`"):
         index(tmp_path)
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for name in ("0.jpg", "1.jpg", "0.jpg"):
             file.addfile(tarfile.TarInfo(name))
-    with pytest.raises(UsageError, match=r"key '0' at byte \d+ comes again; rename one of the samples"):
+    with pytest.raises(UsageError, match=r"key '0' at byte \d+ occurs again; rename one of the samples"):
         index(tmp_path)
 
 
