@@ -83,7 +83,7 @@ WRONG = [
     (["--trainer.callbacks.LRRewarming.length.x", "5"], "'length' has no arguments in the config"),
     (["--trainer.callbacks.LRRewarming.length"], "--trainer.callbacks.LRRewarming.length needs a value"),
     (["--trainer.callbacks.length", "5"], "of another callback: --trainer.callbacks.NAME.length"),
-    (["--data.max_steps", "5"], "TextDataModule has no option 'max_steps'; it has corpora, dataset, global_batch_size"),
+    (["--data.max_steps", "5"], "TextDataModule has no option 'max_steps'; it has cache_dir, corpora, dataset"),
     (["--max_steps", "5"], "there is no option 'max_steps'; did you mean 'trainer.max_steps'?"),
     (["--trainer.max_step", "5"], "there is no option 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
     (["--trainer.callbacks.LRRewarming.schedule.value", "5"], "WarmupCosine has no option 'value'; it has "),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from rewurst.cli.trainer_options import OPTIONS, table, write
+from rewurst.cli.options.trainer_options import OPTIONS, table, write
 from rewurst.train import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainer.md"
@@ -77,7 +77,9 @@ def test_the_table_has_every_argument_and_the_page_has_the_table(tmp_path: Path)
     again = tmp_path / "trainer.md"
     again.write_text(PAGE.read_text("utf8"), encoding="utf8")
     write(again)
-    assert again.read_text("utf8") == PAGE.read_text("utf8"), "python -m rewurst.cli.trainer_options docs/trainer.md"
+    assert again.read_text("utf8") == PAGE.read_text("utf8"), (
+        "python -m rewurst.cli.options.trainer_options docs/trainer.md"
+    )
     assert table() in PAGE.read_text("utf8")
 
 

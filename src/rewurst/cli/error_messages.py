@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..callbacks import Schedule
 from ..hints import closest, did_you_mean
-from .class_names import public_names
+from .options.class_names import public_names
 
 _BASES: tuple[type, ...] = (LightningModule, LightningDataModule, Callback, Logger, Strategy, Optimizer, Schedule)
 _LONGEST = 400

@@ -39,13 +39,16 @@ from ..datamodules import text as _text  # noqa: F401  # imported so that YAML m
 from ..modules import causal_lm as _causal_lm  # noqa: F401
 from ..modules.language.initial_weights import check_weights
 from ..modules.networks.weight_files import read_file
-from .class_names import import_named, with_public_paths
 from .error_messages import one_line
-from .named_callbacks import apply_changes, take_changes
+from .options.class_names import import_named, with_public_paths
+from .options.named_callbacks import apply_changes, take_changes
+from .options.shipped_configs import with_shipped_configs
+from .options.short_options import add_short_options, apply_short_options
 
 
 def run(args: list[str]) -> None:
     """Runs ``fit``, ``validate``, ``test`` or ``predict`` with the rest of a command line."""
+    args = with_shipped_configs(args)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any; nothing changes on a CPU
     for what in _SAID_ALREADY:
         warnings.filterwarnings("ignore", message=what)
@@ -57,6 +60,7 @@ def run(args: list[str]) -> None:
 
 def parse(args: list[str]) -> dict[str, Any]:
     """The config that a command line means; nothing is made of it."""
+    args = with_shipped_configs(args)
     _check_yaml(args)
     import_named(args)
     with _lightning_errors():
@@ -154,6 +158,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is ours."""
+        add_short_options(parser)
         parser.add_argument(
             "--construct_on_rank_zero",
             type=bool,
@@ -162,7 +167,8 @@ class CLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Has modules built where there is memory for them."""
+        """Applies the short options, and has modules built where there is memory for them."""
+        apply_short_options(self.config[self.subcommand] if self.subcommand else self.config)
         if not self._get(self.config, "construct_on_rank_zero"):
             return
         strategy = str(self._get(self.config, "trainer").get("strategy"))

@@ -31,7 +31,7 @@ def run(args: list[str]) -> None:
     rewarming = next((driver for driver in drivers if isinstance(driver, LRRewarming)), None)
     if rewarming is None:
         raise UsageError("the config has no LRRewarming callback: there is no schedule to draw")
-    run = rewarming.planned(data)
+    run = rewarming.planned(data, config["trainer"].get("max_steps") or -1)
     steps = np.unique(np.linspace(0, run.end, _POINTS).round().astype(int))
     lines: list[Line] = [("learning rate", np.array([run.value(int(step)) for step in steps]))]
     lines += [

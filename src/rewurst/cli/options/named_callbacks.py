@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from .. import UsageError
-from ..hints import closest
+from ... import UsageError
+from ...hints import closest
 
 _OPTION = re.compile(r"--trainer\.callbacks\.([A-Z]\w*)(?:\.(\d+))?\.([\w.]+)(?:=(.*))?", re.DOTALL)
 
