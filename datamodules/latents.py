@@ -39,7 +39,7 @@ class ShownLatents:
 class LatentReader(ReplacingReader[ShownLatents]):
     """Picks -> a batch of latents."""
 
-    def show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> ShownLatents:
+    def show(self, source: Any, row: int, seed: int, picks: Picks) -> ShownLatents:
         """One sample; a caption is dropped where the data module of images would drop it."""
         shards = source.shards
         assert isinstance(shards, LatentShards)
@@ -98,6 +98,7 @@ class LatentDataModule(ImageTextDataModule):
         filters: Which images to train on, by their sizes and scores.
         max_upscale: Leave out images that had to be enlarged by more than this factor.
         max_corrupt: Share of samples that may turn out to have no latents before the run is stopped.
+        validate_every_n_steps: Steps between validations. Lightning's own ``val_check_interval`` counts micro-batches.
 
     Raises:
         UsageError: Sizes that do not divide, latents of different sizes or makers, too many samples without latents, a
@@ -118,6 +119,7 @@ class LatentDataModule(ImageTextDataModule):
         filters: Filters | None = None,
         max_upscale: float | None = None,
         max_corrupt: float = 0.1,
+        validate_every_n_steps: int | None = None,
     ) -> None:
         super().__init__(
             dataset,
@@ -134,6 +136,7 @@ class LatentDataModule(ImageTextDataModule):
             filters=filters,
             max_upscale=max_upscale,
             max_corrupt=max_corrupt,
+            validate_every_n_steps=validate_every_n_steps,
         )
         self._first: LatentShards | None = None
 
@@ -146,6 +149,8 @@ class LatentDataModule(ImageTextDataModule):
 
     def open_corpus(self, name: str, path: str) -> ImageRows:
         """Opens a corpus, which must be like the others."""
+        if self.streamed_tars(name, path) is not None:
+            raise UsageError(f"corpus {name!r} is a stream, which latents cannot be; index or prepare it")
         shards = LatentShards(path)
         self._first = self._first or shards
         self._check_alike(self._first, shards)

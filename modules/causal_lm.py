@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .. import UsageError
 from .language.building import build
 from .language.document_masks import IGNORED, document_arguments, document_targets
-from .language.generation import continuations
+from .language.generation import continuations, load_auto_tokenizer
 from .language.head import blocks, checkpoint_activations, set_attention
+from .language.hugging_face import align_tokens, write_folder
 from .language.initial_weights import check_weights, load_initial_weights
 from .language.limits import extend_vocabulary, require_positions_for, require_vocabulary, vocabulary_of
 from .language.lora import add_adapters, trained_names
@@ -118,6 +121,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
             require_separate_documents(self.model)
         if extend_vocabulary < 0:
             raise UsageError(f"extend_vocabulary {extend_vocabulary} must be true, or the multiple to extend to")
+        self.tokenizer_name = next((name for name in (model, init_from) if _may_have_a_tokenizer(name)), None)
         self.optimizer = optimizer
         self.z_loss = z_loss
         self.document_masks = document_masks
@@ -129,6 +133,28 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         self._busiest: Tensor | None = None
         self._window_tokens = 0
         self._sums: dict[int, Tensor] = {}
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can see, none where its config does not say."""
+        config: Any = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        return getattr(config, "max_position_embeddings", None)
+
+    def export(self, folder: Path, tokenizer: Path) -> None:
+        """Write the model and a tokenizer as a folder that transformers loads.
+
+        Args:
+            folder: Folder to write; one that is there is replaced.
+            tokenizer: Folder of the tokenizer.
+
+        Raises:
+            UsageError: The weights are spread over processes.
+        """
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            raise UsageError("the weights are spread over processes: use `rewurst export hf CHECKPOINT OUT`")
+        words, data = load_auto_tokenizer(tokenizer), self.trainer.datamodule  # type: ignore[attr-defined]
+        align_tokens(self.model, words, getattr(data, "end_token", None), getattr(data, "begin_tokens", None))
+        write_folder(self.model, words, folder)
 
     def setup(self, stage: str) -> None:
         """Checks that the model knows every token of the data, and how its loss can be computed."""
@@ -229,7 +255,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         folder = getattr(data, "tokenizer_folder", None)
         if not folder:
             raise UsageError("LogText: the data module knows no tokenizer_folder: prompts cannot be told as tokens")
-        tokens = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
+        tokens: dict[str, Any] = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
         return continuations(self.model, folder, prompts, max_new_tokens, temperature, **tokens)
 
     def configure_optimizers(self) -> Optimizer:
@@ -250,7 +276,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
     def _saves_adapter_only(self) -> bool:
         return self.lora is not None and (isinstance(self._base["model"], str) or self._base["init_from"] is not None)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the weights, with ``lora`` those that are trained: the others are in the model's own files."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         if not self._saves_adapter_only:
@@ -334,3 +360,8 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         input_ids = input_ids.long()  # a loader without a Trainer gives them as they are stored
         further = {} if self._end is None else document_arguments(self.model, input_ids, self._end)
         return {"input_ids": input_ids, **further}
+
+
+def _may_have_a_tokenizer(name: Any) -> bool:
+    """Return whether a model's name is a folder or a hub name, and not a config or a file of weights."""
+    return isinstance(name, str) and Path(name).suffix not in (".ckpt", ".safetensors")

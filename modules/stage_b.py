@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import UsageError
-from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder, diffusion
+from .networks import VQGAN, SemanticCompressor, StageBUNet, TextEncoder, diffusion
 from .networks.base import Settings, build, holds, initialise
 from .networks.weight_files import read_file
-from .optimizers.choice import OptimizerChoice
+from .optimizers.choice import STAGE_B, OptimizerChoice, OptimizerSettings
 from .shared.batches import Batch, generators, pixels, uniforms
 from .shared.diffusion import DiffusionStage
 from .shared.flops import FROZEN, TRAINED, forward_flops, text_flops
@@ -56,7 +56,9 @@ class StageB(DiffusionStage):
             pictures shine through the noise: without weight a small model learns next to nothing of z.
         min_loss_weight: Lower bound of that weight, up to 1. At small t, where 1 / snr is near 0, the noise's error is
             large: with a weight of 1 it is most of the loss, and what z has to tell is learnt late.
-        sampling_steps: Of pictures drawn in validation.
+        sampling_steps: Steps of pictures drawn in validation.
+        guidance_scale: Guidance of these pictures, away from no embedding and the text ""; up to 1 there is none. The
+            paper samples with 4 (section 4), diffusers without.
         sampled_batches: Validation batches of each corpus, on each rank, from which pictures are drawn.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
 
@@ -64,6 +66,7 @@ class StageB(DiffusionStage):
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
     """
 
+    optimizer_settings: ClassVar[OptimizerSettings] = STAGE_B
     planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None, "backbone_weights": None}
     """Arguments that `rewurst plan` replaces: they change no tensor's size."""
     charts: ClassVar[dict[str, list[str]]] = {
@@ -88,6 +91,7 @@ class StageB(DiffusionStage):
         max_loss_weight: float = 1.0,
         min_loss_weight: float = 1.0,
         sampling_steps: int = 12,
+        guidance_scale: float = 0.0,
         sampled_batches: int = 1,
         max_grad_norm: float | None = 1.0,
     ) -> None:
@@ -114,6 +118,7 @@ class StageB(DiffusionStage):
         self.min_loss_weight = min_loss_weight
         self.zero_share, self.noise_share, self.noise_until = zero_share, noise_share, noise_until
         self.sampling_steps, self.sampled_batches = sampling_steps, sampled_batches
+        self.guidance_scale = guidance_scale
 
     def latents(self, images: Tensor) -> Tensor:
         """Stage A's latents (n, 4, h, w) of images in [0, 1], in the scale that the U-Net works in."""
@@ -181,12 +186,9 @@ class StageB(DiffusionStage):
         """Draw Stage A latents (n, 4, *size) from embeddings (n, 16, h, w), by DDPM in evenly spaced steps."""
         like = torch.empty(0, device=z.device)
         x = diffusion.draw((len(z), self.unet.config["c_in"], *size), randomness, like)
-        cache: ConditionCache = {}
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            noise: Tensor = self.unet(x, t, z, text, cache)
-            return noise.float()
-
+        if self.guidance_scale > 1:
+            text = torch.cat([text, self.text_states([""]).expand_as(text)])
+        predict = self.unet.predictor(z, text, self.guidance_scale)
         return diffusion.sample(predict, x, diffusion.timesteps(steps or self.sampling_steps), randomness)
 
     @torch.no_grad()

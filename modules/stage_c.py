@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import UsageError
 from .networks import VQGAN, ConditionCache, Prior, SemanticCompressor, StageBUNet, TextEncoder, diffusion
@@ -15,7 +16,7 @@ from .networks.base import Settings, build, holds, initialise
 from .networks.weight_files import read_file
 from .optimizers.choice import OptimizerChoice
 from .shared.batches import Batch, generators, pixels
-from .shared.flops import FROZEN, TRAINED, forward_flops
+from .shared.flops import FROZEN, PASSED, TRAINED, forward_flops
 from .shared.frozen import Frozen
 from .shared.image_metrics import valid_samples
 from .shared.text_diffusion import TextStage
@@ -60,8 +61,13 @@ class StageC(TextStage):
         high_noise_steps: Steps at the beginning in which all training samples are: what only the text tells first.
         sampling_steps: Of Stage C, for pictures.
         guidance_scale: The same; up to 1 there is no guidance.
-        stage_b_steps: Of Stage B, for pictures.
+        stage_b_steps: Sampling steps of Stage B, for pictures.
+        stage_b_guidance_scale: Guidance of Stage B, for pictures; up to 1 there is none. The paper samples with 4
+            (section 4), diffusers without.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
+        lora: Train low-rank adapters of the prior alone, on top of ``init_from``: settings of ``peft.LoraConfig``, such
+            as ``{r: 16, lora_alpha: 32}``. Everything else is frozen, a text encoder of settings too. ``rewurst export
+            lora`` writes them for diffusers; every other export and ``init_from`` take the merged weights.
 
     Raises:
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
@@ -86,7 +92,9 @@ class StageC(TextStage):
         sampling_steps: int = 60,
         guidance_scale: float = 4.0,
         stage_b_steps: int = 12,
+        stage_b_guidance_scale: float = 0.0,
         max_grad_norm: float | None = 1.0,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         noise = (max_loss_weight, high_noise_share, high_noise_steps)
         super().__init__(optimizer, max_grad_norm, *noise, sampling_steps, guidance_scale)
@@ -98,9 +106,21 @@ class StageC(TextStage):
         if init_from is not None:
             initialise(self.prior, init_from)
             self.initialise_text(init_from)
-        self.stage_b_steps = stage_b_steps
+        self._has_base = init_from is not None
+        if lora is not None:
+            self.prior.add_lora(lora)
+            if self.text_model is not None:
+                self.text_model.requires_grad_(False)
+        self.stage_b_steps, self.stage_b_guidance_scale = stage_b_steps, stage_b_guidance_scale
         self._stage_b, self._stage_a = stage_b, stage_a
         self._lower: LowerStages | None = None
+
+    def on_fit_start(self) -> None:
+        """Refuse adapters of a prior that has learned nothing."""
+        super().on_fit_start()
+        planned = isinstance(next(self.prior.parameters()), FakeTensor)  # by `rewurst plan`, which loads nothing
+        if self.prior.lora and not self._has_base and self.trainer.ckpt_path is None and not planned:
+            raise UsageError("lora adapts a trained prior: give init_from, a checkpoint of Stage C")
 
     def _set_scale(self, latent_mean: float | None, latent_std: float | None) -> None:
         if (latent_mean is None) != (latent_std is None):
@@ -147,7 +167,8 @@ class StageC(TextStage):
             images = tuple(batch["image"].shape)
             x = (n, self.prior.config["c_in"], *compressor.latent_size(images[2:]))
             total += FROZEN * forward_flops(compressor, [images])
-        return total + TRAINED * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
+        passes = PASSED if self.prior.lora else TRAINED
+        return total + passes * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
 
     @torch.no_grad()
     def draw_embeddings(
@@ -160,7 +181,10 @@ class StageC(TextStage):
     def draw(self, captions: Sequence[str], size: Sequence[int], randomness: list[Generator] | None = None) -> Tensor:
         """Draw pictures (n, 3, height, width) in [0, 1] for captions, from embeddings of height and width ``size``."""
         z = self.draw_embeddings(captions, size, randomness)
-        return self.lower_stages.draw(z, captions, randomness, self.stage_b_steps)
+        return self._decode(z, captions, randomness)
+
+    def _decode(self, z: Tensor, captions: Sequence[str], randomness: list[Generator] | None) -> Tensor:
+        return self.lower_stages.draw(z, captions, randomness, self.stage_b_steps, self.stage_b_guidance_scale)
 
     @property
     def lower_stages(self) -> LowerStages:
@@ -173,7 +197,7 @@ class StageC(TextStage):
         """Pictures for :class:`~rewurst.callbacks.LogSamples`: originals, by B from z, by C from the caption."""
         z = self.prior.denormalize(self.embeddings(batch))
         pictures = {"original": pixels(batch)} if "image" in batch else {}
-        pictures["B"] = self.lower_stages.draw(z, batch["caption"], generators(batch), self.stage_b_steps)
+        pictures["B"] = self._decode(z, batch["caption"], generators(batch))
         pictures["C"] = self.draw(batch["caption"], z.shape[-2:], generators(batch))
         return pictures
 
@@ -241,18 +265,20 @@ class LowerStages:
         self._scale = pixels_per_latent / self.stage_a.module.compression
 
     @torch.no_grad()
-    def draw(self, z: Tensor, captions: Sequence[str], randomness: list[Generator] | None, steps: int) -> Tensor:
+    def draw(
+        self,
+        z: Tensor,
+        captions: Sequence[str],
+        randomness: list[Generator] | None,
+        steps: int,
+        guidance_scale: float = 0.0,
+    ) -> Tensor:
         """Draw pictures (n, 3, height, width) in [0, 1] from embeddings (n, c, h, w) in the compressor's scale."""
         unet, vqgan = self.unet.on(z.device), self.stage_a.on(z.device)
-        text = self._text(captions, z.device)
+        text = self._text([*captions, *([""] * len(captions) if guidance_scale > 1 else [])], z.device)
         size = [int(side * self._scale) for side in z.shape[-2:]]
         x = diffusion.draw((len(z), unet.config["c_in"], *size), randomness, z)
-        cache: ConditionCache = {}
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            noise: Tensor = unet(x, t, z, text, cache)
-            return noise.float()
-
+        predict = unet.predictor(z, text, guidance_scale)
         return vqgan.to_images(diffusion.sample(predict, x, diffusion.timesteps(steps), randomness)).float()
 
     def _text(self, captions: Sequence[str], device: torch.device) -> Tensor:

@@ -82,7 +82,7 @@ def _config_class(settings: dict[str, Any]) -> Any:
         raise UsageError(f"model_type {model_type!r} is unknown to transformers{hint}")
     if model_type not in CAUSAL:
         raise UsageError(f"model_type {model_type!r} is not a causal language model; gpt_neox and llama are two")
-    return CONFIG_MAPPING[model_type]
+    return CONFIG_MAPPING[str(model_type)]
 
 
 def _read_by(kind: type) -> set[str]:

@@ -66,13 +66,28 @@ def export_hugging_face(
     data = content.get("TextDataModule", {})
     align_tokens(model, words, data.get("end_token"), data.get("begin_tokens"))
     model = model.to(getattr(torch, dtype))
+    write_folder(model, words, out, data.get("end_token"), data.get("begin_tokens"))
+
+
+def write_folder(
+    model: Any, words: Any, out: Path, end_token: int | None = None, begin_tokens: Sequence[int] | None = None
+) -> None:
+    """Write a model and its tokenizer as a folder that transformers loads, whole or not at all.
+
+    Args:
+        model: Causal language model of transformers.
+        words: Tokenizer of transformers.
+        out: Folder to write; one that is there is replaced.
+        end_token: Token that ends documents, if the data says so.
+        begin_tokens: Tokens before each document, if the data says so.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
         model.config.save_pretrained(folder)
         words.save_pretrained(folder)
         if _take_padding_of(words, folder):
-            align_tokens(model, words, data.get("end_token"), data.get("begin_tokens"))
+            align_tokens(model, words, end_token, begin_tokens)
             words.save_pretrained(folder)
         model.save_pretrained(folder)
         if out.exists():

@@ -244,8 +244,11 @@ def check_size(what: str, x: Float[Tensor, "batch c h w"], multiple: int) -> Non
 
 
 def xavier(module: nn.Module) -> None:
-    """Xavier weights and zero biases for linear layers and convolutions; for ``nn.Module.apply``."""
+    """Initialize linear layers and convolutions with Xavier weights and zero biases; for ``nn.Module.apply``."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, Attention):  # after its layers: the authors' are one matrix (3 c, c), and so is its Xavier
+        for layer in (module.to_q, module.to_k, module.to_v):
+            nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(1 / 2))

@@ -45,7 +45,9 @@ class Prior(Network):
     presets: ClassVar[Presets] = {
         "tiny": {"c_in": 16, "c": 64, "c_cond": 32, "depth": 2, "nhead": 4, "dropout": 0.0},
         "small": {"c_in": 16, "c": 768, "c_cond": 768, "depth": 12, "nhead": 12},
-        "paper": {"c_in": 16, "c": 1280, "c_cond": 1024, "depth": 16, "nhead": 16},
+        # 993,243,680 parameters: the paper's 1B (section 4, table 2) with CLIP-H. Section 3.2 says 16 blocks, which
+        # contradicts that: at width 1280 they have 347,037,472.
+        "paper": {"c_in": 16, "c": 1536, "c_cond": 1024, "depth": 32, "nhead": 24},
         "released": {"c_in": 16, "c": 1536, "c_cond": 1280, "depth": 32, "nhead": 24},
     }
 

@@ -1,7 +1,7 @@
 """Stage B: a U-Net that turns Semantic Compressor latents into Stage A latents."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -156,6 +156,30 @@ class StageBUNet(Network):
                 module.get_parameter("channelwise.4.weight").mul_(math.sqrt(1 / sum(self.config["blocks"])))
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)
+
+    def predictor(
+        self, effnet: Tensor | None, text: Tensor, guidance_scale: float = 0.0
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function of x and t that predicts the noise throughout one sampling run.
+
+        Args:
+            effnet: The compressor's latents, (n, 16, h, w).
+            text: Text states, (n, length, width); with guidance (2 n, length, width), the unwanted ones second.
+            guidance_scale: Scale of the guidance away from no embedding and the unwanted text; up to 1 there is none.
+        """
+        guided = guidance_scale > 1
+        cache: ConditionCache = {}
+        if guided and effnet is not None:
+            effnet = torch.cat([effnet, torch.zeros_like(effnet)])
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            if not guided:
+                noise: Tensor = self(x, t, effnet, text, cache)
+            else:
+                noise = diffusion.guide(self(torch.cat([x, x]), t.repeat(2), effnet, text, cache), guidance_scale)
+            return noise.to(x.dtype)
+
+        return predict
 
     def forward(
         self,

@@ -107,5 +107,8 @@ def _check_states(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         require_states("AdamW", ("exp_avg", "exp_avg_sq"), state)
 
 
-STAGES = OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)
-"""Of the optimizers of all stages (arXiv 2306.00637)."""
+STAGES = OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
+"""Stages A and C: torch's AdamW(lr), as the authors' scripts call it. That only matrices decay is ours."""
+
+STAGE_B = OptimizerSettings(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+"""Stage B, as in the authors' script for its first version; that of the paper's version was not published."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ... import UsageError
 from ..networks import describe
-from ..optimizers.choice import STAGES, OptimizerChoice, make_optimizer
+from ..optimizers.choice import STAGES, OptimizerChoice, OptimizerSettings, make_optimizer
 from .batches import Batch, uniforms
 from .frozen import Frozen
 from .image_metrics import CorpusMeans, log_means
@@ -36,6 +36,7 @@ class DiffusionStage(MeasuredByCorpus, WatchedModule):
         UsageError: A weight below 1.
     """
 
+    optimizer_settings: ClassVar[OptimizerSettings] = STAGES
     flops_formula = "3 x forward passes (1 x of frozen parts)"
 
     def __init__(
@@ -83,7 +84,7 @@ class DiffusionStage(MeasuredByCorpus, WatchedModule):
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer over all that is trained; weight decay, if there is any, acts on matrices only."""
-        return make_optimizer(self.optimizer, STAGES, self)
+        return make_optimizer(self.optimizer, self.optimizer_settings, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps which attribute is which network, and what the frozen ones are and where they came from."""

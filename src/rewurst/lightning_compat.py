@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
@@ -18,6 +19,11 @@ optimizers_to_device = _optimizers_to_device
 def logged_step(trainer: Trainer) -> int:
     """Return the step under which loggers record metrics: completed global batches."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """Return how many batches stepped, in a validation between two of them, which Lightning counts afterwards."""
+    return min(logged_step(trainer) + 1, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
 def uncount_batch(trainer: Trainer) -> None:
@@ -33,6 +39,11 @@ def logs_now(trainer: Trainer) -> bool:
 def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Send metrics to the loggers at once, outside of a module's own logging."""
     trainer._logger_connector.log_metrics(metrics)  # type: ignore[arg-type]
+
+
+def publish_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Add to what callbacks may monitor."""
+    trainer._logger_connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 def is_accumulating(trainer: Trainer) -> bool:

@@ -100,7 +100,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(config: Path, tmp_path: Pa
     assert main([*fit, "--trainer.max_steps", "3"]) == 0
     whole = (run / "version_0/checkpoints/last.ckpt").read_bytes()
     (run / "version_0/checkpoints/newer.ckpt").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"newer.ckpt is cut off: an older checkpoint is taken instead"):
+    with pytest.warns(UserWarning, match=r"newer.ckpt is truncated: an older checkpoint is used instead"):
         assert main(fit) == 0
     assert step_of(run / "version_0/checkpoints/last.ckpt") == 6
 

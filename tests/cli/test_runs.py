@@ -150,9 +150,7 @@ def test_copies_without_their_times(fit: Fit) -> None:
     folder = Path("runs/a/version_0/checkpoints")
     for age, path in enumerate(sorted(folder.iterdir(), reverse=True)):
         os.utime(path, (1000 + age, 1000 + age))
-    with pytest.warns(
-        UserWarning, match=r"step=6.ckpt is at step 6 and taken, although .*step=2.ckpt at step 2 is newer"
-    ):
+    with pytest.warns(UserWarning, match=r"step=6.ckpt at step 6 is used, although .*step=2.ckpt at step 2 is newer"):
         assert fit(8, LOGGERS["tensorboard"]) == 0
     assert steps_in("runs") == [2, 4, 6, 8]
 
@@ -180,3 +178,12 @@ def test_of_equal_steps_the_last_written_is_taken(tmp_path: Path) -> None:
     assert newest_checkpoint([tmp_path]) == tmp_path / "b.ckpt"
     shutil.copy(tmp_path / "c.ckpt", tmp_path / "d.ckpt")
     assert newest_checkpoint([tmp_path]) == tmp_path / "d.ckpt"
+
+
+def test_last_is_a_link_to_the_newest_and_resumes_leave_nothing_behind(fit: Fit) -> None:
+    keep = ("--trainer.callbacks.ModelCheckpoint.save_top_k=1", "--trainer.callbacks.ModelCheckpoint.save_last=link")
+    for steps in (4, 6, 10):
+        assert fit(steps, LOGGERS["tensorboard"], *keep) == 0
+        folder = Path("runs/a/version_0/checkpoints")
+        assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", f"step={steps}.ckpt"]
+        assert (folder / "last.ckpt").resolve().name == f"step={steps}.ckpt"

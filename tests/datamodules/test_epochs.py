@@ -32,7 +32,7 @@ def test_a_small_corpus_that_is_repeated_is_reported_once(
     with pytest.warns(UserWarning, match=REPEATED) as found:
         fit(data, 20)
     assert repetitions(list(found)) == [
-        "corpus 'tiny' is read again from step 1 of 20 on: it has 9 rows, which the whole run reads 35.6 times. "
+        "corpus 'tiny' is read again from step 1 of 20 on: the whole run reads its 9 rows 35.6 times. "
         "Prepare more data, or train for fewer steps"
     ]
 

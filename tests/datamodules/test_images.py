@@ -308,8 +308,8 @@ def test_a_bomb_is_left_out_when_it_is_indexed(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"shapes": [(32, 32), (8, 200)]}, "shapes: no new image is nearest to 8x200; leave it out"),
-        ({"filters": Filters(min_size=1000)}, "no image of 24 is left to train on; left out: min_size 24"),
-        ({"max_upscale": 0.5}, "no image of 24 is left to train on; left out: max_upscale 24"),
+        ({"filters": Filters(min_size=1000)}, "none of its 24 images is left to train on; left out: min_size 24"),
+        ({"max_upscale": 0.5}, "none of its 24 images is left to train on; left out: max_upscale 24"),
         ({"caption_dropout": 1.5}, "caption_dropout 1.5 must lie between 0 and 1"),
         ({"image_size": 0}, "image_size 0 must be at least 1"),
         ({"shapes": []}, "shapes [] must be heights and widths"),

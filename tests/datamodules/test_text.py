@@ -80,7 +80,7 @@ def test_a_corpus_that_changed_since_it_was_learnt_is_not_replayed(
     prose = {"prose": Corpus(make().corpora["prose"].path)}
     fit(make(dataset="prose", corpora=prose), 2, SaveAt(4, path))
     changed = {"prose": Corpus(write_corpus("changed", 21, seed=8), replay=True), "code": make().corpora["code"]}
-    with pytest.raises(UsageError, match="corpus 'prose' is not the one that was learnt: its shards have changed"):
+    with pytest.raises(UsageError, match="corpus 'prose' is not the one that was learned: its shards have changed"):
         fit(make(corpora=changed), 4, ckpt_path=path)
 
 

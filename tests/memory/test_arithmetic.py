@@ -8,7 +8,7 @@ import pytest
 
 from rewurst.memory.arithmetic import RESERVE, Layout, StepBytes, Weight, extrapolate, largest_micro_batch, plan
 
-STEP = StepBytes(forward=500, kept=400, backward=450, with_gradients=600, gradients=100, beside=30)
+STEP = StepBytes(forward=500, kept=400, backward=450, with_gradients=600, gradients=100, extra=30)
 WEIGHTS = [
     Weight((10, 5), 4, states=400),  # outside of blocks: 200 bytes
     Weight((7, 5), 4, states=280, block=0),  # 140

@@ -120,8 +120,8 @@ def test_frozen_networks_count_if_the_step_uses_them() -> None:
     assert "z 2x16x3x3" in latents.batch
     assert "text 2x77x32" in latents.batch
     assert images.batch == "image 2x3x128x128"
-    assert latents.step.beside < 1e4
-    assert images.step.beside > 80e6  # 20 million parameters of the compressor, and the text encoder's
+    assert latents.step.extra < 1e4
+    assert images.step.extra > 80e6  # 20 million parameters of the compressor, and the text encoder's
     assert sum(weight.elements for weight in images.weights) == sum(weight.elements for weight in latents.weights)
     assert [note.split(":")[0] for note in images.notes] == [
         "nowhere.ckpt is missing",
@@ -218,4 +218,4 @@ def test_a_file_that_is_there_says_which_network_it_holds(tmp_path: Path) -> Non
     found = measure(config, 2, "32-true", on_cpu=False)
     assert found.notes == []
     tiny = sum(tensor.nbytes for tensor in VQGAN.from_preset("tiny").state_dict().values())
-    assert tiny <= found.step.beside < tiny + 1e5  # and buffers of the compressor
+    assert tiny <= found.step.extra < tiny + 1e5  # and buffers of the compressor

@@ -106,7 +106,7 @@ def test_a_scan_groups_as_webdataset_does(
             info.size = size
             file.addfile(info, io.BytesIO(bytes(size)))
     if not names:
-        with pytest.raises(UsageError, match="holds no sample"):
+        with pytest.raises(UsageError, match="contains no samples"):
             list(scan(open_bytes(str(path)), "x.tar"))
         return
     with path.open("rb") as stream:
@@ -160,8 +160,8 @@ def append(*names: str, kind: bytes = tarfile.REGTYPE) -> Callable[[Path], None]
     [
         (cut(0), "a.tar: empty, expected a tar"),
         (cut(200), "a.tar: not a readable tar at byte 0"),
-        (cut(2048 + 300), "a.tar: cut in a header at byte 2048"),
-        (cut(3072 + 600), "a.tar: cut in the data of 'a/0001.npy' at byte 3072: 58 bytes are missing"),
+        (cut(2048 + 300), "a.tar: truncated in a header at byte 2048"),
+        (cut(3072 + 600), "a.tar: truncated in 'a/0001.npy' at byte 3072: 58 bytes are missing"),
         (cut(2048 + 600), "a.tar: not a readable tar at byte 3072 (unexpected end of data)"),
         (cut(24 * 2048), "a.tar: ends at byte 49152 without the two zero blocks"),
         (cut(24 * 2048 + 600), "a.tar: ends at byte 49752 without the two zero blocks"),
@@ -169,7 +169,7 @@ def append(*names: str, kind: bytes = tarfile.REGTYPE) -> Callable[[Path], None]
         (append("a/0000.npy"), "a.tar: key 'a/0000' at byte "),
         (append("new.npy", "new.npy"), "a.tar: member 'new.npy' at byte "),
         (append("README"), "a.tar: member 'README' at byte "),
-        (append("link.npy", kind=tarfile.SYMTYPE), "is no plain file"),
+        (append("link.npy", kind=tarfile.SYMTYPE), "is not a regular file"),
         (append("z.npy"), "a.tar: sample 'z' at byte "),
         (append("z.txt"), "holds txt, expected one .npy"),
     ],
@@ -257,7 +257,7 @@ def test_a_token_changed_after_indexing_is_refused_with_its_place(tmp_path: Path
     tar = good_tar(tmp_path)
     index(tmp_path)
     overwrite(3072 + 512 + 128 + 4, b"\xff\xff")(tar)
-    with pytest.raises(UsageError, match=r"a.tar, member a/0001.npy, row 0 holds token 65535, the vocabulary has \d+"):
+    with pytest.raises(UsageError, match=r"a.tar, member a/0001.npy, row 0 contains token 65535, but the vocab"):
         TokenShards(tmp_path).read(np.array([0, 1]))
     assert any("SHA-256" in line for line in verify(tmp_path))
 

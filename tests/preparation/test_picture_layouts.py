@@ -83,6 +83,13 @@ def json_lines(path: Path, rows: Rows) -> Path:
     return put(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def lists(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.png", encoded(i))
+        put(root / f"{i}.json", json.dumps([caption]))
+    return root
+
+
 def windows(root: Path) -> Path:
     json_lines(root / "metadata.jsonl", named_rows(root, 0, 1, 2, separator="\\"))
     return root
@@ -124,10 +131,40 @@ def img2dataset_parquet(root: Path) -> Path:
     return parquet(root / "00000.parquet", rows)
 
 
+def one_trainer(root: Path) -> Path:
+    for i in range(3):
+        put(root / f"{i}-masklabel.png", encoded(9))
+    return beside(root, ".txt")
+
+
+def after_the_suffix(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.png", encoded(i))
+        put(root / f"{i}.png.json", json.dumps({"text": caption}))
+    return root
+
+
+def in_capitals(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.PNG", encoded(i))
+        put(root / f"{i}.TXT", caption)
+    return root
+
+
+def two_configurations(root: Path) -> Path:
+    for name in ("de", "en"):
+        parquet(root / name / "train-00000-of-00001.parquet", hub_rows(0))
+    return root
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "text files": lambda root: beside(root, ".txt"),
     "kohya": lambda root: beside(root, ".caption"),
+    "OneTrainer": one_trainer,
+    "after the suffix": after_the_suffix,
+    "in capitals": in_capitals,
     "json only": lambda root: beside(root, ".json"),
+    "lists of captions": lists,
     "metadata.jsonl": with_table("metadata.jsonl", json_lines),
     "metadata.csv": with_table("metadata.csv", csv_file),
     "metadata.csv of Excel": with_table("metadata.csv", lambda path, rows: csv_file(path, rows, "utf-8-sig")),
@@ -237,6 +274,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda root: put(root / "a.csv", "file_name,text\na.png,caf\xe9\n".encode("latin-1")),
         r"a\.csv: byte 24 \(0xe9\) is not valid UTF-8; convert it to UTF-8",
     ),
+    "two configurations": (
+        two_configurations,
+        "it has tables in the folders de, en; name the one to read, or several",
+    ),
+    "phones": (lambda root: put(root / "0.heic", b"").parent, "convert its HEIC files to JPEG"),
     "tars": (lambda root: put(root / "0.tar", b"").parent, "its tars are for rewurst prepare index"),
 }
 
@@ -315,3 +357,21 @@ def test_half_a_surrogate_pair_is_not_a_caption(tmp_path: Path) -> None:
     put(tmp_path / "a.jsonl", '{"file_name": "a.png", "text": "half \\ud83d"}\n')
     with pytest.raises(UsageError, match="has half a surrogate pair"):
         prepare_images([str(tmp_path / "a.jsonl")], tmp_path / "out", progress=False)
+
+
+def test_the_docs_list_every_layout() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf8")
+    table = text.partition("## Pictures as other tools write them")[2].partition("\n## ")[0]
+    for word in (
+        *(".txt", ".caption", ".json", "metadata.jsonl", "metadata.csv", "metadata.parquet", "backslashes", ".tsv"),
+        *("train/", "train-00000-of-00002.parquet", "img2dataset", "kohya", "OneTrainer", "the hub", "imagefolder"),
+        *(".jfif", "BMP", "TIFF", "AVIF", "UTF-8", "prepare index"),
+    ):
+        assert word in table, word
+
+
+def test_images_outside_of_folders_with_tables_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = splits(tmp_path / "in")
+    put(source / "more" / "0.png", encoded(0))
+    prepare_images([str(source)], tmp_path / "out", progress=False)
+    assert f"1 images in folders without a table left out (the first: {source}/more/0.png)" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_checkpoints_of_every_kind(pool: Pool, whole: dict[str, Any], tmp_path: 
     assert "optimizer_states" in describe_checkpoint(kinds / "last.ckpt")
     tied = {"tie_word_embeddings": True}
     answer = pool.run("run", 2, folder=folder, name="no", steps=8, resume=str(weights), settings=tied)
-    assert "holds weights only" in answer["usage"]
+    assert "contains only weights" in answer["usage"]
     check_exports(kinds / "last.ckpt", gathered, tmp_path)
 
 
@@ -244,7 +244,7 @@ def test_foreign_objects_are_not_unpickled(whole: dict[str, Any], tmp_path: Path
     (folder / ".metadata").write_bytes(pickle.dumps(Path.unlink))
     with pytest.raises(UsageError, match="which is not loaded"):
         read_checkpoint(folder)
-    with pytest.warns(UserWarning, match="is cut off"):
+    with pytest.warns(UserWarning, match="is truncated"):
         assert newest_checkpoint([tmp_path]) is None
 
 
@@ -257,7 +257,7 @@ def test_lost_files_and_other_models(pool: Pool, whole: dict[str, Any], tmp_path
     folder = shutil.copytree(good, tmp_path / "newer.ckpt")
     assert newest_checkpoint([tmp_path]) == folder
     (folder / "__1_0.distcp").unlink()
-    with pytest.warns(UserWarning, match="is cut off: an older checkpoint is taken"):
+    with pytest.warns(UserWarning, match="is truncated: an older checkpoint is used"):
         assert newest_checkpoint([tmp_path]) is None
     answer = pool.run("run", 2, folder=whole["folder"], name="no", steps=8, resume=str(folder))
     assert "lacks __1_0.distcp" in answer["usage"]

@@ -250,7 +250,7 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (lambda corpus: (corpus / "index.json").write_text("{"), r"index.json: not valid JSON \(.*\); prepare"),
-        (lambda corpus: (corpus / "index.json").write_text("[]"), "index.json: holds a list, expected an object"),
+        (lambda corpus: (corpus / "index.json").write_text("[]"), "index.json: contains a list, expected an object"),
         (edit(kind="images"), "index.json: kind is 'images', expected 'text'"),
         (edit(version=2), "index.json: version is 2, this rewurst reads versions up to 1"),
         (edit(dtype="object"), "index.json: dtype is 'object', expected one of uint16, uint32"),
@@ -278,11 +278,11 @@ def test_a_folder_that_is_no_corpus(corpus: Path) -> None:
     for path, message in [
         (
             outside / "cod",
-            rf"no corpus at {outside}/cod; did you mean {corpus}\? `rewurst prepare text.images SOURCE...",
+            rf"no corpus at {outside}/cod; did you mean {corpus}\? make one with `rewurst prepare text.images",
         ),
         (
             outside / "zzzz",
-            f"no corpus at {outside}/zzzz: `rewurst prepare text.images SOURCE... --out DIR` makes",
+            f"no corpus at {outside}/zzzz: make one with `rewurst prepare text.images SOURCE... --out DIR`",
         ),
         (outside, rf"has no index.json; did you mean {corpus}\?"),
         (corpus / "code-000000.tar", "is a file, expected the folder of a prepared corpus"),
@@ -329,20 +329,20 @@ def shift_offsets(corpus: Path) -> None:
         (resize("code-000001.tar", 0), "code-000001.tar: 0 bytes found, 10240 expected"),
         (
             lambda corpus: (corpus / "code-000001.idx").unlink(),
-            r"code-000001.idx: missing; it belongs to code-000001.tar",
+            r"code-000001.idx: missing; copy it next to code-000001.tar or index again",
         ),
         (resize("code-000001.idx", 32), "code-000001.idx: 32 bytes found, 40 expected for 4 members"),
         (shift_offsets, "code-000001.tar: no npy header at byte 2048 "),
         (
             lambda corpus: replace_member(corpus, np.zeros((8, 8), dtype=np.uint32)),
-            r"code-000001.tar: member at byte 1024 holds uint32 of shape \(8, 8\) in C order, expected uint16 rows",
+            r"code-000001.tar: member at byte 1024 contains uint32 of shape \(8, 8\) in C order, expected uint16 rows",
         ),
         (
             lambda corpus: replace_member(corpus, np.zeros((8, 7), dtype=np.uint16)),
-            r"holds uint16 of shape \(8, 7\) in C order, expected uint16 rows of shape \(8, 8\)",
+            r"contains uint16 of shape \(8, 7\) in C order, expected uint16 rows of shape \(8, 8\)",
         ),
         (lambda corpus: replace_member(corpus, np.zeros((8, 8), dtype=np.uint16, order="F")), "in Fortran order"),
-        (lambda corpus: replace_member(corpus, np.full((8, 8), Bomb())), r"holds object of shape \(8, 8\)"),
+        (lambda corpus: replace_member(corpus, np.full((8, 8), Bomb())), r"contains object of shape \(8, 8\)"),
     ],
 )
 def test_a_shard_that_is_damaged(corpus: Path, damage: Callable[[Path], None], message: str) -> None:

@@ -69,7 +69,7 @@ def test_one_lane_is_the_mixture() -> None:
 
 
 def test_steps_before_the_restored_one_are_refused() -> None:
-    with pytest.raises(IndexError, match="step 3 lies before step 5"):
+    with pytest.raises(IndexError, match="step 3 is before step 5"):
         make(0.0, 5, np.zeros((3, 3), dtype=np.int64)).read_before(3)
 
 

@@ -94,7 +94,7 @@ def test_contiguous_slices_differ_by_at_most_one_old_row(ranks: int, each: int, 
 def test_bad_input() -> None:
     with pytest.raises(UsageError, match=r"corpus 'code': weight 0.0 must be above 0"):
         Mixture(8, {"code": 0.0})
-    with pytest.raises(UsageError, match=r"replay share 1.5 at step 3 must lie between 0 and 1"):
+    with pytest.raises(UsageError, match=r"replay share 1.5 at step 3 must be between 0 and 1"):
         RunningShare(lambda step: step / 2).total(4)
-    with pytest.raises(UsageError, match="step 2 lies before step 5"):
+    with pytest.raises(UsageError, match="step 2 is before step 5"):
         RunningShare(0.1, 5, 17).total(2)

@@ -62,7 +62,7 @@ def test_a_target_holds_what_was_written(target: Target) -> None:
 
 
 def test_what_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"https://x/out: nothing can be written over http; give a folder, or s3://"):
+    with pytest.raises(UsageError, match=r"https://x/out: cannot write over http; give a folder, or s3://"):
         Target("https://x/out")
     with pytest.raises(UsageError, match="Protocol not known: nothere"):
         Target("nothere://x/out")
@@ -245,7 +245,7 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*tells neither ETag nor Last-Modified")
+@pytest.mark.filterwarnings("ignore:.*sends neither ETag nor Last-Modified")
 def test_the_local_engine_writes_to_a_url_too(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,7 @@ def change(results: Results, run: str, corpus: str, by: float) -> Results:
     ("run", "corpus", "by", "claim"),
     [
         ("replay_0", "old", -2.0, "Without replay the old data is forgotten"),
-        ("replay_1", "old", 0.5, "The more is replayed, the less is forgotten"),
+        ("replay_1", "old", 0.5, "More replay means less forgetting"),
         ("replay_5", "old", 0.8, "5 % replay removes at least half of the forgetting"),
         ("replay_25", "new", 0.1, "Up to 25 % replay costs little on the new data"),
         ("replay_50", "new", 1.0, None),  # beyond 25 %: another share is the best then
@@ -116,7 +116,7 @@ def change(results: Results, run: str, corpus: str, by: float) -> Results:
         ("constant", "old", 0.8, "A constant low learning rate forgets less than re-warming"),
         ("peak_2", "new", 0.2, "A higher peak adapts more"),
         ("peak_2", "old", -0.4, "A higher peak forgets more"),
-        ("warmup_2", "new", 0.2, "The length of the warm-up hardly matters"),
+        ("warmup_2", "new", 0.2, "The length of the warm-up barely matters"),
         (
             "infinite_cosine_split_3", "new", 0.1,
             "Over three splits the infinite cosine schedule keeps up with a chain of cosines",

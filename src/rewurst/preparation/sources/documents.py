@@ -110,21 +110,22 @@ def _documents(
 
 def _captions(path: str, skipped: Skipped) -> Iterator[str]:
     """Yield the ``.txt`` files of a WebDataset tar, which are the captions of its images."""
-    content = open_bytes(path)
-    samples = scan(content, path)
+    content, left_out = open_bytes(path), list[str]()
+    samples = scan(content, path, left_out)
     while True:
         try:
             sample = next(samples, None)
         except UsageError as error:
             raise DamagedFileError(str(error)) from None
         if sample is None:
+            skipped.left_out_members += len(left_out)
             return
         for member in sample.members:
-            if member.extension == "txt":
+            if member.extension.rpartition(".")[2] == "txt":  # names may have other dots
                 try:
                     yield text_of(bytes(content.read(member.begin, member.begin + member.size)))
                 except DecodeError as error:
-                    skipped.corrupt(f"{path}: {sample.key}.txt: {error}")
+                    skipped.corrupt(f"{path}: {sample.key}.{member.extension}: {error}")
 
 
 def _whole_file(path: Place, skipped: Skipped) -> Iterator[Piece]:
