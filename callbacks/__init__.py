@@ -2,6 +2,7 @@
 
 from ..checkpoints.atomic import AtomicCheckpointIO
 from .exact_resume import ExactResume
+from .export import ExportAtEnd
 from .forgetting import Forgetting
 from .fsdp.strategy import FSDP
 from .fsdp.weights import construct_on_rank_zero
@@ -24,6 +25,7 @@ __all__ = [
     "FSDP",
     "AtomicCheckpointIO",
     "ExactResume",
+    "ExportAtEnd",
     "Forgetting",
     "ImageScores",
     "LRRewarming",

@@ -25,7 +25,7 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
 
 
-def copied(tensor: Tensor, device: torch.device | None) -> Tensor:
+def copied(tensor: Tensor, device: torch.device | int | None) -> Tensor:
     """Return a copy in the precision of averages."""
     return tensor.detach().to(device or tensor.device, wide(tensor), copy=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from .. import UsageError
 from ..hints import closest
-from ..lightning_compat import logged_step, validation_from_its_beginning
+from ..lightning_compat import logged_step, publish_metrics, validation_from_its_beginning
 
 
 class Forgetting(Callback):
@@ -18,8 +18,9 @@ class Forgetting(Callback):
 
     Logs after every validation ``forgetting/<corpus>`` (loss now minus loss at the start) of old corpora,
     ``adaptation/<corpus>`` (loss at the start minus loss now) of new ones, and ``forgetting/average`` and
-    ``adaptation/average``. The starting losses are part of the checkpoint: a run that is stopped and goes on compares
-    with the same start, and only another dataset (see :class:`~rewurst.callbacks.LRRewarming`) begins anew.
+    ``adaptation/average``, which ``EarlyStopping`` and ``ModelCheckpoint`` can monitor. The starting losses are part of
+    the checkpoint: a run that is stopped and goes on compares with the same start, and only another dataset (see
+    :class:`~rewurst.callbacks.LRRewarming`) begins anew.
 
     Works with every module that logs a named loss for each validation corpus.
 
@@ -78,6 +79,19 @@ class Forgetting(Callback):
         """Takes over where the dataset began."""
         self._dataset, self._start = state_dict["dataset"], state_dict["start"]
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the corpora are validated, and move before callbacks that monitor what this one computes."""
+        if stage != "fit":
+            return
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+        validated = getattr(trainer.datamodule, "val", None)  # type: ignore[attr-defined]
+        if not isinstance(validated, Mapping):
+            return
+        for corpus in (*self.old, *self.new):
+            if corpus not in validated:
+                raise UsageError(f"Forgetting: corpus {corpus!r} is not in val{closest(corpus, validated)}")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates before the first step of a dataset."""
         of_data = getattr(trainer.datamodule, "dataset", None)  # type: ignore[attr-defined]
@@ -104,6 +118,7 @@ class Forgetting(Callback):
         for name, corpora, sign in (("forgetting", self.old, 1), ("adaptation", self.new, -1)):
             if corpora:
                 metrics[f"{name}/average"] = sign * sum(moved[corpus] for corpus in corpora) / len(corpora)
+        publish_metrics(trainer, metrics)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=logged_step(trainer))
 

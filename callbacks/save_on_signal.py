@@ -50,7 +50,7 @@ class SaveOnSignal(StepCallback):
         """Takes the signals over, after Lightning has set its handlers."""
         super().on_train_start(trainer, pl_module)
         self._received, self._has_saved = None, False
-        path = trainer.ckpt_path  # type: ignore[attr-defined]
+        path = trainer.ckpt_path
         self._resumed_from = Path(path) if path is not None and Path(path).name == self.filename else None
         if threading.current_thread() is not threading.main_thread():
             rank_zero_warn("SaveOnSignal: only a program's main thread can take signals, so it saves on none")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -38,6 +38,9 @@ from .sampling.permutation import CorpusOrder
 from .sampling.progress import Progress
 from .sampling.replay_history import Ledger, Reading
 from .sampling.trainer_limits import epochs_of, refuse_other_batch_sizes
+from .streaming.order import ShardOrder
+from .streaming.places import StreamPlaces
+from .streaming.token_stream import TokenStream
 
 R = TypeVar("R", bound=Rows)
 
@@ -51,11 +54,31 @@ class Corpus:
         weight: Share among the new corpora (default: 1), or among the replayed ones (default: the rows that were
             learnt of it, or all of its rows if that is not known).
         replay: Old data, read as much as :class:`~rewurst.callbacks.ReplayScheduler` says.
+        source: Text to prepare, instead of a path: files, folders, URLs or built-in corpora
+            (:class:`~rewurst.datamodules.TextDataModule` only).
+        stream: Tars to read in sequence without an index, instead of a path: paths, folders or URLs with braces, of
+            token rows or of text (:class:`~rewurst.datamodules.TextDataModule` only).
+        allow_pipe: Whether ``stream`` may have ``pipe:COMMAND``, which runs the command in a shell.
+
+    Raises:
+        UsageError: Not exactly one of path, source and stream is given.
     """
 
-    path: str
+    path: str = ""
     weight: float | None = None
     replay: bool = False
+    source: str | list[str] | None = None
+    stream: str | list[str] | None = None
+    allow_pipe: bool = False
+
+    def __post_init__(self) -> None:
+        of_stream = f"stream {self.stream}" if self.stream else ""
+        if bool(self.path and self.path != of_stream) + bool(self.source) + bool(self.stream) != 1:
+            raise UsageError(
+                f"a corpus needs a path, a source or a stream; path is {self.path!r}, source is {self.source!r}, "
+                f"stream is {self.stream!r}"
+            )
+        self.path = self.path or of_stream
 
 
 class StreamDataModule(LightningDataModule, Generic[R]):
@@ -74,6 +97,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         num_workers: Loader processes of each device.
         seed: Seed of the order.
         shuffle: ``"full"`` over all samples, or ``"window"``, which reads blocks of neighbouring ones.
+        validate_every_n_steps: Steps between validations. Lightning's own ``val_check_interval`` counts micro-batches.
 
     Raises:
         UsageError: Sizes that do not divide, corpora that do not fit together, a checkpoint of the same dataset with
@@ -90,12 +114,20 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         num_workers: int = 0,
         seed: int = 0,
         shuffle: Literal["full", "window"] = "full",
+        validate_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
+        unprepared = [name for name, corpus in corpora.items() if corpus.source or corpus.stream]
+        if unprepared and not self.prepares_sources:
+            raise UsageError(
+                f"corpus {unprepared[0]!r} has a source or a stream, which only TextDataModule reads; give a prepared "
+                "path"
+            )
         if all(corpus.replay for corpus in corpora.values()):
             raise UsageError(f"dataset {dataset!r} has no corpus without replay: true; give it one to learn")
-        for name, value in (("micro_batch_size", micro_batch_size), ("global_batch_size", global_batch_size)):
-            if value < 1:
+        sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
+        for name, value in {**sizes, "validate_every_n_steps": validate_every_n_steps}.items():
+            if value is not None and value < 1:
                 raise UsageError(f"{name} {value} must be at least 1")
         self.dataset = dataset
         self.corpora = corpora
@@ -105,8 +137,9 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle = shuffle
+        self.validate_every_n_steps = validate_every_n_steps
         self.accumulation = 1
-        self.progress = Progress(self.batch_used, self._step_done)
+        self.progress = Progress(self._used, self._step_done)
         self._share: Any = None
         self._opened: dict[str, R] = {}
         self._restored_sum = (0, 0)
@@ -116,6 +149,9 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._weigh_by_rows = True  # runs that were started by earlier versions replay every corpus equally
         self._current: Lanes | None = None
         self._epochs: CorpusEpochs | None = None
+        self._places = StreamPlaces()
+
+    prepares_sources = False
 
     @abstractmethod
     def open_corpus(self, name: str, path: str) -> R:
@@ -146,6 +182,17 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """Return the weight of every corpus that is learnt."""
         given = {name: corpus.weight for name, corpus in self.corpora.items() if not corpus.replay}
         return {name: 1.0 if weight is None else weight for name, weight in given.items()}
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch: one pass over the new corpora, or what the Trainer limits it to.
+
+        Raises:
+            UsageError: They are not open yet.
+        """
+        if self.trainer is None or any(corpus.path not in self._opened for corpus in self.corpora.values()):
+            raise UsageError("the steps of an epoch are known when the corpora are open; before that, write steps")
+        return self.progress.epochs.steps
 
     def set_replay_share(self, share: Any) -> None:
         """Takes the share of old rows: a number in [0, 1], or a picklable function of the dataset's step."""
@@ -179,6 +226,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._restored_sum, self._restored_lanes = (0, 0), None
         self._ledger, self._current, self._epochs = Ledger(), None, None
         self._replayed, self._weigh_by_rows = Ledger(), True
+        self._places = StreamPlaces()
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step on: see :class:`.sampling.trainer_limits.Epochs`."""
@@ -187,11 +235,12 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         if self.trainer.is_global_zero and not self.progress.rows.any():
             # what was read before a restore, told once
             self.progress.rows = lanes.mixture.read_before(self._different_steps)
-        self._epochs = self._epochs or CorpusEpochs(self._rows_of_first_reading(), [*lanes.mixture.new])
+        self._epochs = self._epochs or CorpusEpochs(self._rows_of_first_reading(), self._numbered(lanes.mixture.new))
         slots = range(self.global_batch_size)
         of_rank = len(slots) // self.trainer.world_size  # contiguous: a strided slice could hold every old row
         slots = slots[self.trainer.global_rank * of_rank :][:of_rank]
         sources = self._sources()
+        self._deal_streams(sources)
         rows = MicroBatches(
             lanes,
             self._orders(),
@@ -242,6 +291,8 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             "weigh_by_rows": self._weigh_by_rows,
             "fingerprint": self._fingerprint(),
         }
+        if streams := self._places.state(self.trainer):
+            state["streams"] = streams
         return state if len(lanes) == 1 else state | {"lanes": counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -265,6 +316,21 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             return  # the batches are those from the start on
         self._restored_sum = (state["step"] - state["start"], state["share_sum"])
         self._restored_lanes = state.get("lanes")
+        self._places.restore(state.get("streams", {}))
+
+    def _deal_streams(self, sources: Sequence[R]) -> None:
+        assert self.trainer is not None
+        processes, workers = self.trainer.world_size, max(1, self.num_workers)
+        for name, source in zip(self._order_of_names(), sources, strict=True):
+            if isinstance(source, TokenStream):
+                order = ShardOrder(name, source.urls, self.seed, processes * workers)
+                places = self._places.begin(order, self.trainer.global_rank, processes, self.accumulation)
+                source.deal(self.trainer.global_rank, order, self.progress.step * self.accumulation, places)
+
+    def _used(self, batch: Batch) -> dict[str, float]:
+        if "places" in batch:
+            self._places.used([name for name in self._order_of_names() if self.corpora[name].stream], batch["places"])
+        return self.batch_used(batch)
 
     def batch_used(self, batch: Batch) -> dict[str, float]:
         """Called with every training batch that has been used; returns what is to be logged."""
@@ -278,9 +344,15 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """Name of a lane; with that of the corpus it decides the order of the lane's samples."""
         return ""
 
+    def _numbered(self, names: Iterable[str]) -> list[str]:
+        """Return the corpora whose rows have numbers."""
+        return [name for name in names if not self.corpora[name].stream]
+
     def _rows_of_first_reading(self) -> dict[str, int]:
         rows = {}
         for name, source in zip(self._order_of_names(), self._sources(), strict=True):
+            if self.corpora[name].stream:
+                continue  # readers of a stream count their passes
             reading = self.reading(name)
             rows[name] = min(len(source), sum(reading.rows)) if reading is not None else len(source)
         return rows
@@ -292,7 +364,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         mixture = self._current.mixture
         counts = dict(zip(mixture.names, mixture.read_before(self.dataset_step).tolist(), strict=True))
         last = self.trainer.max_steps - self.progress.start if self.trainer and self.trainer.max_steps > 0 else 0
-        return self._epochs.read(counts, self.dataset_step, last)
+        return self._epochs.read(counts, self.dataset_step, last) | self._places.commit()
 
     def _settle_accumulation(self) -> None:
         assert self.trainer is not None
@@ -314,6 +386,19 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         # Lightning refuses it for modules that step themselves; these read `accumulation`.
         manual = not getattr(self.trainer.lightning_module, "automatic_optimization", True)
         self.trainer.accumulate_grad_batches = 1 if manual else self.accumulation
+        if self.validate_every_n_steps is not None:
+            self._settle_validation(self.validate_every_n_steps)
+
+    def _settle_validation(self, steps: int) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        interval = steps * self.accumulation
+        if trainer.val_check_interval not in (1.0, interval):
+            raise UsageError(
+                f"validate_every_n_steps {steps} and trainer.val_check_interval {trainer.val_check_interval} are both "
+                "set; leave the latter out"
+            )
+        trainer.val_check_interval, trainer.check_val_every_n_epoch = interval, None
 
     def _order_of_names(self) -> list[str]:
         """New corpora first, as the mixture numbers them."""
@@ -389,6 +474,8 @@ class StreamDataModule(LightningDataModule, Generic[R]):
 
     def _rows_learnt(self, name: str) -> int:
         """Return the distinct rows of a corpus that were learnt, or all of its rows if that is not known."""
+        if self.corpora[name].stream:
+            raise UsageError(f"replayed corpus {name!r} is a stream of unknown length: give it and the others a weight")
         reading, lanes = self.reading(name), self._opened[self.corpora[name].path].lanes
         if reading is None or len(reading.rows) != len(lanes):
             return sum(lanes)
@@ -423,7 +510,12 @@ class StreamDataModule(LightningDataModule, Generic[R]):
                 run.limit_train_batches = callback.limits[0]
         asked = run.limit_train_batches
         rows = sum(len(self._opened[corpus.path]) for corpus in self.corpora.values() if not corpus.replay)
+        streams = [name for name, corpus in self.corpora.items() if corpus.stream]
         epochs = epochs_of(run, max(1, rows // self.global_batch_size), self.accumulation)
+        if streams and epochs.whole_run is None:
+            raise UsageError(
+                f"corpus {streams[0]!r} is a stream, which has no epochs: set trainer.max_steps, and max_epochs to -1"
+            )
         self.progress.attach(run, self.accumulation, len(self.corpora), epochs)
         self.progress.limits = (asked, run.limit_train_batches)
 

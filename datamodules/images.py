@@ -60,6 +60,7 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
         max_upscale: Leave out images that would have to be enlarged by more than this factor.
         max_corrupt: Share of samples that may turn out corrupt before the run is stopped.
         max_pixels: Larger images count as corrupt; they are never decoded.
+        validate_every_n_steps: Steps between validations. Lightning's own ``val_check_interval`` counts micro-batches.
 
     Raises:
         UsageError: Sizes that do not divide, a corpus of which filters leave nothing, a shape that no image has, too
@@ -88,8 +89,10 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
         max_upscale: float | None = None,
         max_corrupt: float = 0.1,
         max_pixels: int = MAX_PIXELS,
+        validate_every_n_steps: int | None = None,
     ) -> None:
-        super().__init__(dataset, corpora, val, micro_batch_size, global_batch_size, num_workers, seed, shuffle)
+        sizes = (micro_batch_size, global_batch_size, num_workers)
+        super().__init__(dataset, corpora, val, *sizes, seed, shuffle, validate_every_n_steps)
         for name, share in (("flip", flip), ("caption_dropout", caption_dropout), ("max_corrupt", max_corrupt)):
             if not 0 <= share <= 1:
                 raise UsageError(f"{name} {share} must lie between 0 and 1")

@@ -98,6 +98,7 @@ class LatentDataModule(ImageTextDataModule):
         filters: Which images to train on, by their sizes and scores.
         max_upscale: Leave out images that had to be enlarged by more than this factor.
         max_corrupt: Share of samples that may turn out to have no latents before the run is stopped.
+        validate_every_n_steps: Steps between validations. Lightning's own ``val_check_interval`` counts micro-batches.
 
     Raises:
         UsageError: Sizes that do not divide, latents of different sizes or makers, too many samples without latents, a
@@ -118,6 +119,7 @@ class LatentDataModule(ImageTextDataModule):
         filters: Filters | None = None,
         max_upscale: float | None = None,
         max_corrupt: float = 0.1,
+        validate_every_n_steps: int | None = None,
     ) -> None:
         super().__init__(
             dataset,
@@ -134,6 +136,7 @@ class LatentDataModule(ImageTextDataModule):
             filters=filters,
             max_upscale=max_upscale,
             max_corrupt=max_corrupt,
+            validate_every_n_steps=validate_every_n_steps,
         )
         self._first: LatentShards | None = None
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .. import UsageError
 from .language.building import build
 from .language.document_masks import IGNORED, document_arguments, document_targets
-from .language.generation import continuations
+from .language.generation import continuations, load_auto_tokenizer
 from .language.head import blocks, checkpoint_activations, set_attention
-from .language.initial_weights import load_initial_weights
+from .language.hugging_face import align_tokens, write_folder
+from .language.initial_weights import check_weights, load_initial_weights
 from .language.limits import extend_vocabulary, require_positions_for, require_vocabulary, vocabulary_of
+from .language.lora import add_adapters, trained_names
 from .language.objective import Losses, Objective, busiest_share, compute_losses, find_objective
 from .language.probes import require_causal, require_separate_documents
 from .optimizers.choice import OptimizerChoice, OptimizerSettings, make_optimizer
@@ -64,6 +68,9 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         compile: Compile each block with torch.compile, when a Trainer sets the module up.
         extend_vocabulary: Give the model rows for tokens that only the tokenizer of the data has, each the mean of the
             old rows; a number such as 64 makes the new size a multiple of it.
+        lora: Train low-rank adapters only: settings of ``peft.LoraConfig`` such as ``{r: 16, lora_alpha: 32}``.
+            ``modules_to_save: [embed_tokens, lm_head]`` trains embeddings and head too. Checkpoints contain only what
+            is trained, so the weights of ``model`` or ``init_from`` have to stay where they are.
 
     Raises:
         UsageError: The model is none that transformers knows, weights do not fit, the tokenizer has more tokens than
@@ -90,6 +97,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         activation_checkpointing: int | None = None,
         compile: bool = False,  # noqa: A002  # the field's word
         extend_vocabulary: bool | int = False,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(max_grad_norm)
         if z_loss < 0:
@@ -97,15 +105,20 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         self.model: nn.Module = build(model).train()  # from_pretrained leaves it in evaluation mode, without dropout
         if init_from is not None:
             load_initial_weights(self.model, init_from)
+        self.lora = lora
+        self._base = {"model": model, "init_from": init_from}
         if attn_implementation is not None:
             set_attention(self.model, attn_implementation)
         if activation_checkpointing is not None:
             checkpoint_activations(self.model, activation_checkpointing)
         require_causal(self.model)
+        if lora is not None:
+            add_adapters(self.model, lora)
         if document_masks:
             require_separate_documents(self.model)
         if extend_vocabulary < 0:
             raise UsageError(f"extend_vocabulary {extend_vocabulary} must be true, or the multiple to extend to")
+        self.tokenizer_name = next((name for name in (model, init_from) if _may_have_a_tokenizer(name)), None)
         self.optimizer = optimizer
         self.z_loss = z_loss
         self.document_masks = document_masks
@@ -118,11 +131,33 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         self._window_tokens = 0
         self._sums: dict[int, Tensor] = {}
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can see, none where its config does not say."""
+        config: Any = self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        return getattr(config, "max_position_embeddings", None)
+
+    def export(self, folder: Path, tokenizer: Path) -> None:
+        """Write the model and a tokenizer as a folder that transformers loads.
+
+        Args:
+            folder: Folder to write; one that is there is replaced.
+            tokenizer: Folder of the tokenizer.
+
+        Raises:
+            UsageError: The weights are spread over processes.
+        """
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            raise UsageError("the weights are spread over processes: use `rewurst export hf CHECKPOINT OUT`")
+        words, data = load_auto_tokenizer(tokenizer), self.trainer.datamodule  # type: ignore[attr-defined]
+        align_tokens(self.model, words, getattr(data, "end_token", None), getattr(data, "begin_tokens", None))
+        write_folder(self.model, words, folder)
+
     def setup(self, stage: str) -> None:
         """Checks that the model knows every token of the data, and how its loss can be computed."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if (tokens := getattr(datamodule, "vocab_size", None)) is not None:
-            require_vocabulary(self.model, tokens, self.extend_vocabulary)
+            require_vocabulary(self.model, tokens, self._may_extend)
         if (length := getattr(datamodule, "sequence_length", None)) is not None:
             require_positions_for(self.model, length)
         self.end_token = getattr(datamodule, "end_token", self.end_token)
@@ -214,18 +249,48 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         folder = getattr(data, "tokenizer_folder", None)
         if not folder:
             raise UsageError("LogText: the data module knows no tokenizer_folder: prompts cannot be told as tokens")
-        tokens = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
+        tokens: dict[str, Any] = {name: getattr(data, name, None) for name in ("end_token", "begin_tokens")}
         return continuations(self.model, folder, prompts, max_new_tokens, temperature, **tokens)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer over two groups: matrices, which decay, and everything else, which does not."""
         return make_optimizer(self.optimizer, PAPERS, self)
 
+    @property
+    def _may_extend(self) -> bool | int:
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        if self.lora is not None and self.extend_vocabulary and not embeddings.weight.requires_grad:
+            raise UsageError(
+                "extend_vocabulary with lora: new rows would stay as they are; train them, lora.modules_to_save: "
+                "[embed_tokens, lm_head]"
+            )
+        return self.extend_vocabulary
+
+    @property
+    def _saves_adapter_only(self) -> bool:
+        return self.lora is not None and (isinstance(self._base["model"], str) or self._base["init_from"] is not None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the weights, with ``lora`` those that are trained: the others are in the model's own files."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if not self._saves_adapter_only:
+            return state
+        trained, prefix = trained_names(self), kwargs.get("prefix", "")
+        return {name: tensor for name, tensor in state.items() if name.removeprefix(prefix) in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, with ``lora`` those that are trained."""
+        if self._saves_adapter_only and strict:
+            check_weights(self.state_dict(), state_dict, "lora")
+        return super().load_state_dict(state_dict, strict and not self._saves_adapter_only, assign)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the count of tokens and the model's config, with which an export needs nothing else."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["tokens"] = self.tokens
         checkpoint["model_config"] = self.model.config.to_dict()  # type: ignore[union-attr,operator]
+        if self.lora is not None:
+            checkpoint["lora"] = {"settings": self.lora, "adapter_only": self._saves_adapter_only, **self._base}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the count of tokens over; a checkpoint of another project has none."""
@@ -287,3 +352,8 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         input_ids = input_ids.long()  # a loader without a Trainer gives them as they are stored
         further = {} if self._end is None else document_arguments(self.model, input_ids, self._end)
         return {"input_ids": input_ids, **further}
+
+
+def _may_have_a_tokenizer(name: Any) -> bool:
+    """Return whether a model's name is a folder or a hub name, and not a config or a file of weights."""
+    return isinstance(name, str) and Path(name).suffix not in (".ckpt", ".safetensors")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import UsageError
 from .networks import VQGAN, ConditionCache, Prior, SemanticCompressor, StageBUNet, TextEncoder, diffusion
@@ -15,7 +16,7 @@ from .networks.base import Settings, build, holds, initialise
 from .networks.weight_files import read_file
 from .optimizers.choice import OptimizerChoice
 from .shared.batches import Batch, generators, pixels
-from .shared.flops import FROZEN, TRAINED, forward_flops
+from .shared.flops import FROZEN, PASSED, TRAINED, forward_flops
 from .shared.frozen import Frozen
 from .shared.image_metrics import valid_samples
 from .shared.text_diffusion import TextStage
@@ -64,6 +65,9 @@ class StageC(TextStage):
         stage_b_guidance_scale: Guidance of Stage B, for pictures; up to 1 there is none. The paper samples with 4
             (section 4), diffusers without.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
+        lora: Train low-rank adapters of the prior alone, on top of ``init_from``: settings of ``peft.LoraConfig``, such
+            as ``{r: 16, lora_alpha: 32}``. Everything else is frozen, a text encoder of settings too. ``rewurst export
+            lora`` writes them for diffusers; every other export and ``init_from`` take the merged weights.
 
     Raises:
         UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
@@ -90,6 +94,7 @@ class StageC(TextStage):
         stage_b_steps: int = 12,
         stage_b_guidance_scale: float = 0.0,
         max_grad_norm: float | None = 1.0,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         noise = (max_loss_weight, high_noise_share, high_noise_steps)
         super().__init__(optimizer, max_grad_norm, *noise, sampling_steps, guidance_scale)
@@ -101,9 +106,21 @@ class StageC(TextStage):
         if init_from is not None:
             initialise(self.prior, init_from)
             self.initialise_text(init_from)
+        self._has_base = init_from is not None
+        if lora is not None:
+            self.prior.add_lora(lora)
+            if self.text_model is not None:
+                self.text_model.requires_grad_(False)
         self.stage_b_steps, self.stage_b_guidance_scale = stage_b_steps, stage_b_guidance_scale
         self._stage_b, self._stage_a = stage_b, stage_a
         self._lower: LowerStages | None = None
+
+    def on_fit_start(self) -> None:
+        """Refuse adapters of a prior that has learned nothing."""
+        super().on_fit_start()
+        planned = isinstance(next(self.prior.parameters()), FakeTensor)  # by `rewurst plan`, which loads nothing
+        if self.prior.lora and not self._has_base and self.trainer.ckpt_path is None and not planned:
+            raise UsageError("lora adapts a trained prior: give init_from, a checkpoint of Stage C")
 
     def _set_scale(self, latent_mean: float | None, latent_std: float | None) -> None:
         if (latent_mean is None) != (latent_std is None):
@@ -150,7 +167,8 @@ class StageC(TextStage):
             images = tuple(batch["image"].shape)
             x = (n, self.prior.config["c_in"], *compressor.latent_size(images[2:]))
             total += FROZEN * forward_flops(compressor, [images])
-        return total + TRAINED * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
+        passes = PASSED if self.prior.lora else TRAINED
+        return total + passes * forward_flops(self.prior, [x, (n,), (n, encoder.length, encoder.width)])
 
     @torch.no_grad()
     def draw_embeddings(

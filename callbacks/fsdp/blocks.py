@@ -26,7 +26,8 @@ def find_blocks(module: nn.Module, names: Sequence[str] | None = None) -> list[n
         module: Any module.
         names: Class names of its blocks. By default those that the module, or any module in it, lists in
             ``_no_split_modules`` (transformers' models and our networks do); where none does, the modules that stand
-            at least twice in one ``ModuleList``, such as the layers of ``nn.TransformerEncoder``.
+            at least twice in one ``ModuleList``, such as the layers of ``nn.TransformerEncoder``, or else in one
+            ``Sequential``.
 
     Raises:
         UsageError: A name matches nothing, or there is nothing that repeats.
@@ -40,12 +41,13 @@ def find_blocks(module: nn.Module, names: Sequence[str] | None = None) -> list[n
                 f"is {', '.join(repeated[:8]) or 'nothing'}"
             )
     wanted = set(names or ()) or _listed(module)
-    found = [part for part in module.modules() if type(part).__name__ in wanted] or _repeated(module)
+    found = [part for part in module.modules() if type(part).__name__ in wanted]
+    found = found or _repeated(module, nn.ModuleList) or _outermost(_repeated(module, nn.Sequential))
     found = [block for block in found if any(True for _ in block.parameters())]
     if not found:
         raise UsageError(
-            f"{type(module).__name__} does not say which its blocks are and holds no list of alike modules: name their "
-            "classes, FSDP(blocks=[...])"
+            f"{type(module).__name__} does not say which its blocks are and holds no list or sequence of alike "
+            "modules: name their classes, FSDP(blocks=[...])"
         )
     return found[::-1]  # `modules` walks from the outside inwards
 
@@ -56,9 +58,21 @@ def _listed(module: nn.Module) -> set[str]:
     return {name for names in lists for name in names}
 
 
-def _repeated(module: nn.Module) -> list[nn.Module]:
-    lists = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList)]
-    return [entry for entries in lists for entry in entries if sum(type(other) is type(entry) for other in entries) > 1]
+def _repeated(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """Return entries that stand at least twice, by class, in one container, and have parameters."""
+    found = []
+    for container in module.modules():
+        if isinstance(container, kind):
+            entries = [entry for entry in container.children() if any(True for _ in entry.parameters())]
+            counts = Counter(type(entry) for entry in entries)
+            found += [entry for entry in entries if counts[type(entry)] > 1]
+    return found
+
+
+def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
+    """Leave out what is within another block: a block's own layers often stand in a ``Sequential`` too."""
+    inner = {part for block in blocks for part in block.modules() if part is not block}
+    return [block for block in blocks if block not in inner]
 
 
 def frozen_children(module: nn.Module) -> list[nn.Module]:

@@ -249,8 +249,11 @@ class FSDP(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads what this process holds of a checkpoint; nothing is executed, whatever ``weights_only`` says."""
-        assert self.lightning_module is not None
-        return load_checkpoint(Path(self.broadcast(str(checkpoint_path))), self.lightning_module, self.optimizers)
+        module = self.lightning_module
+        assert module is not None
+        training = module.trainer.state.fn == TrainerFn.FITTING  # optimizers stay after it, and test needs weights only
+        path = Path(self.broadcast(str(checkpoint_path)))
+        return load_checkpoint(path, module, self.optimizers if training else [])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing: the module's tensors were read in place."""

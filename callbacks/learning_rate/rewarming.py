@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from ... import UsageError
 from ..optimizer_steps import StepCallback
 from .dataset_schedule import DatasetRun
-from .lengths import counted_optimizers, in_steps, parse_length
-from .schedule_types import InfiniteCosine, Schedule
+from .lengths import TO_MAX_STEPS, counted_optimizers, in_steps, parse_length
+from .schedule_types import InfiniteCosine, Schedule, initial_rates
 
 
 class LRRewarming(StepCallback):
@@ -32,8 +32,8 @@ class LRRewarming(StepCallback):
 
     Args:
         schedule: Value by step, such as ``WarmupCosine(peak=3e-4, minimum=3e-5)``.
-        length: Length of the schedule on this dataset, in steps (700) or tokens ("300B tokens"). A step is one
-            completed global batch. After it the last value stays.
+        length: Length of the schedule on this dataset, in steps (700), tokens ("300B tokens") or passes over the new
+            corpora ("1 epoch"), or "to max_steps". A step is one completed global batch. After it the last value stays.
         dataset: Name of what is being learnt, where the data module has no attribute ``dataset``.
         optimizer_state: ``"reset"`` begins a new dataset with a fresh optimizer (the papers' choice); ``"keep"`` keeps
             moments and counts. Where a schedule goes on in its constant phase, the optimizer goes on too.
@@ -60,7 +60,8 @@ class LRRewarming(StepCallback):
         constant_extension: int | str | None = None,
         anneal_length: int | str | None = None,
     ) -> None:
-        parse_length(length)
+        if length != TO_MAX_STEPS:
+            parse_length(length)
         if optimizer_state not in ("reset", "keep"):
             raise UsageError(f'optimizer_state {optimizer_state!r} must be "reset" or "keep"')
         for name, value in (("constant_extension", constant_extension), ("anneal_length", anneal_length)):
@@ -97,6 +98,7 @@ class LRRewarming(StepCallback):
         run = self._as_run(dataset, datamodule)
         self._restored = False
         before, self._run = self._run, run
+        self._reach_max_steps(trainer, 0, 1)
         if before is None or trainer.global_step == 0:
             return
         if before.dataset == dataset:  # a second fit in one process goes on
@@ -116,6 +118,8 @@ class LRRewarming(StepCallback):
         if state is not None:
             self.step, self._scales, self._restored = state["step"], state["scales"], True
         same = state is not None and state["dataset"] == self.run.dataset
+        start = state["start_step"] if same else self.step
+        self._reach_max_steps(trainer, start, len(checkpoint.get("optimizer_states", [])))
         self._refuse_no_step(trainer, checkpoint, same)
         if same:
             self.run.resume(state, self.step)
@@ -161,10 +165,12 @@ class LRRewarming(StepCallback):
         """Counts a step where any optimizer stepped: several optimizers and accumulation count a global batch once."""
         self.step += self.take_stepped()
 
-    def planned(self, datamodule: Any) -> DatasetRun:
+    def planned(self, datamodule: Any, max_steps: int = -1) -> DatasetRun:
         """The schedule as it would run from step 0, with the data module's tokens a step: for looking at it."""
         run = self._as_run(str(self._argument or getattr(datamodule, "dataset", "")), datamodule)
         run.start = 0
+        if self._asked[0] == TO_MAX_STEPS:
+            run.length = _require_max_steps(max_steps)
         return run
 
     def _as_run(self, dataset: str, datamodule: Any) -> DatasetRun:
@@ -172,10 +178,17 @@ class LRRewarming(StepCallback):
         return DatasetRun(
             dataset,
             self.schedule,
-            in_steps(length, datamodule),
+            1 if length == TO_MAX_STEPS else in_steps(length, datamodule),
             0 if extension is None else in_steps(extension, datamodule, "constant_extension"),
             None if anneal is None else in_steps(anneal, datamodule, "anneal_length"),
         )
+
+    def _reach_max_steps(self, trainer: Trainer, start: int, optimizers: int) -> None:
+        """Settle a length that was given as the rest of the run, from the step at which the dataset begins."""
+        if self._asked[0] != TO_MAX_STEPS:
+            return
+        steps = _require_max_steps(trainer.max_steps) // counted_optimizers(trainer.lightning_module, optimizers)
+        self.run.length = max(1, steps - start)
 
     def _settle_dataset(self, of_data: str | None) -> str:
         if of_data is not None and self._argument is not None and of_data != self._argument:
@@ -217,6 +230,7 @@ class LRRewarming(StepCallback):
             counted = counted_optimizers(trainer.lightning_module, len(trainer.optimizers))
             self.step = trainer.global_step // counted
         self.run.start = self.step
+        self._reach_max_steps(trainer, self.step, len(trainer.optimizers))
         if self.run.anneal_length is not None:
             raise UsageError("anneal_length needs a checkpoint in the constant phase of the same dataset")
         if self._resets:
@@ -235,10 +249,15 @@ class LRRewarming(StepCallback):
                     group["lr"] = value * scale
 
 
+def _require_max_steps(max_steps: int) -> int:
+    if max_steps < 1:
+        raise UsageError(f'length "{TO_MAX_STEPS}" needs trainer.max_steps; or write "1 epoch"')
+    return max_steps
+
+
 def _scales(optimizers: list[Optimizer]) -> list[list[float]]:
     """Learning rates as multiples of the first group's, before any schedule touched them."""
-    groups = [optimizer.param_groups for optimizer in optimizers]
-    initial = [[float(group.get("initial_lr", group["lr"])) for group in of_one] for of_one in groups]
+    initial = [initial_rates(optimizer) for optimizer in optimizers]
     reference = initial[0][0]
     if reference == 0:
         raise UsageError("the first parameter group begins with a learning rate of 0: no ratio to the others exists")

@@ -254,9 +254,24 @@ def lambda_lr(optimizer: Optimizer, schedule: Schedule, length: int) -> LambdaLR
     :class:`~rewurst.callbacks.LRRewarming` it cannot re-warm a restored run: its state counts from step 0.
 
     Raises:
-        UsageError: The first group's learning rate is 0.
+        UsageError: The first group's learning rate is 0, or a group has none.
     """
-    reference = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
+    reference = initial_rates(optimizer)[0]
     if reference == 0:
         raise UsageError("the first parameter group has a learning rate of 0: no factor makes a schedule of it")
     return LambdaLR(optimizer, lambda step: schedule.value(step, length) / reference)
+
+
+def initial_rates(optimizer: Optimizer) -> list[float]:
+    """Return the learning rates of an optimizer's groups before any schedule touched them.
+
+    Raises:
+        UsageError: A group has none: the optimizer computes its own, such as Adafactor with relative steps.
+    """
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if None in rates:
+        raise UsageError(
+            f"{type(optimizer).__name__} has lr None, so it computes its own learning rate: give it a number (and "
+            "relative_step: false for Adafactor), or leave the schedule out"
+        )
+    return [float(rate) for rate in rates]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from ... import UsageError
 from ...lightning_compat import logs_now
+from .line_bar import LineBar, is_terminal
 from .throughput import Throughput
 
 
@@ -21,7 +25,54 @@ class StepProgressBar(TQDMProgressBar):
     group, tokens or samples a second where there is a :class:`~rewurst.callbacks.Throughput`, and the share of old data
     read where there is a :class:`~rewurst.callbacks.ReplayScheduler`: at the logging interval, when the host waits for
     the device anyway.
+
+    In a file or a pipe each bar is whole lines, at most one every ``seconds_per_line`` for all bars together.
+
+    Args:
+        refresh_rate: Steps from one update to the next.
+        seconds_per_line: Least time between two lines where the output is not a terminal.
+
+    Raises:
+        UsageError: ``seconds_per_line`` is below 0.
     """
+
+    def __init__(self, refresh_rate: int = 1, seconds_per_line: float = 10.0) -> None:
+        super().__init__(refresh_rate)
+        if seconds_per_line < 0:
+            raise UsageError(f"StepProgressBar: seconds_per_line {seconds_per_line} must be at least 0")
+        self.seconds_per_line = seconds_per_line
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        """Return the bar of the validation before training."""
+        bar = self._lines(self.sanity_check_description, False)
+        return super().init_sanity_tqdm() if bar is None else bar
+
+    def init_train_tqdm(self) -> Tqdm:
+        """Return the bar of training."""
+        bar = self._lines(self.train_description, True)
+        return super().init_train_tqdm() if bar is None else bar
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """Return the bar of a validation."""
+        alone = self.trainer.state.fn == "validate"
+        bar = self._lines(self.validation_description, alone)
+        return super().init_validation_tqdm() if bar is None else bar
+
+    def init_test_tqdm(self) -> Tqdm:
+        """Return the bar of a test."""
+        bar = self._lines(self.test_description, True)
+        return super().init_test_tqdm() if bar is None else bar
+
+    def init_predict_tqdm(self) -> Tqdm:
+        """Return the bar of a prediction."""
+        bar = self._lines(self.predict_description, True)
+        return super().init_predict_tqdm() if bar is None else bar
+
+    def _lines(self, description: str, stays: bool) -> LineBar | None:
+        if is_terminal():
+            return None
+        shape = {"disable": self.is_disabled, "leave": stays, "bar_format": self.BAR_FORMAT}
+        return LineBar(self.seconds_per_line, desc=description, file=sys.stdout, smoothing=0, **shape)
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
         """Begins the bar where the run stands; a run resumed within an epoch has no other beginning."""
@@ -62,8 +113,9 @@ class StepProgressBar(TQDMProgressBar):
         metrics.pop("v_num", None)
         if "train/loss" in metrics:
             metrics = {"loss": metrics.pop("train/loss")} | metrics
-        if trainer.optimizers:
-            metrics["lr"] = f"{float(trainer.optimizers[0].param_groups[0]['lr']):.2e}"
+        rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
+        if rate is not None:  # Adafactor may compute its own
+            metrics["lr"] = f"{float(rate):.2e}"
         speeds = next((c.latest for c in trainer.callbacks if isinstance(c, Throughput)), {})  # type: ignore[attr-defined]
         for name in ("tokens", "samples"):
             if (speed := speeds.get(f"throughput/{name}_per_s")) is not None:

@@ -25,8 +25,8 @@ class ImageScores(ValidationCallback):
 
     Needs of the module: ``predict_step(batch, batch_idx)``, which gives pictures (n, 3, height, width) in [0, 1] for a
     validation batch (Stages B and C draw them, Stage A reconstructs). Of the batch: ``image``, bytes or in [0, 1],
-    ``caption`` for CLIP, and ``valid`` where some samples only fill it up; of a batch that is not a dict the module says
-    them by ``batch_fields(batch) -> dict``. Batches of latents have no ``image``: there
+    ``caption`` for CLIP, and ``valid`` where some samples only fill it up; of a batch that is not a dict the module
+    says them by ``batch_fields(batch) -> dict``. Batches of latents have no ``image``: there
     ``reference`` names what the module's ``draw_samples(batch)`` gives that stands for it, such as Stage C's ``"B"``,
     what the stages below make of the image's own latents; FID then says what the prior alone loses. What is known of
     the images is kept from one validation to the next.

@@ -40,8 +40,8 @@ class LogSamples(ValidationCallback):
     """Draws the first samples of each validation corpus and logs them as one grid, captions included.
 
     Needs of the module: ``draw_samples(batch) -> dict[str, Tensor]``, which turns a validation batch into pictures by
-    name, (n, 3, height, width) in [0, 1]; columns stand in the dict's order (original, A, B, ...). It is given a part of
-    the batch in the batch's own structure: a tensor, or a dict, list or tuple of tensors, whose first one counts the
+    name, (n, 3, height, width) in [0, 1]; columns stand in the dict's order (original, A, B, ...). It is given a part
+    of the batch in the batch's own structure: a tensor, or a dict, list or tuple of tensors, whose first one counts the
     samples. A dict may have ``caption`` (a list of texts) and ``valid``; for other batches the module may say them by
     ``batch_fields(batch) -> dict``. Randomness should come from the batch (``seed``); what is drawn from the global
     generator is the same every time too, and leaves it as it was.

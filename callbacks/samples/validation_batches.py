@@ -21,7 +21,7 @@ class ValidationCallback(Callback):
 
     def completed_steps(self, trainer: Trainer) -> int:
         """Return the number of completed global batches; Lightning restores that of a checkpoint in fit only."""
-        path, module = trainer.ckpt_path, trainer.lightning_module  # type: ignore[attr-defined]
+        path, module = trainer.ckpt_path, trainer.lightning_module
         if trainer.state.fn == TrainerFn.FITTING or path is None:
             return int(trainer.global_step) // counted_optimizers(module, len(trainer.optimizers))
         content = (describe(Path(path)) if Path(path).exists() else None) or {}

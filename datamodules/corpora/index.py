@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, ClassVar, Self, TypeGuard
 
 from ... import UsageError
 from ...files import write_atomically, writing
@@ -62,6 +62,7 @@ class CorpusIndex:
     sources: tuple[str, ...]
     version: int = VERSION
     kind: str
+    shard_names: ClassVar[str] = r"[^/\\\0]+\.tar"
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -91,8 +92,9 @@ class CorpusIndex:
             raise UsageError(f"{where}: rows is {self.rows}, expected {rows}; prepare the corpus again")
         names = set()
         for shard in self.shards:
-            if not re.fullmatch(r"[^/\\\0]+\.tar", shard.name):
-                raise UsageError(f"{where}: shard name is {shard.name!r}, expected a plain file name that ends in .tar")
+            if not re.fullmatch(self.shard_names, shard.name):
+                ending = " that ends in .tar" if self.shard_names.endswith("tar") else ""
+                raise UsageError(f"{where}: shard name is {shard.name!r}, expected a plain file name{ending}")
             if shard.name in names:
                 raise UsageError(f"{where}: lists {shard.name} twice")
             names.add(shard.name)
@@ -188,7 +190,7 @@ def _fields_of(where: str | Path, cls: type, content: Any) -> dict[str, Any]:
             raise UsageError(f"{where}: {field.name} is {value!r}, expected text")
         if kind.startswith("tuple") and not isinstance(value, list | tuple):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a list")
-        if kind.startswith("tuple[int") and not all(map(_is_count, value)):
+        if kind.startswith("tuple[int") and not all(map(_is_count, value or ())):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a list of whole numbers from 0")
         values[field.name] = value
     return values

@@ -13,7 +13,7 @@ checked on first access.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ... import UsageError
 from ..storage.random_access import is_remote, read_whole
-from .index import ABSENT_IF_EMPTY, CorpusIndex, Shard
+from .index import ABSENT_IF_EMPTY, CorpusIndex, Shard, read_index
 from .open_shards import OpenShard, Shards, ends_of, places
 from .tar import BLOCK_BYTES
 
@@ -101,11 +101,11 @@ class TokenShards:
 
     def __init__(self, folder: str | Path) -> None:
         self.path = str(folder)
-        self.index = TokenIndex.load(folder)
+        self.index, kind = _opened(folder)
         self.lanes = (self.index.rows,)
         self._signed = self.index.dtype.startswith("int")
         self._ends = ends_of(self.index.shards)
-        self._shards = Shards(partial(TokenShard, self.index), self.path, self.index)
+        self._shards: Shards[Any] = Shards(partial(kind, self.index), self.path, self.index)
 
     def __len__(self) -> int:
         return self.index.rows
@@ -115,7 +115,7 @@ class TokenShards:
         """Folder of the tokenizer that is stored with the corpus."""
         return f"{self.path.rstrip('/')}/tokenizer"
 
-    def has_tokenizer_of(self, other: TokenShards) -> bool:
+    def has_tokenizer_of(self, other: Any) -> bool:
         """Return whether both corpora's tokenizers are equivalent; library versions write different bytes."""
         if self.index.tokenizer_sha256 == other.index.tokenizer_sha256:
             return True
@@ -170,8 +170,7 @@ class TokenShards:
         """Return the place of a row for messages: ``"code-000001.tar, member 000012.npy, row 17"``."""
         shards, within = places(self._ends, np.asarray([row]), self.path)
         shard = self._shards[int(shards[0])]
-        sample, inside = divmod(int(within[0]), self.index.rows_per_sample)
-        return f"{shard.shard.name}, member {shard.member_name(sample)}, row {inside}"
+        return f"{shard.shard.name}, {shard.place(int(within[0]))}"
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of everything that decides which tokens are in which rows."""
@@ -185,6 +184,15 @@ class TokenShards:
             f"{self.path}: {self.locate(int(rows[first]))} contains token {token}, but the vocabulary has "
             f"{self.index.vocab_size} tokens; check the corpus with `rewurst prepare verify`"
         )
+
+
+def _opened(folder: str | Path) -> tuple[TokenIndex, Callable[..., Any]]:
+    """Return the index of a corpus of tokens, and what opens one of its files."""
+    from .flat_tokens import FlatFile, FlatIndex
+
+    if read_index(folder)[1].get("kind") == "flat":
+        return FlatIndex.load(folder), FlatFile
+    return TokenIndex.load(folder), TokenShard
 
 
 class TokenShard(OpenShard):
@@ -216,6 +224,11 @@ class TokenShard(OpenShard):
             view = self._members[sample] = self.member(sample)
         found: NDArray[Any] = view[row]
         return found
+
+    def place(self, number: int) -> str:
+        """Return the place of a row of the shard, for messages."""
+        sample, inside = divmod(number, self._rows_per_sample)
+        return f"member {self.member_name(sample)}, row {inside}"
 
     def member(self, sample: int) -> NDArray[Any]:
         """Return the tokens of one member, shape (rows, sequence_length + 1); a read-only view if the tar is mapped."""

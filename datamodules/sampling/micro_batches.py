@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from .buckets import Lanes
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
+UNKNOWN_ROWS = 2**40  # rows of a stream, whose length is unknown
 BLOCK = 4096  # number of counters permuted together
 
 Batch = dict[str, Any]
@@ -75,6 +76,20 @@ class Rows(Protocol):
         ...
 
 
+@runtime_checkable
+class Streamed(Protocol):
+    """A corpus whose rows come in sequence, without numbers."""
+
+    streamed: bool
+
+    def seek(self, number: int) -> None:
+        """Choose the reader of a micro-batch."""
+
+    def place(self) -> tuple[int, int, int, int]:
+        """Return the worker of the latest micro-batch, and where its reader is after it."""
+        ...
+
+
 Reader = Callable[[Picks], Batch]
 """Function that turns picks into the model's batch; it is sent to worker processes."""
 
@@ -107,6 +122,7 @@ class MicroBatches(Dataset[Batch]):
         self._lanes, self._orders, self._sources, self._read = lanes, orders, sources, read
         self._slots, self._accumulation, self._start, self._seed = slots, accumulation, start, seed
         self._blocks: dict[tuple[int, int], tuple[int, Numbers]] = {}
+        self._streams = [source for source in sources if isinstance(source, Streamed)]
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self._accumulation)
@@ -119,12 +135,18 @@ class MicroBatches(Dataset[Batch]):
             mine = corpus == index
             if mine.any():
                 own = int(self._lanes.lane_of[index, lane])
-                rows[mine] = source.in_lane(own, self._index(index, own, counter[mine]))
+                numbered = source.lanes[own] != UNKNOWN_ROWS
+                rows[mine] = source.in_lane(own, self._index(index, own, counter[mine])) if numbered else counter[mine]
+        for stream in self._streams:
+            stream.seek(number)
         numbers = np.arange(slots.start, slots.stop)
         seeds, quantiles = slot_seeds(self._seed, step, numbers), slot_quantiles(self._seed, step, numbers)
         picks = Picks(corpus, rows, seeds, lane, training=True, quantile=quantiles)
         # Arrays that only the host reads stay NumPy: each tensor costs a shared memory file and a device copy.
-        return self._read(picks) | {"corpus": corpus, "row": rows}
+        batch = self._read(picks) | {"corpus": corpus, "row": rows}
+        if self._streams:
+            batch["places"] = np.array([stream.place() for stream in self._streams], dtype=np.int64)
+        return batch
 
     def _index(self, corpus: int, lane: int, counters: Numbers) -> Numbers:
         """Return the index in the lane of each counter, permuting whole blocks: NumPy does so as fast as one row."""

@@ -85,12 +85,13 @@ def _from_folder(model: str) -> nn.Module:
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _quiet():
-            built, found = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32, **options)
     except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"model {model!r} could not be loaded: {_reason(error)}") from error
-    _require_all(model, found)
+    built: nn.Module = loaded[0]
+    _require_all(model, loaded[1])
     _notice_untied(built)
-    return built  # type: ignore[no-any-return]
+    return built
 
 
 def _reason(error: Exception) -> str:
@@ -152,8 +153,9 @@ def _name_and_revision(model: str) -> tuple[str, str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out the table that transformers prints of weights that do not fit, and its progress bar."""
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
+    logging: Any = of_transformers
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

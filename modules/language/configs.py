@@ -24,7 +24,8 @@ HISTORY = frozenset({
 def config_from_settings(settings: dict[str, Any]) -> Any:
     """Return the config of a dict that a user wrote, in which a misspelled key is an error.
 
-    Keys of published ``config.json`` files that the model does not read are accepted with a warning.
+    Keys that the model does not read are accepted with a warning if the dict is a copy of a published ``config.json``
+    or if they are like no key that it reads.
 
     Args:
         settings: Settings with ``model_type``.
@@ -36,7 +37,8 @@ def config_from_settings(settings: dict[str, Any]) -> Any:
     model_type = settings["model_type"]
     known = {*kind().to_dict(), *kind.attribute_map}  # GPT-2 calls num_hidden_layers n_layer, and knows both
     unread = [name for name in settings.keys() - known - {"model_type"} - _read_by(kind) if not _is_published(name)]
-    for name in unread:
+    copied = bool(settings.keys() & {"architectures", "transformers_version"})  # a published file, not typed by hand
+    for name in () if copied else unread:
         if hint := closest(name, known):
             raise UsageError(f"model setting {name!r} is unknown to {model_type}{hint}")
     if unread:
@@ -80,7 +82,7 @@ def _config_class(settings: dict[str, Any]) -> Any:
         raise UsageError(f"model_type {model_type!r} is unknown to transformers{hint}")
     if model_type not in CAUSAL:
         raise UsageError(f"model_type {model_type!r} is not a causal language model; gpt_neox and llama are two")
-    return CONFIG_MAPPING[model_type]
+    return CONFIG_MAPPING[str(model_type)]
 
 
 def _read_by(kind: type) -> set[str]:

@@ -129,9 +129,11 @@ def load_auto_tokenizer(folder: Path) -> Any:
     Raises:
         UsageError: There is none.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # AutoTokenizer goes by the model's class: it reads any tokenizer next to a Qwen 2 as Qwen's
+    kind: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return kind.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error

@@ -107,7 +107,9 @@ def busiest_share(model: Any, router_logits: tuple[Tensor, ...]) -> Tensor | Non
     for logits in router_logits:
         experts = logits.shape[-1]
         picks = logits.flatten(0, -2).topk(min(chosen, experts), dim=-1).indices.flatten()
-        counts = torch.zeros(experts, device=logits.device).scatter_add_(0, picks, torch.ones_like(picks).float())
+        counts = torch.zeros(experts, device=logits.device).scatter_add_(
+            0, picks, torch.ones_like(picks, dtype=torch.float32)
+        )
         shares.append(counts.max() / picks.numel())
     return torch.stack(shares).max() if shares else None
 

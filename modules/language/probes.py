@@ -26,11 +26,12 @@ def require_causal(model: nn.Module) -> None:
     """
     if not _has_weights(model):
         return
-    ids = _tokens(model, BEFORE + AFTER)
+    before, after = _lengths(model)
+    ids = _tokens(model, before + after)
     try:
-        leaks = _leaks(model, ids, {}, seen=slice(0, BEFORE), unseen=slice(BEFORE, None))
+        leaks = _leaks(model, ids, {}, seen=slice(0, before), unseen=slice(before, None))
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"{type(model).__name__} cannot read {BEFORE + AFTER} tokens: {first_line(error)}") from error
+        raise UsageError(f"{type(model).__name__} cannot read {before + after} tokens: {first_line(error)}") from error
     if leaks:
         raise UsageError(
             f"{type(model).__name__}: its tokens see the tokens after them, so it would learn to copy, not to predict; "
@@ -50,12 +51,14 @@ def require_separate_documents(model: nn.Module) -> None:
     require_positions(model)
     if not _has_weights(model):
         return
-    ids = _tokens(model, BEFORE + 1 + AFTER)
-    end = int(ids[0, BEFORE])
-    arguments = document_arguments(model, ids, end)
-    first, second = slice(0, BEFORE), slice(BEFORE + 1, None)
+    before, after = _lengths(model)
+    ids = _tokens(model, before + 1 + after)
+    arguments = document_arguments(model, ids, int(ids[0, before]))
+    first, second = slice(0, before), slice(before + 1, None)
     try:
-        apart = not _leaks(model, ids, arguments, seen=second, unseen=first) and _equal_alone(model, ids, arguments)
+        apart = not _leaks(model, ids, arguments, seen=second, unseen=first) and _equal_alone(
+            model, ids, arguments, second
+        )
     except (RuntimeError, ValueError, TypeError, IndexError):
         apart = False
     if not apart:
@@ -84,16 +87,24 @@ def _leaks(model: Any, ids: Tensor, arguments: dict[str, Any], seen: slice, unse
     return not _close(changed[:, seen], logits[:, seen])
 
 
-def _equal_alone(model: Any, ids: Tensor, arguments: dict[str, Any]) -> bool:
+def _equal_alone(model: Any, ids: Tensor, arguments: dict[str, Any], second: slice) -> bool:
     with _as_evaluated(model), torch.no_grad():
-        together = model(input_ids=ids, use_cache=False, **arguments).logits[:, BEFORE + 1 :]
-        alone = model(input_ids=ids[:, BEFORE + 1 :], use_cache=False).logits
+        together = model(input_ids=ids, use_cache=False, **arguments).logits[:, second]
+        alone = model(input_ids=ids[:, second], use_cache=False).logits
     return _close(together, alone)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-3 if torch.finfo(a.dtype).bits >= 32 else 0.1
     return bool((F.log_softmax(a.float(), -1) - F.log_softmax(b.float(), -1)).abs().max() < tolerance)
+
+
+def _lengths(model: Any) -> tuple[int, int]:
+    """Return the lengths of the two documents, which a model of few positions can read with a token between them."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions if isinstance(positions, int) and positions > 2 else BEFORE + 1 + AFTER
+    before = min(BEFORE, max(1, (room - 1) // 3))
+    return before, min(AFTER, room - 1 - before)
 
 
 def _tokens(model: Any, count: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ... import UsageError
-from . import weight_files
+from . import lora, weight_files
 
 Presets: TypeAlias = dict[str, dict[str, Any]]
 """Arguments by name of the preset."""
@@ -25,6 +25,8 @@ class Network(nn.Module):
     presets: ClassVar[Presets]
     diffusers_class: ClassVar[str]
     _no_split_modules: ClassVar[list[str]]
+    lora: dict[str, float] | None = None
+    """What :func:`.lora.add_lora` returned, if the network has adapters."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class Network(nn.Module):
                 if entry["class"] == cls.__name__:
                     prefix, state = f"{attribute}.", content["state_dict"]
                     own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+                    own = lora.merged(own, entry["lora"]) if "lora" in entry else own
                     return cls.from_weights(entry["config"], own, str(path), dtype)
             held = ", ".join(entry["class"] for entry in content["networks"].values())
             raise UsageError(f"{path} holds {held}: give a checkpoint with a {cls.__name__}")
@@ -135,13 +138,18 @@ class Network(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write ``config.json`` and the weights as diffusers does."""
         config = {"_class_name": self.diffusers_class, **self.config}
-        weight_files.write_folder(folder, config, self.state_dict())
+        state = self.state_dict()
+        weight_files.write_folder(folder, config, state if self.lora is None else lora.merged(state, self.lora))
+
+    def add_lora(self, settings: Mapping[str, Any]) -> None:
+        """Freeze the network and add low-rank adapters, which alone are trained; see :func:`.lora.add_lora`."""
+        self.lora = lora.add_lora(self, settings)
 
 
 def describe(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Return which attributes of ``module`` are networks, and their arguments: the "networks" entry of a checkpoint."""
     return {
-        name: {"class": type(child).__name__, "config": child.config}
+        name: {"class": type(child).__name__, "config": child.config} | ({"lora": child.lora} if child.lora else {})
         for name, child in module.named_children()
         if isinstance(child, Network)
     }

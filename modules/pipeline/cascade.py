@@ -1,9 +1,10 @@
 """The cascade's three stages, put together: sizes, Stage C and Stage B on text states, Stage A."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,9 @@ from ..networks import (
 from .folders import read_cascade
 
 ORIENTATION = 0x0112  # EXIF's tag
+TEXT, EMBEDDINGS = "text_encoder_hidden_states", "image_embeddings"  # diffusers' names of what a step sees
+OnStep: TypeAlias = Callable[[int, float, dict[str, Tensor | None]], dict[str, Any] | None]
+"""Called after a step with its number, its time and tensors by diffusers' names; what it returns takes their place."""
 
 
 class Cascade:
@@ -59,6 +63,7 @@ class Cascade:
         self.text_encoder, self.prior_text_encoder = text_encoder, prior_text_encoder
         self.resolution_multiple, self.latent_dim_scale = resolution_multiple, latent_dim_scale
         self.latent_mean, self.latent_std = latent_mean, latent_std
+        self._offloaded_from: torch.device | None = None
 
     @classmethod
     def from_folder(
@@ -98,7 +103,36 @@ class Cascade:
     @property
     def device(self) -> torch.device:
         """Where the pipeline runs."""
-        return next(self.prior.parameters()).device
+        return self._offloaded_from or next(self.prior.parameters()).device
+
+    def to(self, *args: Any, **named: Any) -> Self:
+        """Move all networks to a device, a dtype or both, as ``torch.nn.Module.to`` does; ends offloading."""
+        self._offloaded_from = None
+        for network in self.networks():
+            network.to(*args, **named)
+        return self
+
+    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> Self:
+        """Keep the networks in the CPU's memory, and each on a device only while it works.
+
+        Args:
+            device: Device that they work on.
+        """
+        self.to("cpu")
+        self._offloaded_from = torch.device(device)
+        return self
+
+    @contextmanager
+    def at_work(self, network: torch.nn.Module) -> Iterator[None]:
+        """Have a network on the device that it works on, within the block."""
+        if self._offloaded_from is None:
+            yield
+            return
+        network.to(self._offloaded_from)
+        try:
+            yield
+        finally:
+            network.to("cpu")
 
     def fits(self, pixels: int) -> bool:
         """Say whether a picture of this height or width comes out as asked for and passes Stage B's levels."""
@@ -124,7 +158,7 @@ class Cascade:
         guidance_scale: float,
         generator: diffusion.Randomness = None,
         noise: Float[Tensor, "batch c_latent h w"] | None = None,
-        callback: Callable[[int, float, Tensor], Tensor | None] | None = None,
+        callback: OnStep | None = None,
     ) -> Float[Tensor, "batch c_latent h w"]:
         """Run Stage C and undo its scale; with guidance ``text`` is the wanted states, then the unwanted ones."""
         guided = guidance_scale > 1
@@ -133,13 +167,15 @@ class Cascade:
             raise UsageError(f"latents have shape {tuple(noise.shape)}: this prompt and size need {shape}")
         like = torch.empty(0, dtype=wide(self.prior), device=self.device)
         x = diffusion.draw(shape, generator, like) if noise is None else noise.to(like)
-        cache: ConditionCache = {}
+        seen = _Seen(callback, guided, {TEXT: text})
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            eps: Tensor = self.prior(x, t, text, cache)
+            eps: Tensor = self.prior(x, t, seen.tensors[TEXT], seen.cache)
             return diffusion.guide(eps, guidance_scale) if guided else eps
 
-        return diffusion.sample(predict, x, times, generator, callback=callback) * self.latent_mean - self.latent_std
+        with self.at_work(self.prior):
+            x = diffusion.sample(predict, x, times, generator, callback=seen.after_step)
+        return finite(x, "Stage C", self.prior) * self.latent_mean - self.latent_std
 
     def decode_embeddings(
         self,
@@ -148,18 +184,38 @@ class Cascade:
         times: Sequence[float],
         guidance_scale: float = 0.0,
         generator: diffusion.Randomness = None,
-        callback: Callable[[int, float, Tensor], Tensor | None] | None = None,
+        callback: OnStep | None = None,
     ) -> Float[Tensor, "batch c h_latent w_latent"]:
         """Run Stage B; guidance is away from no embedding and the unwanted text."""
+        guided = guidance_scale > 1
         size = [int(side * self.latent_dim_scale) for side in embeddings.shape[-2:]]
         shape = (embeddings.shape[0], self.decoder.config["c_in"], *size)
         x = diffusion.draw(shape, generator, torch.empty(0, dtype=wide(self.decoder), device=self.device))
-        predict = self.decoder.predictor(embeddings, text, guidance_scale)
-        return diffusion.sample(predict, x, times, generator, callback=callback)
+        seen = _Seen(callback, guided, {TEXT: text, EMBEDDINGS: embeddings})
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            effnet, text = seen.tensors[EMBEDDINGS], seen.tensors[TEXT]
+            if not guided:
+                eps: Tensor = self.decoder(x, t, effnet, text, seen.cache)
+                return eps
+            effnet = torch.cat([effnet, torch.zeros_like(effnet)])
+            both = self.decoder(torch.cat([x, x]), t.repeat(2), effnet, text, seen.cache)
+            return diffusion.guide(both, guidance_scale)
+
+        with self.at_work(self.decoder):
+            x = diffusion.sample(predict, x, times, generator, callback=seen.after_step)
+        return finite(x, "Stage B", self.decoder)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """Decode Stage B's latents."""
-        return self.vqgan.to_images(latents.to(next(self.vqgan.parameters()).dtype))
+        """Decode Stage B's latents.
+
+        Raises:
+            UsageError: Pixels are not finite.
+        """
+        with self.at_work(self.vqgan):
+            latents = latents.to(next(self.vqgan.parameters()).dtype)
+            decoded = self.vqgan.decode(latents * self.vqgan.scale_factor)  # clamping would hide what is infinite
+        return finite(decoded, "Stage A", self.vqgan).clamp(0, 1)
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Cut the middle out of an image, to the largest size that fits within it.
@@ -179,6 +235,46 @@ class Cascade:
             raise UsageError(f"the image is {image.width}x{image.height} pixels: it needs at least {smallest} each way")
         left, top = ((given - side) // 2 for given, side in zip(image.size, sides, strict=True))
         return image.crop((left, top, left + sides[0], top + sides[1]))
+
+
+class _Seen:
+    """What the steps of a sampling run see beside the latents, and a callback that may change it.
+
+    Args:
+        callback: What to call after each step.
+        guided: Whether the text states are wanted ones, then as many unwanted ones.
+        tensors: By diffusers' names.
+    """
+
+    def __init__(self, callback: OnStep | None, guided: bool, tensors: dict[str, Tensor]) -> None:
+        self.callback, self.tensors = callback, tensors
+        self.unwanted = tensors[TEXT].chunk(2)[1] if guided else None  # stays as it was, as in diffusers
+        self.cache: ConditionCache = {}
+
+    def after_step(self, step: int, time: float, x: Tensor) -> Tensor | None:
+        """Call back, and take over what is returned."""
+        if self.callback is None:
+            return None
+        found = {"latents": x, **self.tensors, "negative_prompt_embeds": self.unwanted}
+        changed = self.callback(step, time, found) or {}
+        for name in self.tensors:
+            if name in changed and changed[name] is not self.tensors[name]:
+                self.tensors[name] = changed[name]
+                self.cache.clear()  # it depends on them
+        return changed.get("latents")
+
+
+def finite(values: Tensor, what: str, network: torch.nn.Module) -> Tensor:
+    """Return values that are finite.
+
+    Raises:
+        UsageError: Some are not, which would be a black picture.
+    """
+    if not bool(values.isfinite().all()):
+        dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+        hint = "give dtype bfloat16 or float32" if dtype == "float16" else "are its weights and inputs right?"
+        raise UsageError(f"{what} made values that are not finite, in {dtype}: {hint}")
+    return values
 
 
 def wide(network: torch.nn.Module) -> torch.dtype:

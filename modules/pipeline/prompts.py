@@ -1,7 +1,9 @@
 """What a call of the pipeline is given: prompts, seeds, steps; checked, and brought into the form the loops take."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -20,7 +22,7 @@ def read_prompts(argument: str) -> list[str]:
     if not argument.startswith("@"):
         return [argument]
     try:
-        lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
+        lines = Path(argument[1:]).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UsageError(f"{argument[1:]} cannot be read: give a text file with one prompt a line") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -69,7 +71,11 @@ def text_states(
     """
     encoded = []
     for texts, given in sets:
-        states = encoder.encode(texts) if given is None else given.to(next(encoder.parameters()).device)
+        if given is None:
+            different = list(dict.fromkeys(texts))
+            states = encoder.encode(different)[[different.index(text) for text in texts]]
+        else:
+            states = given.to(next(encoder.parameters()).device)
         if states.shape[0] != len(texts) or states.shape[2] != encoder.width:
             needed = (len(texts), encoder.length, encoder.width)
             raise UsageError(f"text states have shape {tuple(states.shape)}: this call and model need {needed}")
@@ -85,14 +91,35 @@ def checked_times(times: Sequence[float] | None, steps: int, name: str) -> Seque
 
 
 def randomness_of(
-    seed: int | Sequence[int] | None, generator: Generator | Sequence[Generator] | None, images: int
+    seed: SupportsIndex | Iterable[Any] | None,
+    generator: Generator | Sequence[Generator] | None,
+    images: int,
 ) -> diffusion.Randomness:
-    """Return a generator for each image's seed, or what was given."""
+    """Return a generator for each image's seed, or what was given.
+
+    Raises:
+        UsageError: Both are given, seeds are not whole numbers, or there are more or fewer than images.
+    """
     if seed is None:
         return generator
     if generator is not None:
         raise UsageError("give either seed or generator")
-    seeds = list(range(seed, seed + images)) if isinstance(seed, int) else list(seed)
+    seeds = _seeds(seed, images)
     if len(seeds) != images:
         raise UsageError(f"got {len(seeds)} seeds for {images} images: give one, or one for each image")
-    return [Generator().manual_seed(one) for one in seeds]
+    try:
+        return [Generator().manual_seed(one) for one in seeds]
+    except (RuntimeError, OverflowError, ValueError):
+        raise UsageError(f"seed={seed!r:.60} is too large: give whole numbers of 64 bits") from None
+
+
+def _seeds(seed: SupportsIndex | Iterable[Any], images: int) -> list[int]:
+    """Return whole numbers, whatever type they have: of Python, NumPy or torch."""
+    try:
+        try:
+            first = operator.index(seed)  # type: ignore[arg-type]  # several have no index
+        except TypeError:
+            return [operator.index(one) for one in seed]  # type: ignore[union-attr]
+    except TypeError:
+        raise UsageError(f"seed={seed!r:.60} is wrong: give a whole number, or one for each image") from None
+    return list(range(first, first + images))

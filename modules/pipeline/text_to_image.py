@@ -1,9 +1,9 @@
 """Text to image: Stage C draws the compressor's latents, Stage B turns them into Stage A's, Stage A into pixels."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from ... import UsageError
-from .cascade import Cascade
+from .cascade import EMBEDDINGS, TEXT, Cascade, OnStep, finite
 from .prompts import checked_times, paired, randomness_of, text_states
 
-OnStepEnd: TypeAlias = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
-"""Called as in diffusers: (pipeline, step, time, {"latents": x}); a "latents" that it returns takes the place of x."""
+OnStepEnd: TypeAlias = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
+"""Called as in diffusers: (pipeline, step, time, tensors by name); what it returns by name takes their place."""
+PRIOR_TENSORS = ("latents", TEXT, "negative_prompt_embeds")
+DECODER_TENSORS = (*PRIOR_TENSORS, EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ class TextToImage(Cascade):
         output_type: str = "pil",
         return_dict: bool = True,
         prior_callback_on_step_end: OnStepEnd | None = None,
+        prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         callback_on_step_end: OnStepEnd | None = None,
-        seed: int | Sequence[int] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        seed: SupportsIndex | Iterable[Any] | None = None,
         progress: bool = False,
     ) -> Pictures | tuple[Any]:
         """Draw pictures; arguments are those of diffusers' ``WuerstchenCombinedPipeline``, and two more.
@@ -95,7 +99,10 @@ class TextToImage(Cascade):
             output_type: "pil", "np", "pt" or "latent".
             return_dict: Return ``Pictures`` rather than a tuple.
             prior_callback_on_step_end: After each step of Stage C.
+            prior_callback_on_step_end_tensor_inputs: What it is given: ``latents``, ``text_encoder_hidden_states``,
+                ``negative_prompt_embeds``. What it returns of the first two is used from then on.
             callback_on_step_end: After each step of Stage B.
+            callback_on_step_end_tensor_inputs: The same, and ``image_embeddings``.
             seed: Instead of ``generator``: one for each image, or the first image's, the next one having one more. An
                 image depends on its own seed only, not on its neighbours or the device.
             progress: Show a bar for each stage.
@@ -109,46 +116,37 @@ class TextToImage(Cascade):
             raise UsageError(f"output_type={output_type!r} is unknown: choose 'pil', 'np', 'pt' or 'latent'")
         if num_images_per_prompt < 1:
             raise UsageError(f"num_images_per_prompt={num_images_per_prompt} is too few: give at least 1")
+        above_step = _named(self, prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs, PRIOR_TENSORS)
+        below_step = _named(self, callback_on_step_end, callback_on_step_end_tensor_inputs, DECODER_TENSORS)
         prompts, negatives = paired(prompt, negative_prompt, prompt_embeds)
         prior_times = checked_times(prior_timesteps, prior_num_inference_steps, "prior_num_inference_steps")
         decoder_times = checked_times(decoder_timesteps, num_inference_steps, "num_inference_steps")
         randomness = randomness_of(seed, generator, len(prompts) * num_images_per_prompt)
         above = [(prompts, prompt_embeds), (negatives, negative_prompt_embeds)][: 2 if prior_guidance_scale > 1 else 1]
         below = [(prompts, None), (negatives, None)][: 2 if decoder_guidance_scale > 1 else 1]
+        with self.at_work(self.prior_text_encoder):
+            states = text_states(self.prior_text_encoder, above, num_images_per_prompt)
         embeddings = self.draw_embeddings(
-            text_states(self.prior_text_encoder, above, num_images_per_prompt),
+            states,
             (math.ceil(height / self.resolution_multiple), math.ceil(width / self.resolution_multiple)),
             prior_times,
             prior_guidance_scale,
             randomness,
             latents,
-            self._hook("Stage C", prior_callback_on_step_end, len(prior_times) - 1 if progress else 0),
+            _with_bar("Stage C", above_step, len(prior_times) - 1 if progress else 0),
         )
+        with self.at_work(self.text_encoder):
+            states = text_states(self.text_encoder, below, num_images_per_prompt)
         drawn = self.decode_embeddings(
             embeddings,
-            text_states(self.text_encoder, below, num_images_per_prompt),
+            states,
             decoder_times,
             decoder_guidance_scale,
             randomness,
-            self._hook("Stage B", callback_on_step_end, len(decoder_times) - 1 if progress else 0),
+            _with_bar("Stage B", below_step, len(decoder_times) - 1 if progress else 0),
         )
         images = _converted(drawn if output_type == "latent" else self.pixels(drawn), output_type)
         return Pictures(images) if return_dict else (images,)
-
-    def _hook(
-        self, stage: str, callback: OnStepEnd | None, bar_steps: int
-    ) -> Callable[[int, float, Tensor], Tensor | None]:
-        """Return a hook for the sample loop that moves a bar, if it is to have steps, and calls what the user gave."""
-        bar = tqdm(desc=stage, unit="step", total=bar_steps, disable=not bar_steps)
-
-        def hook(step: int, time: float, x: Tensor) -> Tensor | None:
-            bar.update()
-            if step + 1 == bar_steps:
-                bar.close()
-            changed = callback(self, step, time, {"latents": x}) if callback else None
-            return (changed or {}).get("latents")
-
-        return hook
 
     @torch.no_grad()
     def reconstruct(
@@ -156,7 +154,7 @@ class TextToImage(Cascade):
         image: Image.Image,
         num_inference_steps: int = 12,
         prompt: str = "",
-        seed: int | None = None,
+        seed: SupportsIndex | None = None,
         progress: bool = False,
     ) -> Reconstruction:
         """Reconstruct an image through A, and through the compressor and B.
@@ -169,16 +167,49 @@ class TextToImage(Cascade):
         fitted = self.fit(image)
         pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).permute(2, 0, 1)[None].to(self.device)
         dtype = next(self.vqgan.parameters()).dtype
+        with self.at_work(self.compressor):
+            embeddings = self.compressor(pixels).to(torch.float32)
+        with self.at_work(self.text_encoder):
+            text = self.text_encoder.encode([prompt])
         latents = self.decode_embeddings(
-            self.compressor(pixels).to(torch.float32),
-            self.text_encoder.encode([prompt]),
+            finite(embeddings, "the compressor", self.compressor),
+            text,
             checked_times(None, num_inference_steps, "num_inference_steps"),
             generator=randomness_of(seed, None, 1),
-            callback=self._hook("Stage B", None, num_inference_steps if progress else 0),
+            callback=_with_bar("Stage B", None, num_inference_steps if progress else 0),
         )
-        through_a = self.vqgan.to_images(self.vqgan.to_latents(pixels.to(dtype)))
-        a, b = (_converted(images, "pil")[0] for images in (through_a, self.pixels(latents)))
+        with self.at_work(self.vqgan):
+            through_a = self.vqgan.to_latents(pixels.to(dtype))
+        a, b = (_converted(self.pixels(one), "pil")[0] for one in (through_a, latents))
         return Reconstruction(fitted, a, b)
+
+
+def _named(pipeline: Any, callback: OnStepEnd | None, names: Sequence[str], known: Sequence[str]) -> OnStep | None:
+    """Return a callback that is given the tensors of the names it asks for.
+
+    Raises:
+        UsageError: A name is unknown.
+    """
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"callback_on_step_end_tensor_inputs has {unknown[0]!r}: choose among {', '.join(known)}")
+    if callback is None:
+        return None
+    return lambda step, time, tensors: callback(pipeline, step, time, {name: tensors[name] for name in names})
+
+
+def _with_bar(stage: str, callback: OnStep | None, steps: int) -> OnStep | None:
+    """Return a callback that moves a progress bar too, if it is to have steps."""
+    if not steps:
+        return callback
+    bar = tqdm(desc=stage, unit="step", total=steps)
+
+    def moved(step: int, time: float, tensors: dict[str, Tensor | None]) -> dict[str, Any] | None:
+        bar.update()
+        if step + 1 == steps:
+            bar.close()
+        return callback(step, time, tensors) if callback else None
+
+    return moved
 
 
 def _converted(images: Tensor, output_type: str) -> Any:

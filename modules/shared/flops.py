@@ -37,7 +37,9 @@ def flops_per_token(parameters: int, layers: int, width: int, length: int) -> fl
 
 
 def matrix_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a transformers model that tokens are multiplied with.
+    """Return the number of parameters of a transformers model that tokens are multiplied with, as training counts them.
+
+    Frozen ones, such as those below adapters, count two thirds: they have no gradients of their own.
 
     Vectors (norms, biases) and embeddings that are only looked up (tokens, positions) are left out; an embedding that
     is tied to the head counts once, as the head.
@@ -45,7 +47,9 @@ def matrix_parameters(model: nn.Module) -> int:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     looked_up -= {id(head.weight)} if head is not None else set()
-    return sum(each.numel() for each in model.parameters() if each.dim() > 1 and id(each) not in looked_up)
+    counted = [each for each in model.parameters() if each.dim() > 1 and id(each) not in looked_up]
+    frozen = sum(each.numel() for each in counted if not each.requires_grad)
+    return sum(each.numel() for each in counted) - frozen // 3
 
 
 def forward_flops(network: Network, shapes: Sequence[Shape | None], method: str = "__call__") -> float:

@@ -147,7 +147,7 @@ class TextStage(DiffusionStage):
 
     def text_flops_of(self, batch: Batch) -> float:
         """FLOPs that a training step's text states take."""
-        if self.text_model is not None:
+        if self.text_model is not None and next(self.text_model.parameters()).requires_grad:
             return TRAINED * text_flops(self.text_model, self.samples_in(batch))
         return 0.0 if "text" in batch else FROZEN * text_flops(self.encoder, self.samples_in(batch))
 

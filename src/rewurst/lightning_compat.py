@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
@@ -33,6 +34,11 @@ def logs_now(trainer: Trainer) -> bool:
 def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Send metrics to the loggers at once, outside of a module's own logging."""
     trainer._logger_connector.log_metrics(metrics)  # type: ignore[arg-type]
+
+
+def publish_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Add to what callbacks may monitor."""
+    trainer._logger_connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 def is_accumulating(trainer: Trainer) -> bool:

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from rewurst import callbacks, datamodules, modules
-from rewurst.cli.class_names import with_public_paths
 from rewurst.cli.lightning import parse
+from rewurst.cli.options.class_names import with_public_paths
 
 OLD_FILES = {
     "callbacks": ("lr_rewarming", "learning_rate.schedules"),

@@ -180,3 +180,12 @@ def test_of_equal_steps_the_last_written_is_taken(tmp_path: Path) -> None:
     assert newest_checkpoint([tmp_path]) == tmp_path / "b.ckpt"
     shutil.copy(tmp_path / "c.ckpt", tmp_path / "d.ckpt")
     assert newest_checkpoint([tmp_path]) == tmp_path / "d.ckpt"
+
+
+def test_last_is_a_link_to_the_newest_and_resumes_leave_nothing_behind(fit: Fit) -> None:
+    keep = ("--trainer.callbacks.ModelCheckpoint.save_top_k=1", "--trainer.callbacks.ModelCheckpoint.save_last=link")
+    for steps in (4, 6, 10):
+        assert fit(steps, LOGGERS["tensorboard"], *keep) == 0
+        folder = Path("runs/a/version_0/checkpoints")
+        assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", f"step={steps}.ckpt"]
+        assert (folder / "last.ckpt").resolve().name == f"step={steps}.ckpt"

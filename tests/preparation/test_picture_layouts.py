@@ -83,6 +83,13 @@ def json_lines(path: Path, rows: Rows) -> Path:
     return put(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def lists(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.png", encoded(i))
+        put(root / f"{i}.json", json.dumps([caption]))
+    return root
+
+
 def windows(root: Path) -> Path:
     json_lines(root / "metadata.jsonl", named_rows(root, 0, 1, 2, separator="\\"))
     return root
@@ -128,6 +135,7 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "text files": lambda root: beside(root, ".txt"),
     "kohya": lambda root: beside(root, ".caption"),
     "json only": lambda root: beside(root, ".json"),
+    "lists of captions": lists,
     "metadata.jsonl": with_table("metadata.jsonl", json_lines),
     "metadata.csv": with_table("metadata.csv", csv_file),
     "metadata.csv of Excel": with_table("metadata.csv", lambda path, rows: csv_file(path, rows, "utf-8-sig")),
@@ -315,3 +323,14 @@ def test_half_a_surrogate_pair_is_not_a_caption(tmp_path: Path) -> None:
     put(tmp_path / "a.jsonl", '{"file_name": "a.png", "text": "half \\ud83d"}\n')
     with pytest.raises(UsageError, match="has half a surrogate pair"):
         prepare_images([str(tmp_path / "a.jsonl")], tmp_path / "out", progress=False)
+
+
+def test_the_docs_list_every_layout() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf8")
+    table = text.partition("## Pictures as other tools write them")[2].partition("\n## ")[0]
+    for word in (
+        *(".txt", ".caption", ".json", "metadata.jsonl", "metadata.csv", "metadata.parquet", "backslashes", ".tsv"),
+        *("train/", "train-00000-of-00002.parquet", "img2dataset", "kohya", "OneTrainer", "the hub", "imagefolder"),
+        *(".jfif", "BMP", "TIFF", "AVIF", "UTF-8", "prepare index"),
+    ):
+        assert word in table, word

@@ -153,3 +153,17 @@ def test_byte_order_marks_are_honoured(encoding: str, tmp_path: Path) -> None:
     shards = ImageShards(tmp_path)
     assert shards.index.captions(shards.members(0)) == ["naïve 東京"]
     assert [piece.text for piece in read(SourceFile(str(path), ".tar"), "text", Skipped())] == ["naïve 東京"]
+
+
+def test_a_source_of_text_counts_what_it_leaves_out(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", {".DS_Store": "x", "0.txt": "words", "._0.txt": "x"})
+    skipped = Skipped()
+    assert [piece.text for piece in read(SourceFile(str(path), ".tar"), "text", skipped)] == ["words"]
+    assert skipped.report() == "2 files of tars that belong to no sample skipped"
+
+
+def test_a_sample_torn_between_two_tars_is_not_to_be_renamed(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"0.jpg": png(), "0.txt": "a", "1.jpg": png()})
+    tar(tmp_path / "b.tar", {"1.txt": "b"})
+    with pytest.raises(UsageError, match=r"b\.tar begins with key '1', .* write the shards again, each"):
+        index_shards([str(tmp_path)], progress=False, options={"max_corrupt": 1.0})

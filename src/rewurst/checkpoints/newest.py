@@ -34,7 +34,8 @@ def newest_checkpoint(
     found = {path for folder in folders for path in Path(folder).rglob("*.ckpt") if _time(path)}
     steps: dict[Path, int] = {}
     only_weights = []
-    for path in sorted(found, key=lambda path: (_time(path), str(path)), reverse=True):
+    # Of a checkpoint and a link to it the link is taken: ModelCheckpoint never removes the file that was resumed from.
+    for path in sorted(found, key=lambda path: (_time(path), path.is_symlink(), str(path)), reverse=True):
         content = describe(path)
         if content is None:
             rank_zero_warn(f"{path} is truncated: an older checkpoint is used instead")

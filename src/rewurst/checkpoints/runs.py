@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -19,11 +20,25 @@ KEY = "run"
 
 
 class RunIdentity(Callback):
-    """Callback that stores the run's name and dataset in checkpoints, to tell apart runs that share a folder."""
+    """Callback that stores the run's name and dataset in checkpoints, to tell apart runs that share a folder.
+
+    A resumed run also learns the path of its last checkpoint: periodic checkpoints do not store it, and Lightning would
+    call the next one ``last-v1.ckpt``.
+    """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the run's name and dataset."""
         checkpoint[KEY] = {"name": run_name(trainer), "dataset": dataset_of(trainer)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the path of the last checkpoint if it is missing."""
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or not callback.dirpath:
+                continue
+            state = checkpoint["callbacks"].get(callback.state_key, {})
+            last = os.path.join(callback.dirpath, callback.CHECKPOINT_NAME_LAST + callback.FILE_EXTENSION)
+            if state.get("dirpath") == callback.dirpath and not state["last_model_path"] and os.path.lexists(last):
+                state["last_model_path"] = last
 
 
 def run_name(trainer: Trainer) -> str | None:

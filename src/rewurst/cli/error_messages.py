@@ -5,7 +5,6 @@ Its messages list every alternative that was tried, which for a class with a typ
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..callbacks import Schedule
 from ..hints import closest, did_you_mean
-from .class_names import public_names
+from .options.class_names import public_names
 
 _BASES: tuple[type, ...] = (LightningModule, LightningDataModule, Callback, Logger, Strategy, Optimizer, Schedule)
 _LONGEST = 400
@@ -50,10 +49,34 @@ def _unknown_class(match: re.Match[str], parser: Any) -> str:
 
 
 def _unknown_options(match: re.Match[str], parser: Any) -> str:
-    # After a subclass option the parser reports what it made of it; the value behind it is no option.
+    # After a subclass option the parser reports what it made of it; the value behind it is not an option.
     names = [word.lstrip("-").split("=")[0] for word in match[1].split() if word.startswith("--")] or [match[1]]
-    known = (set(_options(parser)) | set(_parameters())) - set(names)  # one of these belongs to some other class
+    kind = next(iter(getattr(parser, "groups", None) or {}), "") if getattr(parser, "_inner_parser", False) else ""
+    if kind in _UNNAMED:
+        return "; ".join(_UNNAMED[kind].format(name=name) for name in names)
+    known = set(_options(parser)) - set(names)
+    if kind:
+        where = _NAME_IT if kind in {cls.__name__ for cls in _classes(Callback)} else ""
+        hints = {name: (_nearest_option(name, known) or _listed(known)) + where.format(name=name) for name in names}
+        return "; ".join(f"{kind} has no option {name!r}{hint}" for name, hint in hints.items())
     return "; ".join(f"there is no option {name!r}{_nearest_option(name, known)}" for name in names)
+
+
+_NAME_IT = " (of another callback: --trainer.callbacks.NAME.{name})"
+_UNNAMED = {
+    "Callback": "there is no option {name!r} of trainer.callbacks: name the callback, as in "
+    "--trainer.callbacks.NAME.{name}",
+    "LightningDataModule": "there is no option {name!r} of data, because no data module is named: give --config "
+    "with the base config first, or --data CLASS",
+    "LightningModule": "there is no option {name!r} of model, because no module is named: give --config with the base "
+    "config first, or --model CLASS",
+}
+"""What to say where a class is not known yet, by the base class that the parser has instead."""
+
+
+def _listed(known: set[str]) -> str:
+    names = sorted(name for name in known if re.fullmatch(r"\w+", name) and name not in ("help", "print_shtab"))
+    return f"; it has {', '.join(names)}" if names else ""
 
 
 def _already_one_line(match: re.Match[str], parser: Any) -> str:
@@ -74,7 +97,7 @@ _PATTERNS: list[tuple[str, Callable[[re.Match[str], Any], str]]] = [
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"Option '([^']+)' is not accepted", _unknown_options),
     (r"does not accept option '([^']+)'", _unknown_options),
-    (r"- (there is no option '[^']+'(?:; did you mean '[^']+'\?)?)", _already_one_line),
+    (r"- ((?:there is|\w+ has) no option '[^']+'[^\n]*)", _already_one_line),
     (r"File does not exist: '([^']+)'", _no_such_file),
     (r"unrecognized arguments: (.*)", _unknown_options),
     (r"Parser key \"([^\"]+)\":\s+Expected an? <class '(\w+)'>. Got value: (.*)", _wrong_type),
@@ -82,16 +105,17 @@ _PATTERNS: list[tuple[str, Callable[[re.Match[str], Any], str]]] = [
 
 
 def _nearest_option(name: str, known: set[str]) -> str:
-    """The nearest full name, or the nearest last part behind the same path."""
+    """Return the nearest full name, the nearest last part behind the same path, or the nearest last part anywhere."""
     path, _, last = name.rpartition(".")
     first = name.partition(".")[0]
     best = get_close_matches(name, known, 1)
     if path and first not in {word.partition(".")[0] for word in known}:
         best = get_close_matches(first, {word.partition(".")[0] for word in known}, 1)
-    if best:
-        return f"; did you mean {best[0]!r}?"
-    best = get_close_matches(last, {word.rpartition(".")[2] for word in known}, 1)
-    return f"; did you mean {f'{path}.{best[0]}' if path else best[0]!r}?" if best else ""
+    if not best:
+        scope = {word for word in known if not path or word.startswith(f"{path}.")}
+        best = get_close_matches(last, {word.rpartition(".")[2] for word in scope}, 1, cutoff=0.75)
+        best = sorted((word for word in scope if best and word.rpartition(".")[2] == best[0]), key=len)
+    return f"; did you mean {best[0]!r}?" if best else ""
 
 
 def _nearest(name: str, known: set[str]) -> str:
@@ -106,17 +130,8 @@ def _options(parser: Any) -> Iterator[str]:
                 yield from _options(child)
 
 
-def _parameters() -> Iterator[str]:
-    for cls in _classes():
-        try:
-            yield from inspect.signature(cls).parameters
-        except (ValueError, TypeError):  # built-in classes have no signature
-            continue
-    yield from ("path", "weight", "replay")
-
-
-def _classes() -> Iterator[type]:
-    waiting = list(_BASES)
+def _classes(*bases: type) -> Iterator[type]:
+    waiting = list(bases or _BASES)
     while waiting:
         cls = waiting.pop()
         waiting += cls.__subclasses__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +26,9 @@ def image(
     seed: int | None = None,
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    batch_size: int = 16,
 ) -> None:
-    """Draw pictures for a prompt.
+    """Draw pictures for a prompt, and write each batch of them as soon as it is drawn.
 
     Args:
         folder: Exported cascade, or its decoder folder (with --prior).
@@ -43,30 +46,39 @@ def image(
         seed: Seed of the first picture (default: a new one).
         device: Device to draw on, such as cuda.
         dtype: Precision of the networks.
+        batch_size: Number of pictures that are drawn at once.
     """
     import torch
+    from tqdm import tqdm
 
     from ..modules.pipeline.prompts import read_prompts
     from ..modules.pipeline.text_to_image import TextToImage
 
-    prompts = read_prompts(prompt)
+    prompts = [text for text in read_prompts(prompt) for _ in range(images)]
+    numbers = {"images": images, "height": height, "width": width, "prior_steps": prior_steps, "steps": steps}
+    _check_numbers(numbers | {"batch_size": batch_size})
+    _check_out(out)
+    _check_device(device)
     pipeline = TextToImage.from_folder(folder, prior, getattr(torch, dtype), device)
-    pictures = pipeline(
-        prompts,
-        height,
-        width,
-        prior_num_inference_steps=prior_steps,
-        prior_guidance_scale=guidance,
-        num_inference_steps=steps,
-        decoder_guidance_scale=decoder_guidance,
-        negative_prompt=negative_prompt,
-        num_images_per_prompt=images,
-        seed=torch.seed() % 2**31 if seed is None else seed,
-        progress=True,
-    )
-    drawn = pictures.images  # type: ignore[union-attr]  # a tuple only with return_dict=False
-    for index, picture in enumerate(drawn):
-        _save(picture, out if len(drawn) == 1 else out.with_stem(f"{out.stem}-{index}"))
+    first = torch.seed() % 2**31 if seed is None else seed
+    with tqdm(desc="pictures", total=len(prompts), unit="picture", disable=len(prompts) <= batch_size) as bar:
+        for begin in range(0, len(prompts), batch_size):
+            batch = prompts[begin : begin + batch_size]
+            pictures = pipeline(
+                batch,
+                height,
+                width,
+                prior_num_inference_steps=prior_steps,
+                prior_guidance_scale=guidance,
+                num_inference_steps=steps,
+                decoder_guidance_scale=decoder_guidance,
+                negative_prompt=negative_prompt,
+                seed=first + begin,
+                progress=bool(bar.disable),
+            )
+            for index, picture in enumerate(pictures.images, begin):  # type: ignore[union-attr]  # never a tuple here
+                _save(picture, out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{index}"))
+            bar.update(len(batch))
 
 
 def reconstruction(folder: str, image: Path, out: Path, steps: int = 12, seed: int = 0) -> None:
@@ -84,6 +96,8 @@ def reconstruction(folder: str, image: Path, out: Path, steps: int = 12, seed: i
     from ..datamodules.imaging.decoding import read_image
     from ..modules.pipeline.text_to_image import TextToImage
 
+    _check_numbers({"steps": steps})
+    _check_out(out)
     pipeline, original = TextToImage.from_folder(folder), Image.fromarray(read_image(image))
     images = pipeline.reconstruct(original, num_inference_steps=steps, seed=seed, progress=True)
     width, height = images.original.size
@@ -91,6 +105,36 @@ def reconstruction(folder: str, image: Path, out: Path, steps: int = 12, seed: i
     for index, picture in enumerate(images):
         row.paste(picture, (index * width, 0))
     _save(row, out)
+
+
+def _check_numbers(numbers: dict[str, int]) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise UsageError(f"{name} is {number}, expected 1 or more")
+
+
+def _check_out(out: Path) -> None:
+    """Raise if no picture can be written, before any time is spent on one; nothing is made yet."""
+    from PIL import Image
+
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions().get(out.suffix.lower(), ""))
+    except (OSError, ValueError, KeyError):
+        raise UsageError(f"{out} cannot be written: {out.suffix or 'no suffix'} is not a format, try .png") from None
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: give the name of an image file")
+    above = next(folder for folder in (*out.parents, Path()) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"{out} cannot be written: {above} is {'not writable' if above.is_dir() else 'a file'}")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _save(picture: Any, out: Path) -> None:

@@ -39,12 +39,16 @@ from ..datamodules import text as _text  # noqa: F401  # imported so that YAML m
 from ..modules import causal_lm as _causal_lm  # noqa: F401
 from ..modules.language.initial_weights import check_weights
 from ..modules.networks.weight_files import read_file
-from .class_names import import_named, with_public_paths
 from .error_messages import one_line
+from .options.class_names import import_named, with_public_paths
+from .options.named_callbacks import apply_changes, take_changes
+from .options.shipped_configs import with_shipped_configs
+from .options.short_options import add_short_options, apply_short_options
 
 
 def run(args: list[str]) -> None:
     """Runs ``fit``, ``validate``, ``test`` or ``predict`` with the rest of a command line."""
+    args = with_shipped_configs(args)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any; nothing changes on a CPU
     for what in _SAID_ALREADY:
         warnings.filterwarnings("ignore", message=what)
@@ -56,6 +60,7 @@ def run(args: list[str]) -> None:
 
 def parse(args: list[str]) -> dict[str, Any]:
     """The config that a command line means; nothing is made of it."""
+    args = with_shipped_configs(args)
     _check_yaml(args)
     import_named(args)
     with _lightning_errors():
@@ -82,7 +87,10 @@ set_loader("yaml", lambda text: _load_yaml(with_public_paths(text)), (yaml.YAMLE
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and which does not guess abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing usage and 60 lines of tried alternatives."""
@@ -150,6 +158,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is ours."""
+        add_short_options(parser)
         parser.add_argument(
             "--construct_on_rank_zero",
             type=bool,
@@ -158,7 +167,8 @@ class CLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Has modules built where there is memory for them."""
+        """Applies the short options, and has modules built where there is memory for them."""
+        apply_short_options(self.config[self.subcommand] if self.subcommand else self.config)
         if not self._get(self.config, "construct_on_rank_zero"):
             return
         strategy = str(self._get(self.config, "trainer").get("strategy"))
@@ -170,7 +180,25 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the given arguments; the process's own do not matter when ``main`` is called in process."""
+        args, changes = take_changes(args)
         self.config = parser.parse_args(args)
+        if changes:
+            callbacks = self.config[self.config.subcommand].trainer.callbacks or []
+            apply_changes(callbacks if isinstance(callbacks, list) else [callbacks], changes, _parsed_callback)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a class says against its arguments, or lacks, is one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            _raise_usage_error(error)
+            if match := re.search(r"Problem with given class_path '([^']+)':\n((?:\s*[^\s-].*\n?)+)", str(error)):
+                raise UsageError(f"{match[1]}: {' '.join(match[2].split())}") from error
+            raise
+        except RuntimeError as error:
+            if match := re.search(r"more than one stateful callback of type `(\w+)`", str(error)):
+                raise UsageError(f"trainer.callbacks: there are two of {match[1]}, take one of them out") from error
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyper-parameters win over the YAML."""
@@ -179,7 +207,8 @@ class CLI(LightningCLI):
         """Adds a progress bar that counts steps, unless the config has one or wants none."""
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
+        shown = config.get("enable_progress_bar") is not False and not config.get("barebones")
+        if shown and not any(isinstance(callback, ProgressBar) for callback in own):
             callbacks = [*callbacks, StepProgressBar()]
         callbacks = [*callbacks, RunIdentity()]
         if not _saves_by_itself(config.get("strategy")):
@@ -316,6 +345,12 @@ class CLI(LightningCLI):
         return False
 
 
+def _parsed_callback(settings: dict[str, Any]) -> Any:
+    parser = Parser()
+    parser.add_subclass_arguments(Callback, "it")
+    return parser.parse_object({"it": settings}).it
+
+
 def _on_rank_zero(kind: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
     with construct_on_rank_zero() as first:
         if not first and "init_from" in kwargs:
@@ -371,7 +406,9 @@ def _lightning_errors() -> Iterator[None]:
     try:
         yield
     except MisconfigurationException as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        text = " ".join(str(error).split())
+        hint = ": pass --trainer.accelerator cpu" if re.search("No supported .* backend found", text) else ""
+        raise UsageError(text.rstrip(".!") + hint) from error
     except (ValueError, TypeError) as error:  # what instantiating a class raised, wrapped by the parser
         _raise_usage_error(error)
         raise

@@ -28,6 +28,14 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and report an unknown option before those that are missing, which it may have meant."""
+        known = {option for action in self._actions for option in action.option_strings}
+        for word in args or ():
+            if word.startswith("--") and word != "--" and word.split("=")[0] not in known:
+                self.error(f"unrecognized arguments: {word}")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise with the message and what it may have meant."""
         if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):

@@ -45,25 +45,41 @@ def index(
     image_member: str | None = None,
     caption_member: str | None = None,
     max_corrupt: float | None = None,
+    sequence_length: int | None = None,
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None,
     workers: int = 1,
     overwrite: bool = False,
 ) -> str:
-    """Index existing tar shards of token rows or of images in one pass.
+    """Index existing tar shards of token rows or of images, or flat files of tokens, in one pass.
+
+    Flat files are .bin and .idx of Megatron-LM or GPT-NeoX, .bin of nanoGPT or llm.c, and folders of LitData's chunks
+    of tokens. They are read in place.
 
     Args:
-        shards: Paths, globs, braces, folders or URLs of tars.
-        out: Folder of the index (default: the folder of the tars).
+        shards: Paths, globs, braces, folders or URLs of tars; paths or URLs of .bin files.
+        out: Folder of the index (default: the folder of the tars); flat files need one.
         kind: Kind of corpus (default: what the first sample looks like).
         tokenizer: Folder or hub name of the tokenizer that made the rows of tokens.
         caption_key: Key of the .json that has the caption of an image (default: the .txt is the caption).
         image_member: Ending of the names of images, such as .input.jpg (default: .jpg, .png and others).
         caption_member: Ending of the names of captions, such as .output.txt (default: .txt, or .json with a key).
         max_corrupt: Share of the images that may be unreadable (default: 0.1).
+        sequence_length: Number of predicted tokens per row of flat files.
+        dtype: Type of the tokens in flat files that do not say it.
         workers: Number of processes that scan.
         overwrite: Replace an index that is there.
     """
+    from ..preparation.flat_tokens import index_flat, is_flat
     from ..preparation.index import index_shards
 
+    if all(map(is_flat, shards)):
+        if sequence_length is None or out is None:
+            raise UsageError(
+                "flat files of tokens need --sequence_length, the tokens per row, and --out for their index"
+            )
+        return index_flat(shards, out, sequence_length, dtype=dtype, tokenizer=tokenizer, overwrite=overwrite)
+    if sequence_length is not None or dtype is not None:
+        raise UsageError("--sequence_length and --dtype are for flat files of tokens (.bin); tars say both themselves")
     given = {"tokenizer": tokenizer, "caption_key": caption_key, "max_corrupt": max_corrupt}
     given |= {"image_member": image_member, "caption_member": caption_member}
     options = {name: value for name, value in given.items() if value is not None}

@@ -31,17 +31,30 @@ def run(args: list[str]) -> None:
     rewarming = next((driver for driver in drivers if isinstance(driver, LRRewarming)), None)
     if rewarming is None:
         raise UsageError("the config has no LRRewarming callback: there is no schedule to draw")
-    run = rewarming.planned(data)
+    run = rewarming.planned(data, config["trainer"].get("max_steps") or -1)
     steps = np.unique(np.linspace(0, run.end, _POINTS).round().astype(int))
     lines: list[Line] = [("learning rate", np.array([run.value(int(step)) for step in steps]))]
     lines += [
         ("replay share", _shares(driver, data)(steps)) for driver in drivers if isinstance(driver, ReplayScheduler)
     ]
-    _draw(out, steps, lines, rewarming.schedule.describe(), getattr(data, "tokens_per_step", None))
+    end = _end(config, run.end)
+    _draw(out, steps, lines, rewarming.schedule.describe(), getattr(data, "tokens_per_step", None), end)
     for name, values in lines:
         marks = ", ".join(f"step {steps[i]}: {values[i]:.4g}" for i in _joints(values))
         print(f"{name}: {marks}")
+    if end is not None:
+        print(
+            f"max_steps {end} ends the run at the vertical line (learning rate {run.value(end):.4g}), the schedule "
+            f"ends at step {run.end}; both counted from step 0"
+        )
     print(out)
+
+
+def _end(config: dict[str, Any], schedule_end: int) -> int | None:
+    """Return the step at which ``max_steps`` ends a run of one dataset before its schedule does."""
+    max_steps = config["trainer"].get("max_steps", -1)
+    continues = str(config.get("ckpt_path") or "auto") != "auto"  # then the dataset begins at a step known later
+    return max_steps if 0 < max_steps < schedule_end and not continues else None
 
 
 def _take_out(args: list[str]) -> tuple[Path, list[str]]:
@@ -75,7 +88,7 @@ def _joints(values: Any) -> list[int]:
     return sorted({0, int(np.argmax(values)), len(values) - 1})
 
 
-def _draw(out: Path, steps: Any, lines: list[Line], title: str, tokens_per_step: int | None) -> None:
+def _draw(out: Path, steps: Any, lines: list[Line], title: str, tokens_per_step: int | None, end: int | None) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -88,6 +101,8 @@ def _draw(out: Path, steps: Any, lines: list[Line], title: str, tokens_per_step:
         panel.plot(steps, values, color="#0072B2")
         panel.set(ylabel=name, ylim=(0, None))
         panel.grid(alpha=0.3)
+        if end is not None:
+            panel.axvline(end, color="#D55E00", linestyle="--")
     panels[0, 0].set_title(title, fontsize=9)
     panels[-1, 0].set_xlabel("step of the dataset")
     if tokens_per_step is not None:

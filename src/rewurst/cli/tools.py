@@ -55,6 +55,12 @@ TOOLS = {
             "write a cascade as folders that diffusers loads",
             lambda _, given: f"{given['out']}: its README.md says how to load it",
         ),
+        "lora": Tool(
+            "modules.pipeline.lora:export_lora",
+            ("checkpoint", "out"),
+            "write Stage C's LoRA adapters for diffusers",
+            lambda count, given: f"{given['out']}: {count} layers; load it with load_lora_weights of diffusers",
+        ),
     },
     "generate": {
         "text": Tool("modules.language.generation:generate_text", ("folder", "prompt"), "continue a prompt"),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..datamodules.corpora.index import INDEX_FILE, Shard
-from ..datamodules.corpora.tar import scan, sha256_of
+from ..datamodules.corpora.tar import Sample, scan, sha256_of
 from ..datamodules.storage.random_access import is_remote, open_bytes
 from ..files import write_atomically, writing
 from .engine.local_pool import LocalPool
@@ -36,14 +36,16 @@ class Scanned:
     Attributes:
         shard: Its entry in the index.
         offsets: Of its samples, and where they end.
-        keys: Of its first and its last sample.
+        first: Its first sample.
+        last: Its last sample.
         found: What the kind of corpus found in it.
         left_out: Names of members that belong to no sample.
     """
 
     shard: Shard
     offsets: NDArray[np.uint64]
-    keys: tuple[str, str]
+    first: Sample
+    last: Sample
     found: Any
     left_out: list[str]
 
@@ -187,13 +189,16 @@ def scan_shard(reader: Kind, path: str) -> Scanned:
     name = path.rsplit("/", 1)[-1]
     shard = Shard(name, content.size, len(samples), reader.rows(found), sha256_of(content))
     ends = np.array([*(reader.offset(sample, path) for sample in samples), samples[-1].end], dtype=np.uint64)
-    return Scanned(shard, ends, (samples[0].key, samples[-1].key), found, left_out)
+    return Scanned(shard, ends, samples[0], samples[-1], found, left_out)
 
 
 def _check_neighbours(scanned: Sequence[Scanned]) -> None:
     for before, after in pairwise(scanned):
-        if before.keys[1] == after.keys[0]:
-            raise UsageError(
-                f"{after.shard.name} begins with key {after.keys[0]!r}, with which {before.shard.name} ends: "
-                "webdataset would make one sample of them; rename one"
-            )
+        if before.last.key != after.first.key:
+            continue
+        extensions = [{member.extension for member in sample.members} for sample in (before.last, after.first)]
+        advice = "rename one" if extensions[0] & extensions[1] else "write the shards again, each with whole samples"
+        raise UsageError(
+            f"{after.shard.name} begins with key {after.first.key!r}, with which {before.shard.name} ends: "
+            f"webdataset would make one sample of them; {advice}"
+        )

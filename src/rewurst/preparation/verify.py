@@ -13,6 +13,7 @@ from ..datamodules.corpora.index import INDEX_FILE, Shard, read_index
 from ..datamodules.corpora.open_shards import OpenShard
 from ..datamodules.corpora.tar import scan, sha256_of
 from ..datamodules.storage.random_access import is_remote
+from .flat_tokens import verify_flat
 from .formats import KINDS, Kind
 
 
@@ -33,6 +34,8 @@ def verify(folder: str | Path) -> list[str]:
     if inside and not (Path(folder) / INDEX_FILE).exists():
         return [problem for corpus in inside for problem in verify(corpus)]
     where, content = read_index(folder)
+    if content.get("kind") == "flat":
+        return verify_flat(str(folder))
     if content.get("kind") not in KINDS:
         raise UsageError(f"{where}: kind is {content.get('kind')!r}, expected one of {', '.join(KINDS)}")
     kind = KINDS[content["kind"]]()

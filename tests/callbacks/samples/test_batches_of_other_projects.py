@@ -131,7 +131,8 @@ def test_two_callbacks_of_one_class_each_keep_their_state(tmp_path: Path) -> Non
     def pairs() -> list[Any]:
         return [
             LogSamples(1), LogSamples(2, every_n_steps=7), LogText(["a"]), LogText(["b"], every_n_steps=7),
-            WeightAverage(0.5), WeightAverage(0.9), Forgetting(["prose"], ["code"]), Forgetting(["code"]), ExactResume(),
+            WeightAverage(0.5), WeightAverage(0.9), Forgetting(["prose"], ["code"]), Forgetting(["code"]),
+            ExactResume(),
         ]  # fmt: skip
 
     first, second = pairs(), pairs()

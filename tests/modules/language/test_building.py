@@ -85,6 +85,8 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 def test_a_key_that_nothing_reads_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="llama does not read zzz; is the spelling right"):
         config_from_settings({**LLAMA, "zzz": 1})
+    with pytest.warns(UserWarning, match="llama does not read hidden_activation; is the spelling right"):
+        config_from_settings({**LLAMA, "architectures": ["LlamaForCausalLM"], "hidden_activation": "gelu"})
     assert config_from_stored({**LLAMA, "zzz": 1, "hiden_size": 3}).hidden_size == 16
 
 

@@ -9,34 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from byte_tokenizer import tokenizer_folder
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
 from rewurst import UsageError
 from rewurst.modules import CausalLM
-from rewurst.modules.language.generation import begin_tokens_of, continuations, generate_text
+from rewurst.modules.language.generation import begin_tokens_of, continuations, generate_text, load_auto_tokenizer
 from rewurst.modules.language.hugging_face import export_hugging_face
-
-SPECIALS = ("<|endoftext|>", "<s>", "x", "<|im_end|>", "<pad>")
-
-
-def tokenizer_folder(folder: Path, eos: str, begin: str | None, **settings: str) -> Path:
-    vocab = {token: number for number, token in enumerate(
-        [*SPECIALS, *(sign for sign in sorted(pre_tokenizers.ByteLevel.alphabet()) if sign != "x")]
-    )}  # fmt: skip
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS if token != "x"])
-    if begin:
-        template = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, vocab[begin])])
-        tokenizer.post_processor = template
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    given = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "bos_token": "<s>", **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(given))
-    return folder
-
 
 CONFIG = {"model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32,
           "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
@@ -140,6 +120,15 @@ def test_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
         export_hugging_face(Path(f"auto:{tmp_path / 'nothing'}"), tmp_path / "other")
     with pytest.raises(UsageError, match=r"run is a folder: give a .ckpt file, or auto:\S+run for its newest"):
         export_hugging_face(tmp_path / "run", tmp_path / "other")
+
+
+def test_a_tokenizer_that_transformers_reads_as_another(tmp_path: Path) -> None:
+    folder = tokenizer_folder(tmp_path / "tokenizer", "<|endoftext|>", None)
+    path = checkpoint(tmp_path / "run", folder, {}, model_type="qwen2", num_key_value_heads=2)
+    with pytest.warns(UserWarning, match="reads the tokenizer of this model as a Qwen2Tokenizer, which cuts texts"):
+        export_hugging_face(path, tmp_path / "hf")
+    text = "1,000,000 CamelCase"
+    assert load_auto_tokenizer(tmp_path / "hf")(text) == load_auto_tokenizer(folder)(text)
 
 
 def test_a_checkpoint_whose_config_holds_keys_of_other_programs(tmp_path: Path) -> None:

@@ -105,3 +105,42 @@ def test_a_text_encoder_of_a_variant(text_encoder_folder: Path, tmp_path: Path) 
     (tmp_path / "model.safetensors").rename(tmp_path / "model.fp16.safetensors")
     expected = TextEncoder.from_pretrained(text_encoder_folder).encode(["a cat"])
     torch.testing.assert_close(TextEncoder.from_pretrained(tmp_path).encode(["a cat"]), expected)
+
+
+def test_callbacks_see_and_change_what_those_of_diffusers_do(theirs: Any, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path)
+    ours = TextToImage.from_folder(tmp_path)
+    names = ["latents", "text_encoder_hidden_states", "negative_prompt_embeds"]
+    found = []
+    for pipeline in (theirs, ours):
+        seen: list[dict[str, Any]] = []
+
+        def step(_: Any, number: int, time: Any, tensors: dict[str, Any], seen: Any = seen) -> dict[str, Any]:
+            seen.append({name: None if value is None else value.clone() for name, value in tensors.items()})
+            changed = {"text_encoder_hidden_states": tensors["text_encoder_hidden_states"] * 0.5}
+            return changed | {"latents": tensors["latents"] + 0.1}
+
+        arguments = CALL | {"negative_prompt": "blue", "decoder_guidance_scale": 2.0}
+        pictures = pipeline(
+            "a cat",
+            generator=torch.Generator().manual_seed(0),
+            prior_callback_on_step_end=step,
+            prior_callback_on_step_end_tensor_inputs=names,
+            callback_on_step_end=step,
+            callback_on_step_end_tensor_inputs=[*names, "image_embeddings"],
+            **arguments,
+        ).images
+        found.append((pictures, seen))
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-4)
+    assert len(found[0][1]) == len(found[1][1]) == 4
+    for expected, seen in zip(*(steps for _, steps in found), strict=True):
+        assert expected.keys() == seen.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(seen[name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_a_name_that_no_step_has(theirs: Any, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path)
+    pipeline = TextToImage.from_folder(tmp_path)
+    with pytest.raises(UsageError, match="inputs has 'image_embeddings': choose among latents"):
+        pipeline("a", prior_callback_on_step_end_tensor_inputs=["image_embeddings"], **CALL)

@@ -80,6 +80,20 @@ class TextJob:
         return texts(files, self.text_field, self.held_out, skipped, self.encoder, self.separator)
 
 
+class EmptySideError(UsageError):
+    """No document, or too little text, for one of the sides.
+
+    Args:
+        message: What is wrong.
+        side: Side that is empty.
+        documents: Number of documents on all sides.
+    """
+
+    def __init__(self, message: str, side: str, documents: int) -> None:
+        super().__init__(message)
+        self.side, self.documents = side, documents
+
+
 class Cut(NamedTuple):
     """Texts that another process has read, and how many documents it skipped while it read them."""
 
@@ -270,16 +284,21 @@ def _shards(job: TextJob, side: str, records: Mapping[str, Record]) -> Iterator[
     counts = np.array([record["tokens"][side] for record in records.values()], dtype=np.int64)
     total = int(counts.sum())
     documents = {side: sum(record["documents"][side] for record in records.values()) for side in job.sides}
-    if not documents[side] and (there := sum(documents.values())):
-        raise UsageError(
+    there = sum(documents.values())
+    if not documents[side] and there:
+        raise EmptySideError(
             f"{job.target.where(side)}: none of the {there} documents is here with held_out {job.held_out}; a plain "
             "text file is one document unless --document_separator says what separates its documents: give more "
-            "documents or another share"
+            "documents or another share",
+            side,
+            there,
         )
     try:
         rows = job.layout.rows(total, job.target.where(side))
     except UsageError as error:
-        raise UsageError(f"{error} (held_out is {job.held_out})" if job.held_out else str(error)) from None
+        if job.held_out:
+            raise EmptySideError(f"{error} (held_out is {job.held_out})", side, there) from None
+        raise
     step = job.layout.tokens_per_shard
     for number, begin in enumerate(range(0, rows * job.layout.sequence_length, step)):
         # Neighbouring rows share a token, across shards too.

@@ -96,14 +96,15 @@ def _documents(file: SourceFile, text_field: str, skipped: Skipped, separator: s
 
 def _captions(path: str, skipped: Skipped) -> Iterator[str]:
     """Yield the ``.txt`` files of a WebDataset tar, which are the captions of its images."""
-    content = open_bytes(path)
-    samples = scan(content, path)
+    content, left_out = open_bytes(path), list[str]()
+    samples = scan(content, path, left_out)
     while True:
         try:
             sample = next(samples, None)
         except UsageError as error:
             raise DamagedFileError(str(error)) from None
         if sample is None:
+            skipped.left_out_members += len(left_out)
             return
         for member in sample.members:
             if member.extension == "txt":

@@ -24,6 +24,7 @@ class Skipped:
         documents: Number of documents, the empty and corrupt ones included.
         empty_documents: Number of documents that are empty or only white space.
         repaired_documents: Number of documents with half a surrogate pair.
+        left_out_members: Number of files in tars that belong to no sample, such as ``.DS_Store``.
         corrupt_documents: Number of documents that cannot be used.
         damaged_files: Number of files that cannot be read to their end.
         damaged_bytes: Size of these files.
@@ -35,6 +36,7 @@ class Skipped:
     documents: int = 0
     empty_documents: int = 0
     repaired_documents: int = 0
+    left_out_members: int = 0
     corrupt_documents: int = 0
     damaged_files: int = 0
     damaged_bytes: int = 0
@@ -121,6 +123,8 @@ class Skipped:
             parts.append(f"{self.empty_documents} empty documents skipped")
         if self.repaired_documents:
             parts.append(f"{self.repaired_documents} documents with half a surrogate pair, replaced by U+FFFD")
+        if self.left_out_members:
+            parts.append(f"{self.left_out_members} files of tars that belong to no sample skipped")
         if self.corrupt_documents:
             parts.append(f"{self.corrupt_documents} of {self.documents} documents are corrupt and skipped")
         if self.damaged_files:

@@ -71,6 +71,8 @@ def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
     try:
         captions = _captions(picture.caption)
         values = _values(picture.values)
+        if isinstance(values, list):  # nothing but captions
+            captions, values = captions or captions_in(values), {}
         for field in () if captions else picture.caption_fields:
             captions = captions or captions_in(values.get(field))
         if not captions:
@@ -143,13 +145,15 @@ def _captions(caption: Place | str | list[str] | None) -> list[str]:
         raise DecodeError(reason if str(caption) in reason else f"{caption}: {reason}") from None
 
 
-def _values(values: Place | dict[str, Any]) -> dict[str, Any]:
+def _values(values: Place | dict[str, Any]) -> dict[str, Any] | list[str]:
     if isinstance(values, dict):
         return values
     try:
         found = json.loads(_read(values))
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"{values} is not valid JSON ({str(error).splitlines()[0]})") from None
+    if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
+        return found
     if not isinstance(found, dict):
         raise DecodeError(f"{values} holds a {type(found).__name__}, expected an object")
     return found

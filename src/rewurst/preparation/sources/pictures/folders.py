@@ -42,6 +42,8 @@ def folder_listing(folder: Place, image_field: str | None, caption_field: str | 
         return _tables(folder, tables, image_field, caption_field)
     images = [path for path in visible if path.suffix.lower()[1:] in IMAGE_SUFFIXES]
     if images:
+        if image_field is not None:
+            raise UsageError(f"image_field is {image_field!r}, which is for tables; {folder} has image files")
         return _images(folder, files, images, caption_field)
     if tables := [path for path in visible if table_kind(path)]:
         return _tables(folder, tables, image_field, caption_field)
@@ -110,6 +112,8 @@ def _refuse_bare(folder: Place, pictures: Sequence[Picture], caption_field: str 
         values: Any = json.loads(first.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
         raise UsageError(f"{first}: not valid JSON ({str(error).splitlines()[0]})") from None
+    if isinstance(values, list) and caption_field is None:
+        return  # of captions; the workers look at all of them
     keys = [key for key, value in values.items() if isinstance(value, str | list)] if isinstance(values, dict) else []
     fields = pictures[0].caption_fields
     if not any(field in keys for field in fields):

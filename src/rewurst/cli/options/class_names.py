@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .. import callbacks, datamodules, modules
+from ... import callbacks, datamodules, modules
 
 _INNER_PATH = re.compile(r"\brewurst\.(callbacks|datamodules|modules)(?:\.[a-z]\w*)+\.([A-Z]\w*)")
 

@@ -1,0 +1,1 @@
+"""Tars that others wrote, read from front to back without an index."""
