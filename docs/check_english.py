@@ -12,7 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CLEAN = ("README.md", "CONTRIBUTING.md", "Makefile", "benchmarks", "docs", "configs", "examples") + (
+CLEAN = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "benchmarks",
+    "docs",
+    "configs",
+    "examples",
     "datamodules/sampling",
     "datamodules/storage",
     "datamodules/corpora",

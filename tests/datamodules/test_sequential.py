@@ -1,4 +1,4 @@
-"""Shards without an index: webdataset's samples, dealt out to ranks and workers, and nothing decoded."""
+"""Shards without an index: webdataset's samples, distributed over ranks and workers, not decoded."""
 
 from __future__ import annotations
 
