@@ -39,7 +39,7 @@ class ShownLatents:
 class LatentReader(ReplacingReader[ShownLatents]):
     """Picks -> a batch of latents."""
 
-    def show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> ShownLatents:
+    def show(self, source: Any, row: int, seed: int, picks: Picks) -> ShownLatents:
         """One sample; a caption is dropped where the data module of images would drop it."""
         shards = source.shards
         assert isinstance(shards, LatentShards)
@@ -149,6 +149,8 @@ class LatentDataModule(ImageTextDataModule):
 
     def open_corpus(self, name: str, path: str) -> ImageRows:
         """Opens a corpus, which must be like the others."""
+        if self.streamed_tars(name, path) is not None:
+            raise UsageError(f"corpus {name!r} is a stream, which latents cannot be; index or prepare it")
         shards = LatentShards(path)
         self._first = self._first or shards
         self._check_alike(self._first, shards)

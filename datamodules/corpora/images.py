@@ -191,6 +191,16 @@ class ImageRows:
         """Return the row in the corpus of each image of a lane."""
         return self._rows[lane][index]
 
+    @property
+    def index(self) -> ImageIndex:
+        """Index of the corpus."""
+        return self.shards.index
+
+    def image(self, row: int) -> tuple[Mapping[str, bytes], Size]:
+        """Return the members of an image, and its height and width as the index says."""
+        facts = self.shards.facts[row]
+        return self.shards.members(row), (int(facts["height"]), int(facts["width"]))
+
     def nearest_lanes(self, sizes: Sequence[Size], counts: Sequence[int] | None = None) -> list[int]:
         """Return the lane to read from for each size: its own or, if that is empty, the nearest in aspect ratio.
 

@@ -186,6 +186,8 @@ def _fields_of(where: str | Path, cls: type, content: Any) -> dict[str, Any]:
         value = content.get(field.name, None if field.default is MISSING else field.default)
         if not _is_count(value) and (kind == "int" or (kind == "int | None" and value is not None)):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a whole number from 0")
+        if kind == "bool" and not isinstance(value, bool):
+            raise UsageError(f"{where}: {field.name} is {value!r}, expected true or false")
         if kind == "str" and not isinstance(value, str):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected text")
         if kind.startswith("tuple") and not isinstance(value, list | tuple):

@@ -46,6 +46,8 @@ class TokenIndex(CorpusIndex):
         vocab_size: Size of the vocabulary; every token is smaller.
         end_token: Token after each document; None if unknown.
         tokenizer_sha256: SHA-256 of the ``tokenizer.json`` that made the tokens; empty if unknown.
+        masks: Whether each member is followed by ``<key>.mask.npy``, of the same shape, which is false for tokens that
+            are not to be predicted.
         begin_tokens: Tokens before each document, such as a BOS; empty in corpora prepared before they were recorded.
     """
 
@@ -59,6 +61,7 @@ class TokenIndex(CorpusIndex):
     end_token: int | None
     tokenizer_sha256: str
     begin_tokens: tuple[int, ...] = field(default=(), metadata=ABSENT_IF_EMPTY)
+    masks: bool = field(default=False, metadata=ABSENT_IF_EMPTY)
     kind: str = "text"
 
     def check(self, where: str) -> None:
@@ -84,7 +87,7 @@ class TokenIndex(CorpusIndex):
     @classmethod
     def not_in_fingerprint(cls) -> tuple[str, ...]:
         """Return the names of counts that follow from the shards or do not affect the rows."""
-        return ("tokens", "documents", "dropped_tokens", "begin_tokens")
+        return ("tokens", "documents", "dropped_tokens", "begin_tokens", "masks")
 
 
 class TokenShards:
@@ -166,6 +169,16 @@ class TokenShards:
         for slot, shard, row in zip(slots, shards.tolist(), within.tolist(), strict=True):
             tokens[slot] = self._shards[shard].row(row)
 
+    def read_masks(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        """Read which tokens of rows are to be predicted, (n, sequence_length + 1): all if the corpus has no masks."""
+        rows = np.asarray(rows)
+        masks = np.ones((rows.size, self.index.sequence_length + 1), dtype=np.bool_)
+        if self.index.masks:
+            shards, within = places(self._ends, rows, self.path)
+            for slot, (shard, row) in enumerate(zip(shards.tolist(), within.tolist(), strict=True)):
+                masks[slot] = self._shards[shard].mask(row)
+        return masks
+
     def locate(self, row: int) -> str:
         """Return the place of a row for messages: ``"code-000001.tar, member 000012.npy, row 17"``."""
         shards, within = places(self._ends, np.asarray([row]), self.path)
@@ -212,6 +225,7 @@ class TokenShard(OpenShard):
         self._ranged = is_remote(self.where)  # fetch only the row, not a member of many rows
         self._members: dict[int, NDArray[Any]] = {}
         self._begins: dict[int, int] = {}
+        self._mask_begins: dict[int, int] = {}
 
     def row(self, number: int) -> NDArray[Any]:
         """Return the tokens of one row of the shard, shape (sequence_length + 1,)."""
@@ -229,6 +243,28 @@ class TokenShard(OpenShard):
         """Return the place of a row of the shard, for messages."""
         sample, inside = divmod(number, self._rows_per_sample)
         return f"member {self.member_name(sample)}, row {inside}"
+
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """Return which tokens of a row of the shard are to be predicted, shape (sequence_length + 1,)."""
+        sample, row = divmod(number, self._rows_per_sample)
+        begin = self._mask_begins.get(sample)
+        if begin is None:
+            begin = self._mask_begins[sample] = self._checked_mask(sample)
+        begin += row * self._row_length
+        return np.frombuffer(self.content.read(begin, begin + self._row_length), dtype=np.bool_)
+
+    def _checked_mask(self, sample: int) -> int:
+        """Return the offset of the mask of a member's first row; its member follows that of the tokens."""
+        end_of_tokens = self._begin(sample) + self._rows_in(sample) * self._row_bytes
+        start = -(-end_of_tokens // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
+        end, shape = int(self.offsets[sample + 1]), (self._rows_in(sample), self._row_length)
+        try:
+            header = read_header(self.content.read(start, min(start + HEADER_BYTES, end)))
+        except ValueError:
+            header = None
+        if header is None or header.shape != shape or header.dtype != np.bool_ or start + header.end > end:
+            raise UsageError(f"{self.where}: no mask.npy of booleans of shape {shape} at byte {start - BLOCK_BYTES}")
+        return start + header.begin
 
     def member(self, sample: int) -> NDArray[Any]:
         """Return the tokens of one member, shape (rows, sequence_length + 1); a read-only view if the tar is mapped."""

@@ -124,10 +124,19 @@ class MicroBatches(Dataset[Batch]):
         self._blocks: dict[tuple[int, int], tuple[int, Numbers]] = {}
         self._streams = [source for source in sources if isinstance(source, Streamed)]
 
+    def rows_of(self, number: int) -> Numbers:
+        """Return how many samples of each corpus a micro-batch has, without reading it."""
+        slots = self._slots_of(number % self._accumulation)
+        corpus, _, _ = self._lanes.batch(number // self._accumulation - self._start)
+        return np.bincount(corpus[slots.start : slots.stop], minlength=len(self._sources))
+
+    def _slots_of(self, micro: int) -> range:
+        size = len(self._slots) // self._accumulation
+        return self._slots[micro * size : (micro + 1) * size]
+
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self._accumulation)
-        size = len(self._slots) // self._accumulation
-        slots = self._slots[micro * size : (micro + 1) * size]
+        slots = self._slots_of(micro)
         corpus, counter, lane = self._lanes.batch(step - self._start)
         corpus, counter = corpus[slots.start : slots.stop], counter[slots.start : slots.stop]
         rows = np.empty_like(counter)
@@ -143,7 +152,9 @@ class MicroBatches(Dataset[Batch]):
         seeds, quantiles = slot_seeds(self._seed, step, numbers), slot_quantiles(self._seed, step, numbers)
         picks = Picks(corpus, rows, seeds, lane, training=True, quantile=quantiles)
         # Arrays that only the host reads stay NumPy: each tensor costs a shared memory file and a device copy.
-        batch = self._read(picks) | {"corpus": corpus, "row": rows}
+        batch = self._read(picks)
+        if getattr(self._read, "names_origin", True):
+            batch |= {"corpus": corpus, "row": rows}
         if self._streams:
             batch["places"] = np.array([stream.place() for stream in self._streams], dtype=np.int64)
         return batch

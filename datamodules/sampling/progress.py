@@ -29,6 +29,7 @@ class Progress(Callback):
         accumulation: Micro-batches in a global batch.
         rows: Rows used since the dataset began, by corpus, ``(corpora,)``.
         epochs: How the run is divided into epochs.
+        rows_of: Rows of each corpus in a micro-batch, by its number.
         limits: ``limit_train_batches`` as set by the user and as set by the data module.
     """
 
@@ -45,6 +46,7 @@ class Progress(Callback):
         self._micro_batches = 0
         self.epochs = Epochs(1)
         self.limits: tuple[Any, Any] = (None, None)
+        self.rows_of: Callable[[int], NDArray[np.int64]] = _unknown
         self._restored = False
 
     def attach(self, trainer: Trainer, accumulation: int, corpora: int, epochs: Epochs) -> None:
@@ -105,10 +107,19 @@ class Progress(Callback):
         if metrics := self._batch_used(batch):
             pl_module.log_dict(metrics, batch_size=1)
         self._micro_batches += 1
-        self.rows += np.bincount(batch["corpus"], minlength=len(self.rows))
+        if isinstance(batch, dict) and "corpus" in batch:
+            self.rows += np.bincount(batch["corpus"], minlength=len(self.rows))
+        else:  # a project's own batch, which does not say where its samples are from
+            step = self.epochs.done(self.step, self.start) + self.start if self.epochs.repeats else self.step
+            self.rows += self.rows_of(step * self.accumulation + self._micro_batches - 1)
         if self._micro_batches == self.accumulation:
             self.step += 1
             self._micro_batches = 0
             metrics = self._step_done()
             if metrics and logs_now(trainer):
                 pl_module.log_dict(metrics, batch_size=1)
+
+
+def _unknown(number: int) -> NDArray[np.int64]:
+    """Stand in until there is a loader."""
+    raise IndexError(number)

@@ -223,5 +223,5 @@ def test_what_a_source_needs(here: Path, hub_model: str) -> None:
         Corpus()
     with pytest.raises(UsageError, match="a corpus needs a path, a source or a stream"):
         Corpus("a", source="b")
-    with pytest.raises(UsageError, match="corpus 'a' has a source or a stream, which only TextDataModule reads"):
+    with pytest.raises(UsageError, match="corpus 'a' has a source, which only TextDataModule prepares"):
         ImageTextDataModule("a", {"a": Corpus(source="x")}, {}, 8, 1, 1)

@@ -19,6 +19,7 @@ from rewurst.datamodules.base import Corpus
 from rewurst.datamodules.sampling.trainer_limits import Epochs
 
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:corpus .* is read again",
     "ignore:.*exists and is not empty",
     "ignore:.*`training_step` returned `None`.*",
     "ignore:.*number of training batches",

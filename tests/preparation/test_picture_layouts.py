@@ -131,9 +131,38 @@ def img2dataset_parquet(root: Path) -> Path:
     return parquet(root / "00000.parquet", rows)
 
 
+def one_trainer(root: Path) -> Path:
+    for i in range(3):
+        put(root / f"{i}-masklabel.png", encoded(9))
+    return with_texts(root, ".txt")
+
+
+def after_the_suffix(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.png", encoded(i))
+        put(root / f"{i}.png.json", json.dumps({"text": caption}))
+    return root
+
+
+def in_capitals(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.PNG", encoded(i))
+        put(root / f"{i}.TXT", caption)
+    return root
+
+
+def two_configurations(root: Path) -> Path:
+    for name in ("de", "en"):
+        parquet(root / name / "train-00000-of-00001.parquet", hub_rows(0))
+    return root
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "text files": lambda root: with_texts(root, ".txt"),
     "kohya": lambda root: with_texts(root, ".caption"),
+    "OneTrainer": one_trainer,
+    "after the suffix": after_the_suffix,
+    "in capitals": in_capitals,
     "json only": lambda root: with_texts(root, ".json"),
     "lists of captions": lists,
     "metadata.jsonl": with_table("metadata.jsonl", json_lines),
@@ -245,6 +274,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda root: put(root / "a.csv", "file_name,text\na.png,caf\xe9\n".encode("latin-1")),
         r"a\.csv: byte 24 \(0xe9\) is not valid UTF-8; convert it to UTF-8",
     ),
+    "two configurations": (
+        two_configurations,
+        "it has tables in the folders de, en; name the one to read, or several",
+    ),
+    "phones": (lambda root: put(root / "0.heic", b"").parent, "convert its HEIC files to JPEG"),
     "tars": (lambda root: put(root / "0.tar", b"").parent, "its tars are for rewurst prepare index"),
 }
 
@@ -334,3 +368,10 @@ def test_the_docs_list_every_layout() -> None:
         *(".jfif", "BMP", "TIFF", "AVIF", "UTF-8", "prepare index"),
     ):
         assert word in table, word
+
+
+def test_images_outside_of_folders_with_tables_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = splits(tmp_path / "in")
+    put(source / "more" / "0.png", encoded(0))
+    prepare_images([str(source)], tmp_path / "out", progress=False)
+    assert f"1 images in folders without a table left out (the first: {source}/more/0.png)" in capsys.readouterr().err

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
 from rewurst.datamodules import Corpus, ImageTextDataModule
-from rewurst.datamodules.corpora.images import ImageShards
-from rewurst.datamodules.imaging.decoding import read_image
-from rewurst.datamodules.sampling.micro_batches import EvaluationRows
+from rewurst.datamodules.corpora.images import ImageRows, ImageShards
+from rewurst.datamodules.image_reader import ImageReader, Showing
+from rewurst.datamodules.imaging.decoding import DecodeError, read_image
+from rewurst.datamodules.imaging.filters import Filters
+from rewurst.datamodules.sampling.micro_batches import EvaluationRows, Picks
 from rewurst.modules.networks import SemanticCompressor
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.index import index_shards
@@ -198,3 +200,21 @@ def test_the_index_contains_upright_sizes(kind: str, options: dict[str, Any], tm
     expected = reference(data).shape[:2]
     assert (facts["height"], facts["width"]) == expected
     assert expected == ((32, 48) if kind == "BMP" else (48, 32))
+
+
+def test_a_size_that_the_index_does_not_say_is_corrupt(tmp_path: Path) -> None:
+    """An index of a release that did not read the orientation of the file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(4):
+        turned_ = {"exif": exif} if number == 0 else {}
+        (tmp_path / f"{number}.jpg").write_bytes(saved(RGB.resize((48, 32)), "JPEG", **turned_))
+        (tmp_path / f"{number}.txt").write_text("a")
+    prepare_images([str(tmp_path)], tmp_path / "out", progress=False)
+    shards = ImageShards(tmp_path / "out" / "train")
+    shards.facts = shards.facts.copy()
+    shards.facts[0]["height"], shards.facts[0]["width"] = 32, 48
+    reader = ImageReader([ImageRows(shards, Filters(), [(32, 32)])], Showing([(32, 32)]))
+    none = np.zeros(0, dtype=np.int64)
+    with pytest.raises(DecodeError, match="32 x 48 pixels upright, but its index says 48 x 32: index or prepare"):
+        reader.show(reader.sources[0], 0, 0, Picks(none, none, none, 0, training=False))

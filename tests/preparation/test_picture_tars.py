@@ -156,9 +156,9 @@ def test_byte_order_marks_are_honored(encoding: str, tmp_path: Path) -> None:
 
 
 def test_a_source_of_text_counts_what_it_leaves_out(tmp_path: Path) -> None:
-    path = tar(tmp_path / "a.tar", {".DS_Store": "x", "0.txt": "words", "._0.txt": "x"})
+    path = tar(tmp_path / "a.tar", {".DS_Store": "x", "0.txt": "a", "0.5_b.txt": "b", "._0.txt": "x"})
     skipped = Skipped()
-    assert [piece.text for piece in read(SourceFile(str(path), ".tar"), "text", skipped)] == ["words"]
+    assert [piece.text for piece in read(SourceFile(str(path), ".tar"), "text", skipped)] == ["a", "b"]
     assert skipped.report() == "2 files of tars that belong to no sample skipped"
 
 

@@ -120,8 +120,10 @@ def evaluate_corpora(
         total, tokens = 0.0, 0
         for batch in tqdm(loader, desc=name, unit=" batches"):
             with torch.inference_mode():
-                losses = module.token_losses(batch["input_ids"].to(device).long())[batch["valid"].to(device)]
-            total, tokens = total + float(losses.double().sum()), tokens + losses.numel()
+                batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+                mask = batch.get("mask", torch.ones_like(batch["input_ids"], dtype=torch.bool))
+                losses = module.token_losses(batch["input_ids"].long(), mask)[batch["valid"]]
+            total, tokens = total + float(losses.double().sum()), tokens + int(mask[batch["valid"]][:, 1:].sum())
         found[name] = {"loss": total / tokens, "perplexity": math.exp(min(total / tokens, 700)), "tokens": tokens}
     return found
 

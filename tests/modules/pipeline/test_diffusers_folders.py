@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,8 @@ def test_an_unknown_name_of_a_step(theirs: Any, tmp_path: Path) -> None:
     pipeline = TextToImage.from_folder(tmp_path)
     with pytest.raises(UsageError, match="inputs has 'image_embeddings': choose among latents"):
         pipeline("a", prior_callback_on_step_end_tensor_inputs=["image_embeddings"], **CALL)
+
+
+def test_arguments_are_those_of_diffusers_in_their_order(theirs: Any) -> None:
+    expected = [name for name in inspect.signature(type(theirs).__call__).parameters if name != "kwargs"]
+    assert list(inspect.signature(TextToImage.__call__).parameters)[: len(expected)] == expected

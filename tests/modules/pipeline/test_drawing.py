@@ -80,7 +80,7 @@ def test_offloaded_networks_are_on_the_device_only_while_they_work(
         most = max(most, len(there))
         return move(self, device)
 
-    assert pipeline.enable_model_cpu_offload("cpu") is pipeline
+    assert pipeline.enable_model_cpu_offload(device="cpu") is pipeline
     for network in pipeline.networks():
         network.register_forward_pre_hook(lambda network, _: None if network in there else pytest.fail("not moved"))
     monkeypatch.setattr(nn.Module, "to", to)
