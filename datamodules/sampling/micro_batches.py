@@ -15,7 +15,7 @@ from .buckets import Lanes
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
-UNKNOWN_ROWS = 2**40  # of a stream, which has no end
+UNKNOWN_ROWS = 2**40  # rows of a stream, whose length is unknown
 BLOCK = 4096  # number of counters permuted together
 
 Batch = dict[str, Any]
