@@ -38,7 +38,7 @@ def test_lengths_in_steps(length: int | str, steps: int) -> None:
     [
         ("0 epochs", "length '0 epochs' must be above 0"),
         ("1 epoch", "length '1 epoch' is in epochs, but object does not count them: give it in steps"),
-        ("an epoch", "length 'an epoch' is no length"),
+        ("an epoch", "length 'an epoch' is not a length"),
     ],
 )
 def test_invalid_lengths(length: str, message: str) -> None:
@@ -78,7 +78,7 @@ def test_to_max_steps_is_the_remaining_steps(data: Callable[..., TextDataModule]
     other = fit(data("other"), "to max_steps", max_steps=9, ckpt_path=path)
     assert (other.run.start, other.run.end) == (3, 9)
     assert other.value(9) == pytest.approx(1e-3)
-    with pytest.raises(UsageError, match=r"was begun with .* over 9 steps, now it is .* over 12 steps"):
+    with pytest.raises(UsageError, match=r"was started with .* over 9 steps, now it is .* over 12 steps"):
         fit(data(), "to max_steps", max_steps=12, ckpt_path=path)
     with pytest.raises(UsageError, match=r"needs trainer\.max_steps"):
         fit(data(), "to max_steps", max_epochs=1)

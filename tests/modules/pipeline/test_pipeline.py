@@ -200,7 +200,7 @@ class TestReconstruct:
         ({"prompt": "x", "seed": 1, "generator": Generator()}, "give either seed or generator"),
         ({"prompt": "x", "output_type": "jpg"}, "output_type='jpg' is unknown"),
         ({"prompt": "x", "prior_num_inference_steps": 0}, "prior_num_inference_steps=0 is too few"),
-        ({"prompt": "x", "prior_timesteps": [0.0, 1.0]}, "timesteps [0.0, 1.0] are wrong"),
+        ({"prompt": "x", "prior_timesteps": [0.0, 1.0]}, "timesteps [0.0, 1.0] are invalid"),
         (
             {"prompt": "x", "latents": torch.zeros(1, 16, 9, 9)},
             "latents have shape (1, 16, 9, 9): this prompt and size",
