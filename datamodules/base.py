@@ -40,7 +40,7 @@ from .sampling.replay_history import Ledger, Reading
 from .sampling.trainer_limits import epochs_of, refuse_other_batch_sizes
 from .streaming.order import ShardOrder
 from .streaming.places import StreamPlaces
-from .streaming.token_stream import TokenStream
+from .streaming.stream import Stream, expand_tars
 
 R = TypeVar("R", bound=Rows)
 
@@ -57,7 +57,7 @@ class Corpus:
         source: Text to prepare, instead of a path: files, folders, URLs or built-in corpora
             (:class:`~rewurst.datamodules.TextDataModule` only).
         stream: Tars to read in sequence without an index, instead of a path: paths, folders or URLs with braces, of
-            token rows or of text (:class:`~rewurst.datamodules.TextDataModule` only).
+            token rows, of text, or of captioned images.
         allow_pipe: Whether ``stream`` may have ``pipe:COMMAND``, which runs the command in a shell.
 
     Raises:
@@ -117,11 +117,10 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         validate_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
-        unprepared = [name for name, corpus in corpora.items() if corpus.source or corpus.stream]
+        unprepared = [name for name, corpus in corpora.items() if corpus.source]
         if unprepared and not self.prepares_sources:
             raise UsageError(
-                f"corpus {unprepared[0]!r} has a source or a stream, which only TextDataModule reads; give a prepared "
-                "path"
+                f"corpus {unprepared[0]!r} has a source, which only TextDataModule prepares; give a prepared path"
             )
         if all(corpus.replay for corpus in corpora.values()):
             raise UsageError(f"dataset {dataset!r} has no corpus without replay: true; give it one to learn")
@@ -152,6 +151,18 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._places = StreamPlaces()
 
     prepares_sources = False
+
+    def streamed_tars(self, name: str, path: str) -> list[str] | None:
+        """Return the tars of a streamed corpus, none for a corpus with an index.
+
+        Args:
+            name: Name of a corpus; a validation corpus may have the same one.
+            path: Path that is to be opened.
+        """
+        corpus = self.corpora.get(name)
+        if corpus is None or corpus.stream is None or corpus.path != path:
+            return None
+        return expand_tars(corpus.stream, corpus.allow_pipe)
 
     @abstractmethod
     def open_corpus(self, name: str, path: str) -> R:
@@ -323,7 +334,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         assert self.trainer is not None
         processes, workers = self.trainer.world_size, max(1, self.num_workers)
         for name, source in zip(self._order_of_names(), sources, strict=True):
-            if isinstance(source, TokenStream):
+            if isinstance(source, Stream):
                 order = ShardOrder(name, source.urls, self.seed, processes * workers)
                 places = self._places.begin(order, self.trainer.global_rank, processes, self.accumulation)
                 source.deal(self.trainer.global_rank, order, self.progress.step * self.accumulation, places)

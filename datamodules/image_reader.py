@@ -18,7 +18,9 @@ from .imaging.decoding import MAX_PIXELS, DecodeError, decode
 from .imaging.geometry import Crop, Size, crop, resample, size_to_decode, uniform
 from .sampling.micro_batches import Batch, Picks
 from .sampling.permutation import slot_seeds
+from .streaming.image_stream import ImageStream
 
+Images = ImageRows | ImageStream
 REPLACEMENTS = 32  # tried for one slot; with half of the images corrupt all of them fail once in 4 billion slots
 
 
@@ -92,8 +94,9 @@ class ReplacingReader(ABC, Generic[S]):
         showing: How images are shown.
     """
 
-    def __init__(self, sources: Sequence[ImageRows], showing: Showing) -> None:
+    def __init__(self, sources: Sequence[Images], showing: Showing) -> None:
         self.sources, self._showing = sources, showing
+        self._streams = [source for source in sources if isinstance(source, ImageStream)]
 
     def __call__(self, picks: Picks) -> Batch:
         """Reads a micro-batch; ``corrupt`` says where the images lie that had to be replaced, and why."""
@@ -113,17 +116,18 @@ class ReplacingReader(ABC, Generic[S]):
             "crop": np.array([one.crop for one in shown]),
             "replaced": replaced,
             "corrupt": corrupt,
+            **({"left_out": sum(stream.take_left_out() for stream in self._streams)} if self._streams else {}),
         }
 
     @abstractmethod
-    def show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> S:
+    def show(self, source: Any, row: int, seed: int, picks: Picks) -> S:
         """One sample; a ``DecodeError`` where it cannot be read."""
 
     @abstractmethod
     def arrays(self, shown: Sequence[S]) -> Batch:
         """The tensors of a batch."""
 
-    def _one(self, source: ImageRows, row: int, seed: int, picks: Picks, corrupt: list[str]) -> S:
+    def _one(self, source: Images, row: int, seed: int, picks: Picks, corrupt: list[str]) -> S:
         count = source.lanes[picks.lane]
         for attempt in range(REPLACEMENTS):
             try:
@@ -143,7 +147,7 @@ class ImageReader(ReplacingReader[Shown]):
         pixels = np.stack([one.pixels for one in shown]).transpose(0, 3, 1, 2)
         return {"image": torch.from_numpy(np.ascontiguousarray(pixels))}
 
-    def show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> Shown:
+    def show(self, source: Images, row: int, seed: int, picks: Picks) -> Shown:
         """Decode and crop one image.
 
         Raises:
@@ -151,22 +155,20 @@ class ImageReader(ReplacingReader[Shown]):
         """
         showing = self._showing
         target = showing.sizes[picks.lane]
-        facts = source.shards.facts[row]
-        size = (int(facts["height"]), int(facts["width"]))
+        members, size = source.image(row)
         covered = None if showing.resize is None else (max(showing.resize, target[0]), max(showing.resize, target[1]))
         shown = crop(size, target, seed if picks.training and showing.random_crop else None, covered)
-        members = source.shards.members(row)
-        decoded = decode(source.shards.index.image(members), size_to_decode(size, shown, target), showing.max_pixels)
+        decoded = decode(source.index.image(members), size_to_decode(size, shown, target), showing.max_pixels)
         if decoded.shape[:2] not in [tuple(-(-side // by) for side in size) for by in (1, 2, 4, 8)]:
-            raise UsageError(
-                f"{source.path}: {source.locate(row)} has {decoded.shape[1]} x {decoded.shape[0]} pixels upright, its "
-                f"index says {size[1]} x {size[0]}: index or prepare the corpus again"
+            raise DecodeError(
+                f"{decoded.shape[1]} x {decoded.shape[0]} pixels upright, but its index says {size[1]} x {size[0]}: "
+                "index or prepare the corpus again"
             )
         pixels = resample(decoded, size, shown, target)
         flip, drop = uniform(seed, "flip, caption", 2) if picks.training else (1.0, 1.0)
         if flip < showing.flip:
             pixels = pixels[:, ::-1]
-        captions = source.shards.index.captions(members) or [""]
+        captions = source.index.captions(members) or [""]
         caption = captions[choose(captions, seed if picks.training else None)]
         return Shown(pixels, shown, size, "" if drop < showing.caption_dropout else caption, captions)
 

@@ -13,19 +13,20 @@ from numpy.typing import NDArray
 from .. import UsageError
 from .base import Corpus, StreamDataModule
 from .corpora.images import ImageRows, ImageShards
-from .image_reader import ImageReader, Showing, describe_left_out
+from .image_reader import ImageReader, Images, Showing, describe_left_out
 from .imaging.corrupt import CorruptImages
 from .imaging.decoding import MAX_PIXELS
 from .imaging.filters import Filters
 from .imaging.geometry import Size, buckets
 from .sampling.micro_batches import Batch, Reader
+from .streaming.image_stream import ImageStream
 
 __all__ = ["Corpus", "ImageTextDataModule"]
 
 NAMED = 5  # corrupt images that are named in the log; the others are counted
 
 
-class ImageTextDataModule(StreamDataModule[ImageRows]):
+class ImageTextDataModule(StreamDataModule[Images]):
     """Images with captions from named corpora, with replay of old ones, as the same global batches on any machine.
 
     A batch is a dict of ``image``, a uint8 tensor (n, 3, height, width), ``caption``, a list of n texts, and of NumPy
@@ -105,19 +106,25 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
         self._chosen = shapes is not None
         self._showing = Showing(self.sizes, resize, random_crop, flip, caption_dropout, max_pixels)
         self._corrupt = CorruptImages(max_corrupt)
+        self._left_out = 0  # by filters, of streams
 
     @property
     def corrupt_images(self) -> int:
         """Return how many corrupt images this process has replaced in training since it began."""
         return self._corrupt.count
 
-    def open_corpus(self, name: str, path: str) -> ImageRows:
-        """Opens a corpus and says what filters leave of it."""
+    def open_corpus(self, name: str, path: str) -> Images:
+        """Opens a corpus and says what filters leave of it; a stream counts that while it is read."""
+        urls = self.streamed_tars(name, path)
+        if urls is not None:
+            if len(self.sizes) > 1:
+                raise UsageError(f"corpus {name!r} is a stream, which has one shape; leave max_aspect and shapes out")
+            return ImageStream(name, path, urls, self.filters, self.sizes[0], self.max_upscale)
         rows = ImageRows(ImageShards(path), self.filters, self.sizes, self.max_upscale)
         rank_zero_info(describe_left_out(name, rows))
         return rows
 
-    def reader(self, sources: Sequence[ImageRows]) -> Reader:
+    def reader(self, sources: Sequence[Images]) -> Reader:
         """Decodes, crops and captions."""
         return ImageReader(sources, self._showing)
 
@@ -162,7 +169,9 @@ class ImageTextDataModule(StreamDataModule[ImageRows]):
         for line in batch["corrupt"][: max(0, NAMED - self._corrupt.count)]:
             rank_zero_warn(f"corrupt image replaced: {line}")
         self._corrupt.add(len(batch["caption"]), batch["corrupt"], count=int(batch["replaced"].sum()))
-        return {"data/corrupt": float(self._corrupt.count)} if self._corrupt.count else {}
+        self._left_out += batch.get("left_out", 0)
+        counts = {"data/corrupt": self._corrupt.count, "data/left_out": self._left_out}
+        return {name: float(count) for name, count in counts.items() if count}
 
 
 def _sizes(image_size: int, max_aspect: float, multiple: int, shapes: list[tuple[int, int]] | None) -> list[Size]:

@@ -39,7 +39,7 @@ class ShownLatents:
 class LatentReader(ReplacingReader[ShownLatents]):
     """Picks -> a batch of latents."""
 
-    def show(self, source: ImageRows, row: int, seed: int, picks: Picks) -> ShownLatents:
+    def show(self, source: Any, row: int, seed: int, picks: Picks) -> ShownLatents:
         """One sample; a caption is dropped where the data module of images would drop it."""
         shards = source.shards
         assert isinstance(shards, LatentShards)
@@ -149,6 +149,8 @@ class LatentDataModule(ImageTextDataModule):
 
     def open_corpus(self, name: str, path: str) -> ImageRows:
         """Opens a corpus, which must be like the others."""
+        if self.streamed_tars(name, path) is not None:
+            raise UsageError(f"corpus {name!r} is a stream, which latents cannot be; index or prepare it")
         shards = LatentShards(path)
         self._first = self._first or shards
         self._check_alike(self._first, shards)
@@ -157,7 +159,7 @@ class LatentDataModule(ImageTextDataModule):
         rank_zero_info(describe_left_out(name, rows))
         return rows
 
-    def reader(self, sources: Sequence[ImageRows]) -> Reader:
+    def reader(self, sources: Sequence[Any]) -> Reader:
         """Reads arrays."""
         return LatentReader(sources, self._showing)
 
@@ -168,7 +170,7 @@ class LatentDataModule(ImageTextDataModule):
             UsageError: The first corpus is missing.
         """
         name, corpus = next(iter(self.corpora.items()))
-        rows = self._opened.get(corpus.path) or self.open_corpus(name, corpus.path)
+        rows: Any = self._opened.get(corpus.path) or self.open_corpus(name, corpus.path)
         lanes = [lane for lane, count in enumerate(rows.lanes) if count]
         lane = max(lanes, key=lambda lane: self.sizes[lane][0] * self.sizes[lane][1])
         zeros = np.zeros(micro_batch_size, dtype=np.int64)

@@ -16,7 +16,7 @@ from .base import Corpus, StreamDataModule
 from .corpora.tokens import TokenShards
 from .sampling.micro_batches import Batch, Picks, Reader
 from .sources import SourceOptions, row_length
-from .streaming.token_stream import TokenStream, expand_tars
+from .streaming.token_stream import TokenStream
 
 __all__ = ["Corpus", "TextDataModule"]
 
@@ -161,9 +161,8 @@ class TextDataModule(StreamDataModule[TokenRows]):
 
     def open_corpus(self, name: str, path: str) -> TokenRows:
         """Opens a corpus; all of them have one tokenizer and one length of rows."""
-        corpus = self.corpora.get(name)
-        streamed = corpus is not None and corpus.stream is not None and corpus.path == path
-        shards = self._open_stream(name, self.corpora[name]) if streamed else TokenShards(path)
+        urls = self.streamed_tars(name, path)
+        shards = TokenShards(path) if urls is None else self._open_stream(name, path, urls)
         first = next(iter(self._opened.values()), shards)
         if shards.index.sequence_length != self.sequence_length:
             raise UsageError(
@@ -181,13 +180,12 @@ class TextDataModule(StreamDataModule[TokenRows]):
                 )
         return shards
 
-    def _open_stream(self, name: str, corpus: Corpus) -> TokenStream:
-        assert corpus.stream is not None
+    def _open_stream(self, name: str, path: str, urls: Sequence[str]) -> TokenStream:
         module = None if self.trainer is None else self.trainer.lightning_module
-        tokenizer = load_tokenizer(self._options.tokenizer_of(module, f"stream {corpus.stream}"))
-        urls = expand_tars(corpus.stream, corpus.allow_pipe)
-        folder = self._options.folder
-        return TokenStream(name, corpus.path, urls, tokenizer, self.sequence_length, self._options.text_field, folder)
+        tokenizer = load_tokenizer(self._options.tokenizer_of(module, path))
+        return TokenStream(
+            name, path, urls, tokenizer, self.sequence_length, self._options.text_field, self._options.folder
+        )
 
     def example_batch(self, micro_batch_size: int) -> Batch:
         """Return a batch of zeros; no corpus is needed."""
@@ -221,7 +219,7 @@ def _with_sources(
 
 
 class TokenReader:
-    """Picks -> ``input_ids`` (rows, sequence_length + 1), in the dtype of the shards.
+    """Read ``input_ids`` (rows, sequence_length + 1), in the dtype of the shards, and ``mask`` if a corpus has masks.
 
     Args:
         sources: Corpora, as picks number them.
@@ -233,8 +231,22 @@ class TokenReader:
 
     def __call__(self, picks: Picks) -> Batch:
         """Reads the rows of a micro-batch."""
+        return {"input_ids": self._tokens(picks), **self._masks(picks)}
+
+    def _masks(self, picks: Picks) -> Batch:
+        """Return which tokens are to be predicted, nothing if no corpus says so."""
+        if not any(source.index.masks for source in self._sources):
+            return {}
+        mask = np.ones((len(picks.row), self._sources[0].index.sequence_length + 1), dtype=np.bool_)
+        for index, shards in enumerate(self._sources):
+            slots = np.flatnonzero(picks.corpus == index) if len(self._sources) > 1 else np.arange(len(picks.row))
+            if isinstance(shards, TokenShards):  # streams have none
+                mask[slots] = shards.read_masks(picks.row[slots])
+        return {"mask": torch.from_numpy(mask)}
+
+    def _tokens(self, picks: Picks) -> torch.Tensor:
         if len(self._sources) == 1:
-            return {"input_ids": torch.from_numpy(self._sources[0].read(picks.row))}
+            return torch.from_numpy(self._sources[0].read(picks.row))
         shape = (len(picks.row), self._sources[0].index.sequence_length + 1)
         tokens = np.empty(shape, dtype=np.result_type(*(source.index.dtype for source in self._sources)))
         for index, shards in enumerate(self._sources):
@@ -244,4 +256,4 @@ class TokenReader:
             for index, shards in enumerate(self._sources):  # whose rows they are, and whether its vocabulary is larger
                 if isinstance(shards, TokenShards):  # streams look at their rows themselves
                     shards.read(picks.row[picks.corpus == index])
-        return {"input_ids": torch.from_numpy(tokens)}
+        return torch.from_numpy(tokens)

@@ -90,7 +90,7 @@ class TensorBoardLayout(Callback):
             from torch.utils.tensorboard import SummaryWriter  # TensorBoard is imported where it is used
 
             path = str(Path(folder) / "corpora" / corpus)
-            self._writers[folder, corpus] = SummaryWriter(path, purge_step=self._begin)  # type: ignore[no-untyped-call]
+            self._writers[folder, corpus] = SummaryWriter(path, purge_step=self._begin)
         return self._writers[folder, corpus]
 
     def _close(self) -> None:

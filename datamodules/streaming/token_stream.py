@@ -1,59 +1,28 @@
-"""A corpus of tokens that is read from front to back: tars of token rows or of text that somebody else wrote.
-
-1. Each reader (a worker of a process) has tars of its own, in an order that its seed and the pass decide.
-2. Rows are shuffled within blocks of a tar, so that a place is a pass, a tar and a number of rows.
-3. A micro-batch says after reading where its reader is; a resume opens the tar and skips what was taken from it.
-"""
+"""Rows of tokens in sequence, from tars of token rows or of text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import UsageError
 from ...tokenizer_files import TokenizerFiles
 from ..corpora.tokens import TokenIndex, TokenShards
-from ..sampling.micro_batches import UNKNOWN_ROWS
-from .order import Place, ShardOrder
 from .rows import Pack, RowFormat, rows_of
-from .tars import is_pipe, samples
+from .stream import Rows, Stream
+from .tars import samples
 
 BUFFER_ROWS = 1024
 PACKING = "rewurst.preparation.steps.packing", "token_stream"  # built on the data modules, so that it is found by name
 
-Rows = NDArray[np.int64]
 
-
-def expand_tars(sources: str | Sequence[str], allow_pipe: bool) -> list[str]:
-    """Return the tars that a stream names; braces in paths and URLs are expanded.
-
-    Raises:
-        UsageError: A command that is not allowed, or no tar.
-    """
-    from braceexpand import braceexpand
-
-    found: list[str] = []
-    for source in [sources] if isinstance(sources, str) else sources:
-        if is_pipe(source) and not allow_pipe:
-            raise UsageError(f"{source}: runs a command; set allow_pipe: true if you trust its origin")
-        if not is_pipe(source) and Path(source).is_dir():
-            found += sorted(str(path) for path in Path(source).glob("*.tar*"))
-        else:
-            found += braceexpand(source)
-    if not found:
-        raise UsageError(f"stream {sources}: names no tar")
-    return found
-
-
-class TokenStream:
+class TokenStream(Stream[NDArray[Any]]):
     """Rows of tokens in sequence, for :class:`~rewurst.datamodules.TextDataModule`.
 
     Args:
@@ -66,9 +35,6 @@ class TokenStream:
         folder: Folder for the tokenizer's copy.
     """
 
-    streamed = True
-    lanes = (UNKNOWN_ROWS,)
-
     def __init__(
         self,
         name: str,
@@ -79,7 +45,8 @@ class TokenStream:
         text_field: str,
         folder: Path,
     ) -> None:
-        self.name, self.path, self.urls, self._tokenizer = name, path, tuple(urls), tokenizer
+        super().__init__(name, path, urls)
+        self._tokenizer = tokenizer
         self._form = RowFormat(sequence_length, tokenizer.vocab_size, text_field)
         self.index = TokenIndex(
             shards=(),
@@ -99,14 +66,6 @@ class TokenStream:
         self.tokenizer_folder = str(folder / "tokenizers" / tokenizer.sha256[:16])
         if not Path(self.tokenizer_folder, "tokenizer.json").is_file():
             tokenizer.save(Path(self.tokenizer_folder))
-        self._readers: dict[int, _Reader] = {}
-        self._lane = 0
-
-    def __len__(self) -> int:
-        return UNKNOWN_ROWS
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
 
     def has_tokenizer_of(self, other: Any) -> bool:
         """Return whether another corpus has the same tokenizer."""
@@ -116,51 +75,10 @@ class TokenStream:
         """Return the ``tokenizer.json``."""
         return self._tokenizer.json
 
-    def in_lane(self, lane: int, index: Rows) -> Rows:
-        """Return counters: rows have no numbers."""
-        return index
-
     def fingerprint(self) -> str:
         """Return a hash of the tars' names and of what decides the rows."""
         parts = [list(self.urls), self._tokenizer.sha256, vars(self._form), BUFFER_ROWS]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def locate(self, row: int) -> str:
-        """Return the place of a row, for messages."""
-        return f"row {row} of a stream"
-
-    def deal(self, process: int, order: ShardOrder, begin: int, places: Sequence[Place]) -> None:
-        """Give this process its readers, one per worker.
-
-        Args:
-            process: Number of this process.
-            order: Order of all tars.
-            begin: Number of the first micro-batch.
-            places: Place of each worker's reader.
-        """
-        self._process, self._order, self._begin, self._places = process, order, begin, list(places)
-        self._readers = {}
-
-    def seek(self, number: int) -> None:
-        """Choose the reader of a micro-batch; those of a worker come in order.
-
-        Raises:
-            UsageError: A micro-batch came out of order, so that rows would be lost.
-        """
-        workers = len(self._places)
-        lane = self._lane = number % workers
-        reader = self._readers.get(lane)
-        if reader is None:
-            first = self._begin + (lane - self._begin) % workers
-            index = self._process * workers + lane
-            reader = self._readers[lane] = _Reader(self._order, index, self._places[lane], self._open, first)
-        if number != reader.number:
-            raise UsageError(f"corpus {self.name!r}: micro-batch {number} came where {reader.number} was due")
-        reader.number += workers
-
-    def place(self) -> tuple[int, int, int, int]:
-        """Return the worker of the latest micro-batch, and where its reader is after it."""
-        return (self._lane, *self._readers[self._lane].place)
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Return the next rows, (n, sequence_length + 1); only the number of ``rows`` matters."""
@@ -170,11 +88,11 @@ class TokenStream:
 
     def read_into(self, tokens: NDArray[Any], slots: Iterable[int], rows: Rows) -> None:
         """Read the next rows into these slots of ``tokens``."""
-        reader = self._readers[self._lane]
         for slot in slots:
-            tokens[slot] = reader.next()
+            tokens[slot] = self.next()
 
-    def _open(self, url: str, epoch: int) -> Iterator[NDArray[Any]]:
+    def open(self, url: str, epoch: int) -> Iterator[NDArray[Any]]:
+        """Yield the rows of a tar in the order of a pass."""
         return self._order.shuffled(rows_of(samples(url), url, self._form, self._pack), url, epoch, BUFFER_ROWS)
 
     @property
@@ -187,41 +105,3 @@ class TokenStream:
             return found
 
         return pack
-
-
-class _Reader:
-    """One worker's rows, tar after tar, pass after pass."""
-
-    def __init__(
-        self,
-        order: ShardOrder,
-        index: int,
-        place: Place,
-        read: Callable[[str, int], Iterator[NDArray[Any]]],
-        number: int,
-    ) -> None:
-        self.place, self.number = place, number
-        self._order, self._index, self._read = order, index, read
-        self._rows: Iterator[NDArray[Any]] | None = None
-        self._taken = 1  # of this pass; a place within one says that there were rows
-
-    def next(self) -> NDArray[Any]:
-        """Return the next row."""
-        while True:
-            if self._rows is None:
-                self._rows = self._next_tar()
-            row = next(self._rows, None)
-            if row is not None:
-                self.place = self.place._replace(row=self.place.row + 1)
-                self._taken += 1
-                return row
-            self.place, self._rows = Place(self.place.epoch, self.place.shard + 1, 0), None
-
-    def _next_tar(self) -> Iterator[NDArray[Any]]:
-        own = self._order.own(self._index, self.place.epoch)
-        if self.place.shard >= len(own):
-            if not self._taken:
-                raise UsageError(f"corpus {self._order.corpus!r}: no row in {', '.join(own[:3])}")
-            self.place, self._taken = Place(self.place.epoch + 1, 0, 0), 0
-            own = self._order.own(self._index, self.place.epoch)
-        return islice(self._read(own[self.place.shard], self.place.epoch), self.place.row, None)

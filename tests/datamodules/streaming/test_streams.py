@@ -24,6 +24,7 @@ from rewurst import UsageError
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.datamodules.streaming import token_stream
 from rewurst.datamodules.streaming.order import Place, ShardOrder, approximate
+from rewurst.datamodules.streaming.stream import expand_tars
 from rewurst.datamodules.streaming.tars import samples
 from rewurst.preparation.tokenizer import train_tokenizer
 from rewurst.tokenizer_files import load_tokenizer
@@ -96,7 +97,7 @@ def test_a_second_pass_is_reported_once(make: Callable[..., TextDataModule]) -> 
 
 
 def test_processes_share_the_tars(stream: str) -> None:
-    urls = tuple(token_stream.expand_tars(stream, allow_pipe=False))
+    urls = tuple(expand_tars(stream, allow_pipe=False))
     order = ShardOrder("web", urls, 0, 4)
     for epoch in range(3):
         parts = [order.own(reader, epoch) for reader in range(4)]
@@ -311,3 +312,11 @@ def test_a_changed_list_of_tars_is_noticed(make: Callable[..., TextDataModule], 
     fit(make(), 4, SaveAt(4, path))
     with warnings.catch_warnings(), pytest.raises(UsageError, match="differ from those of the checkpoint"):
         fit(make(corpora={"web": Corpus(stream=stream.replace("005", "004"))}), 4, ckpt_path=path)
+
+
+def test_tars_on_a_server(make: Callable[..., TextDataModule], tmp_path: Path, loopback: Any) -> None:
+    for path in tmp_path.glob("s-*.tar"):
+        loopback.behaviour.objects[f"/d/{path.name}"] = path.read_bytes()
+    url = loopback.url("/d/s-{000..005}.tar")
+    assert rows_read(fit(make(corpora={"web": Corpus(stream=url)}), 18))[:1]
+    assert set(rows_read(fit(make(corpora={"web": Corpus(stream=url)}), 18))) == ALL
