@@ -15,7 +15,7 @@ from .buckets import Lanes
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
-UNKNOWN_ROWS = 2**40  # of a stream, which has no end
+UNKNOWN_ROWS = 2**40  # rows of a stream, whose length is unknown
 BLOCK = 4096  # number of counters permuted together
 
 Batch = dict[str, Any]
@@ -153,8 +153,9 @@ class MicroBatches(Dataset[Batch]):
         picks = Picks(corpus, rows, seeds, lane, training=True, quantile=quantiles)
         # Arrays that only the host reads stay NumPy: each tensor costs a shared memory file and a device copy.
         batch = self._read(picks)
-        if getattr(self._read, "names_origin", True):
-            batch |= {"corpus": corpus, "row": rows}
+        if not getattr(self._read, "names_origin", True):
+            return batch
+        batch |= {"corpus": corpus, "row": rows}
         if self._streams:
             batch["places"] = np.array([stream.place() for stream in self._streams], dtype=np.int64)
         return batch

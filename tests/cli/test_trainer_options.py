@@ -1,4 +1,4 @@
-"""Every argument of the Trainer: honoured, or refused in one line, and what the docs say about it."""
+"""Every argument of the Trainer is honored or refused in one line, as the docs say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each corpus's epoch is logged, and new data that is read again is reported once, in one line."""
+"""Each corpus's epoch is logged, and repeated new data is reported once, in one line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_first_repeated_row_is_what_counts(make: Callable[..., TextDataModul
     assert len(repetitions(found)) == expected
 
 
-def test_replayed_data_and_epochs_that_were_asked_for_are_not_reported(make: Callable[..., TextDataModule]) -> None:
+def test_replayed_data_and_requested_epochs_are_not_reported(make: Callable[..., TextDataModule]) -> None:
     code = make().corpora["code"]
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")

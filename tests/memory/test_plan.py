@@ -14,7 +14,7 @@ DEMO = ["plan", "--config", str(CONFIGS / "continual" / "demo.yaml")]
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    """What is printed, by the first words of each line."""
+    """Return the printed lines by their first words."""
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line]
     return {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
 

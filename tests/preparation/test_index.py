@@ -1,4 +1,4 @@
-"""Shards that others wrote: indexed by one scan, read as they are, refused where webdataset would lose something."""
+"""Foreign shards are indexed in one scan, read as they are, and refused if webdataset would lose something."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = np.random.default_rng(0).integers(0, 500, size=(24, 9))
 
 
 def write_rows(folder: Path, name: str, pieces: list[Any], mtime: float | None = None) -> Path:
-    """A shard as webdataset's own writer makes it: with the time, in an extended header, unless one is given."""
+    """Write a shard with webdataset's writer, with the current time in an extended header unless one is given."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     with wds.TarWriter(str(path), mtime=mtime) as writer:
@@ -58,7 +58,7 @@ def test_rows_of_webdatasets_writer(tmp_path: Path, dtype: str, rows: int | None
     assert (tmp_path / "a-000000.tar").read_bytes() == before
 
 
-def test_an_index_of_its_own_folder_names_where_the_shards_lie(tmp_path: Path) -> None:
+def test_an_index_in_another_folder_contains_the_shards_places(tmp_path: Path) -> None:
     tar = write_rows(tmp_path / "shards", "a.tar", list(TOKENS))
     index(tmp_path, tar, out=tmp_path / "index")
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["a.tar"]
@@ -214,7 +214,7 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Writes a file when it is unpickled."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -262,8 +262,8 @@ def test_a_token_changed_after_indexing_is_refused_with_its_place(tmp_path: Path
     assert any("SHA-256" in line for line in verify(tmp_path))
 
 
-def test_a_tar_written_anew_beside_an_old_sidecar(tmp_path: Path) -> None:
-    """Of the same size, so that only its headers give it away."""
+def test_a_rewritten_tar_with_an_old_sidecar(tmp_path: Path) -> None:
+    """It has the same size, so that only its headers differ."""
     tar = good_tar(tmp_path)
     index(tmp_path)
     size = tar.stat().st_size
@@ -301,7 +301,7 @@ def test_wrong_use(
     assert "\n" not in str(error.value)
 
 
-def test_neighbouring_shards_that_share_a_key(tmp_path: Path) -> None:
+def test_neighboring_shards_that_share_a_key(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         with wds.TarWriter(str(tmp_path / name)) as writer:
             writer.write({"__key__": "same", "npy": TOKENS[0]})

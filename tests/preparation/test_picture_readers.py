@@ -1,4 +1,4 @@
-"""Every kind of image file times every reader: all see what Pillow's ``exif_transpose`` gives, over white."""
+"""Every kind of image file in every reader gives the pixels of Pillow's ``exif_transpose``, over white."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def reference(data: bytes) -> NDArray[np.uint8]:
 
 
 def foreign_tar(folder: Path) -> str:
-    """A tar that holds the files as they are, indexed."""
+    """Write and index a tar of the unchanged files."""
     folder.mkdir()
     with tarfile.open(folder / "a.tar", "w") as tar:
         for row, (name, data) in enumerate(KINDS.items()):
@@ -119,7 +119,7 @@ def foreign_tar(folder: Path) -> str:
 
 
 def prepared(folder: Path) -> str:
-    """The files of a folder, in shards."""
+    """Prepare the files of a folder as shards."""
     (folder / "in").mkdir(parents=True)
     for name, data in KINDS.items():
         (folder / "in" / name).write_bytes(data)
@@ -175,7 +175,7 @@ def test_reconstruction_sees_what_pillow_sees(name: str, tmp_path: Path) -> None
 
 
 def close(found: NDArray[np.uint8], expected: NDArray[np.uint8], name: str) -> None:
-    """Equal up to how a blend with white is rounded."""
+    """Check equality up to rounding of the blend with white."""
     np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=1, err_msg=name)
     if "rgba" not in name and "la." not in name and "alphas" not in name:
         np.testing.assert_array_equal(found, expected, err_msg=name)
@@ -185,7 +185,7 @@ def close(found: NDArray[np.uint8], expected: NDArray[np.uint8], name: str) -> N
     ("kind", "options"),
     [("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("AVIF", {}), ("TIFF", {}), ("BMP", {})],
 )
-def test_the_index_says_upright_sizes(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_index_contains_upright_sizes(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     wide = RGB.resize((48, 32))

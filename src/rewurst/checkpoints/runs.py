@@ -20,18 +20,18 @@ KEY = "run"
 
 
 class RunIdentity(Callback):
-    """Store the run's name and dataset in its checkpoints, so that runs that share a folder are told apart.
+    """Callback that stores the run's name and dataset in checkpoints, to tell apart runs that share a folder.
 
-    A resumed run also learns where its last checkpoint is: a periodic one does not know, and Lightning would call the
-    next one ``last-v1.ckpt``.
+    A resumed run also learns the path of its last checkpoint: periodic checkpoints do not store it, and Lightning would
+    call the next one ``last-v1.ckpt``.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add name and dataset."""
+        """Add the run's name and dataset."""
         checkpoint[KEY] = {"name": run_name(trainer), "dataset": dataset_of(trainer)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Complete what the checkpoint says of the last one."""
+        """Add the path of the last checkpoint if it is missing."""
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.dirpath:
                 continue

@@ -1,4 +1,4 @@
-"""What TensorBoard reads back: the layout, the mark of a dataset, hyper-parameters with metrics, sample text."""
+"""TensorBoard shows the layout, the marks of datasets, hyper-parameters with metrics, and sample text."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def fit(
     ckpt_path: Any = None,
     **options: Any,
 ) -> Any:
-    """A run of three steps on prose, or from a checkpoint one of three more on code."""
+    """Run three steps on prose, or three more on code from a checkpoint."""
     again = ckpt_path is not None
     chosen = {"code": Corpus(corpora["code"]), "prose": Corpus(corpora["prose"], replay=True)}
     data = TextDataModule("code" if again else "prose", chosen if again else {"prose": Corpus(corpora["prose"])},
@@ -114,7 +114,7 @@ def test_the_layout_names_what_is_logged(corpora: dict[str, str], tiny_config: d
     assert f"MFU: {CausalLM.flops_formula}, a second and device, over its peak" in charts
 
 
-def test_a_dataset_that_begins_is_marked(corpora: dict[str, str], tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_the_start_of_a_dataset_is_marked(corpora: dict[str, str], tiny_config: dict[str, Any], tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "saved", "a", every_n_train_steps=3)
     fit(tmp_path, corpora, tiny_config, schedule(), saving)
     callbacks = [schedule(), ReplayScheduler(0.25), TensorBoardLayout()]
@@ -152,7 +152,7 @@ def test_modules_bring_their_charts(picture_data: Any, tmp_path: Path) -> None:
         assert any(re.fullmatch(one, name) for name in logged for one in names)
 
 
-def test_settings_stand_beside_metrics_of_the_same_run(
+def test_settings_are_logged_with_metrics_of_the_same_run(
     corpora: dict[str, str], tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     run = fit(
@@ -185,7 +185,7 @@ def test_other_loggers_get_the_settings(corpora: dict[str, str], tiny_config: di
 
 
 class Writes(LightningModule):
-    """Writes what it was asked and a random number."""
+    """Module that generates the prompt and a random number."""
 
     def __init__(self) -> None:
         super().__init__()

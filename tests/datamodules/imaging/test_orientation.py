@@ -1,4 +1,4 @@
-"""Orientation in every form that Pillow reads, in every format; the pictures are those of its ``exif_transpose``."""
+"""Orientation in every form and format that Pillow reads gives the pictures of its ``exif_transpose``."""
 
 import io
 import struct

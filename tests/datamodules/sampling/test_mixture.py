@@ -1,4 +1,4 @@
-"""The replay share is exact at every step, and evenly spread within a batch."""
+"""The replay share is exact at every step and evenly spread within a batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_changing_share_drifts_by_less_than_a_row(share: partial[float]) -> No
 
 @settings(max_examples=20, deadline=None)
 @given(stop=st.integers(0, 3000), later=st.integers(0, 2000))
-def test_running_sums_go_on_from_a_restored_one(stop: int, later: int) -> None:
+def test_running_sums_continue_from_a_restored_one(stop: int, later: int) -> None:
     share = partial(linear, length=2500, start=0.5, end=0.0)
     whole = RunningShare(share)
     restored = RunningShare(share, stop, whole.total(stop))

@@ -1,4 +1,4 @@
-"""Models from folders, configs and checkpoints: complete, in float32, tied as their files are, or refused."""
+"""Models from folders, configs and checkpoints are complete, in float32 and tied like their files, or refused."""
 
 from __future__ import annotations
 
