@@ -1,9 +1,9 @@
-"""Images a second from JPEG bytes to resized pixels, side by side: ours with simplejpeg and with Pillow, and two peers.
+"""Compare images per second from JPEG bytes to resized pixels: ours with simplejpeg and with Pillow, and two peers.
 
-Every contender turns the same files into uint8 pictures whose shortest side fits the target, centre-cropped to a
-square. Plain Pillow decodes all of a file and resizes with Lanczos; torchvision decodes all of it and resizes with its
-antialiased bicubic filter. All in one thread, in turns, in one run. The files are smooth noise at several scales,
-compressed with quality 90 and 4:2:0: about as many bits a pixel as photographs take.
+Every contender turns the same files into uint8 pictures whose shortest side fits the target, center-cropped to a
+square. Plain Pillow decodes the whole file and resizes with Lanczos; torchvision decodes it and resizes with its
+antialiased bicubic filter. All run in one thread, in turns, in one run. The files are smooth noise at several scales,
+compressed with quality 90 and 4:2:0, with about as many bits per pixel as photographs.
 
     python benchmarks/decoding.py --out benchmarks/results/images.json
 """
@@ -36,12 +36,12 @@ from rewurst.datamodules.imaging.geometry import crop, resample, size_to_decode
 
 Contender = Callable[[bytes, int], Any]
 
-CASES = ((512, 512), (512, 256), (1024, 512), (1024, 256))  # side of the files, side that is wanted
+CASES = ((512, 512), (512, 256), (1024, 512), (1024, 256))  # side of the files, side of the target
 FILES = 8
 
 
 def ours(data: bytes, side: int, simplejpeg: bool) -> NDArray[np.uint8]:
-    """As the data module does: header, crop, a JPEG reduced while it is decoded, one resampling."""
+    """Decode like the data module: header, crop, a JPEG reduced while decoding, one resampling."""
     header = read_header(data)
     size, target = (header.height, header.width), (side, side)
     shown = crop(size, target)
@@ -50,7 +50,7 @@ def ours(data: bytes, side: int, simplejpeg: bool) -> NDArray[np.uint8]:
 
 
 def plain_pillow(data: bytes, side: int) -> NDArray[np.uint8]:
-    """Decode, resize, crop: the usual lines."""
+    """Decode, resize and crop in the usual way."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     by = side / min(image.size)
     image = image.resize((round(image.width * by), round(image.height * by)), Image.Resampling.LANCZOS)
@@ -59,7 +59,7 @@ def plain_pillow(data: bytes, side: int) -> NDArray[np.uint8]:
 
 
 def by_torchvision(data: bytes, side: int) -> torch.Tensor:
-    """``decode_jpeg``, ``resize``, ``center_crop``."""
+    """Decode with ``decode_jpeg``, ``resize`` and ``center_crop``."""
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     pixels = torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
     resized = functional.resize(pixels, [side], functional.InterpolationMode.BICUBIC, antialias=True)
@@ -67,7 +67,7 @@ def by_torchvision(data: bytes, side: int) -> torch.Tensor:
 
 
 def make_files(side: int) -> list[bytes]:
-    """JPEGs, ``side`` high and a quarter wider."""
+    """Return JPEGs that are ``side`` high and a quarter wider."""
     files = []
     for number in range(FILES):
         random, width = np.random.default_rng(number), side * 5 // 4
@@ -84,7 +84,7 @@ def make_files(side: int) -> list[bytes]:
 
 
 def measure(contender: Contender, files: list[bytes], side: int, seconds: float) -> float:
-    """Images a second over whole passes of the files, for about so long."""
+    """Return the images per second over whole passes of the files, for about ``seconds``."""
     done, begin = 0, time.perf_counter()
     while (passed := time.perf_counter() - begin) < seconds:
         for data in files:
@@ -94,7 +94,7 @@ def measure(contender: Contender, files: list[bytes], side: int, seconds: float)
 
 
 def compare(case: tuple[int, int], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Every contender in turns; one row for each of ours against each peer."""
+    """Measure every contender in turns; return one row for each pair of ours and a peer."""
     stored, side = case
     files = make_files(stored)
     mine: dict[str, Contender] = {"Pillow": partial(ours, simplejpeg=False)}
@@ -115,17 +115,17 @@ def compare(case: tuple[int, int], rounds: int, seconds: float) -> list[dict[str
             what = f"JPEG of {stored} px to {side} px, with {name}"
             row = {"what": what, "peer": peer, "ours": a, "theirs": b, "ratio": a / b, "unit": "images/s"}
             spread = {"runs_ours": runs[name], "runs_theirs": runs[peer]}
-            rows.append(row | spread | {"bytes_a_file": statistics.mean(map(len, files))})
-            print(f"{what}, against {peer}: {a:.1f} against {b:.1f} images/s, ratio {a / b:.2f}", flush=True)
+            rows.append(row | spread | {"bytes_per_file": statistics.mean(map(len, files))})
+            print(f"{what}, compared with {peer}: {a:.1f} and {b:.1f} images/s, ratio {a / b:.2f}", flush=True)
     return rows
 
 
 def main() -> None:
-    """Compares, writes the results."""
+    """Compare and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/images.json"))
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.8, help="of each run")
+    parser.add_argument("--seconds", type=float, default=0.8, help="length of each run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     setting = {

@@ -1,8 +1,8 @@
-"""Stage C's training: a step against diffusers' prior, and its data from cached latents against pixels.
+"""Compare Stage C's training with diffusers' prior, and its data from cached latents with pixels.
 
-Data: images a second delivered to the prior, its own step excluded, one process, no loader workers: JPEGs of 512 pixels
-decoded, through an EfficientNetV2-S compressor and a text encoder of the released one's width and depth or fewer layers
-(``--text_layers``), random weights; against the latents and text states that ``rewurst prepare latents`` makes of them.
+Data is measured in images per second delivered to the prior, without its own step, in one process without workers. One
+side decodes JPEGs of 512 pixels and runs an EfficientNetV2-S compressor and a text encoder like the released one, with
+``--text_layers`` layers and random weights. The other reads the latents and text states of ``rewurst prepare latents``.
 
     python benchmarks/latents.py --out benchmarks/results/wuerstchen.json     # replaces its own rows there
 """
@@ -34,12 +34,12 @@ from rewurst.modules.networks import Prior, SemanticCompressor, diffusion
 from rewurst.preparation.index import index_shards
 from rewurst.preparation.latents import prepare_latents
 
-WIDTH = 1280  # of the released text encoder
+WIDTH = 1280  # width of the released text encoder
 STEP, DATA = "Stage C training step 24x24", "images delivered to the prior"
 
 
 def median_seconds(sides: Sequence[Callable[[], object]], runs: int) -> list[list[float]]:
-    """Time sides in turns, after one run each that does not count."""
+    """Time sides in turns, after one warm-up run each."""
     for side in sides:
         side()
     seconds: list[list[float]] = [[] for _ in sides]
@@ -52,14 +52,14 @@ def median_seconds(sides: Sequence[Callable[[], object]], runs: int) -> list[lis
 
 
 def row(what: str, peer: str, seconds: Sequence[Sequence[float]], images: int) -> dict[str, Any]:
-    """Return a row of results: ours first."""
+    """Return a row of results, ours first."""
     ours, theirs = (images / statistics.median(times) for times in seconds)
     found = {"what": what, "peer": peer, "ours": ours, "theirs": theirs, "ratio": ours / theirs, "unit": "images/s"}
     return found | {"seconds_ours": list(seconds[0]), "seconds_theirs": list(seconds[1])}
 
 
 def training_step(network: nn.Module, ours: bool, batch: Sequence[Tensor]) -> Callable[[], float]:
-    """Forward, backward, clipping and AdamW, as both would be trained; theirs in the plainest loop."""
+    """Return a training step: forward, backward, clipping and AdamW; theirs in the plainest loop."""
     x, t, noise, text = batch
     network.train()
     decayed = [p for p in network.parameters() if p.requires_grad]
@@ -79,7 +79,7 @@ def training_step(network: nn.Module, ours: bool, batch: Sequence[Tensor]) -> Ca
 
 
 def compare_steps(runs: int, samples: int) -> dict[str, Any]:
-    """Time a training step at c=1536, depth 2, 24 x 24; both begin with equal weights and give equal losses."""
+    """Time a training step at c=1536, depth 2, 24 x 24; both start from equal weights and give equal losses."""
     sides = [build_step(side, samples) for side in ("ours", "theirs")]
     first, second = (side() for side in sides)
     if abs(first - second) > 1e-4 * abs(second):
@@ -88,7 +88,7 @@ def compare_steps(runs: int, samples: int) -> dict[str, Any]:
 
 
 def build_step(side: str, samples: int) -> Callable[[], float]:
-    """A training step of our prior or of diffusers', with the same weights on the same batch."""
+    """Return a training step of our prior or diffusers', with the same weights and batch."""
     torch.manual_seed(0)
     network: nn.Module = Prior.from_preset("released", depth=2, dropout=0.0)
     nn.init.normal_(network.get_parameter("out.1.weight"), std=1e-3)
@@ -101,7 +101,7 @@ def build_step(side: str, samples: int) -> Callable[[], float]:
 
 
 def compare_memory(runs: int, samples: int, threads: int) -> dict[str, Any]:
-    """Peak memory of processes that train for two steps, libraries and optimizer included."""
+    """Measure the peak memory of processes that train for two steps, including libraries and optimizer."""
     peaks: dict[str, list[int]] = {"ours": [], "theirs": []}
     for _ in range(runs):
         for side, found in peaks.items():
@@ -121,7 +121,7 @@ def write_images(folder: Path, count: int) -> str:
             noise = np.random.default_rng(number).integers(0, 256, (48, 48, 3)).astype(np.uint8)
             content = io.BytesIO()
             Image.fromarray(noise).resize((512, 512), Image.Resampling.BICUBIC).save(content, "jpeg", quality=90)
-            caption = f"a photograph of number {number} on a table beside a window"
+            caption = f"a photograph of number {number} on a table next to a window"
             writer.write({"__key__": f"{number:06d}", "jpg": content.getvalue(), "txt": caption})
     index_shards([str(folder)], progress=False)
     return str(folder)
@@ -148,7 +148,7 @@ def write_text_encoder(folder: Path, layers: int) -> str:
 
 
 def compare_data(root: Path, images: int, layers: int, runs: int, batch_size: int) -> dict[str, Any]:
-    """Time batches up to what the prior is given: x and text states."""
+    """Time batches up to the prior's inputs: x and text states."""
     source, clip = write_images(root / "images", images), write_text_encoder(root / "clip", layers)
     torch.manual_seed(0)
     SemanticCompressor.from_preset("released").save(root / "compressor")
@@ -175,20 +175,22 @@ def compare_data(root: Path, images: int, layers: int, runs: int, batch_size: in
         given.append(deliver())
     difference = max(float((a - b).abs().max()) for a, b in zip(*given, strict=True))
     if difference > 1e-2:
-        raise SystemExit(f"{DATA}: they differ by {difference}")
+        raise SystemExit(f"{DATA}: the two sides differ by {difference}")
     found = row(DATA, "pixels", median_seconds(sides, runs), batch_size)
     return found | {"text_layers": layers, "largest_difference": difference}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run both and put their rows into the results."""
+    """Run both comparisons and add their rows to the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/wuerstchen.json"))
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=2, help="in a training step")
+    parser.add_argument("--samples", type=int, default=2, help="samples per training step")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--text_layers", type=int, default=4, help="32 in the released text encoder")
+    parser.add_argument(
+        "--text_layers", type=int, default=4, help="layers of the text encoder; the released one has 32"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(args)
@@ -196,7 +198,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments.peak:
         step = build_step(arguments.peak, arguments.samples)
         reset_peak(on_gpu=False)
-        for _ in range(2):  # the optimizer's state is made by the first
+        for _ in range(2):  # the first makes the optimizer's state
             step()
         print(peak_bytes(on_gpu=False))
         return
@@ -209,7 +211,7 @@ def main(args: Sequence[str] | None = None) -> None:
         results.append(compare_data(Path(root), *sizes))
     for found in results:
         ours, theirs, ratio = (found[name] for name in ("ours", "theirs", "ratio"))
-        print(f"{found['what']}, {found['unit']}: {ours:.4g} against {theirs:.4g}, ratio {ratio:.3f}")
+        print(f"{found['what']}, {found['unit']}: {ours:.4g} and {theirs:.4g}, ratio {ratio:.3f}")
     kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     kept = [one for one in kept if one["what"] not in (STEP, DATA)]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Training a language model: tokens a second and peak memory, ours against what a user would otherwise run.
+"""Compare tokens per second and peak memory of language model training with what a user would otherwise run.
 
-Contenders (``lm_contenders.py``) train the same weights on the same rows, in turns, each run in a process of its own.
-Every run gives seconds of the wall and of the processors; medians over runs of medians over steps are compared. That
-all see the same losses is checked. How fast matrix products can be here is measured between the runs.
+Contenders (``lm_contenders.py``) train the same weights on the same rows, in turns, each run in its own process. Every
+run measures wall and CPU seconds; medians over runs of medians over steps are compared. All must see the same losses.
+The speed of matrix products on this machine is measured between the runs.
 
     python benchmarks/lm.py --out benchmarks/results/lm.json
     python benchmarks/lm.py --suite gpu --out ...          # one GPU: 405M parameters, 2,048 tokens, bfloat16
@@ -42,19 +42,19 @@ GROWTH = {
 }
 PARTS = ("train", "overhead", "documents", "growth", "indexes")
 DOCUMENT = 128  # tokens between end tokens, on average
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, as the makers give them
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the data sheets
 
 Result = dict[str, Any]
 
 
 class Bench:
-    """Runs contenders in processes of their own.
+    """Runner of contenders in separate processes.
 
     Args:
-        threads: Of each.
-        device: ``cpu`` or ``cuda``.
-        prefix: What stands before each command, such as ``numactl -N 0``.
-        litgpt: The Python of an environment that has litgpt.
+        threads: Number of threads per contender.
+        device: Device, ``cpu`` or ``cuda``.
+        prefix: Prefix of each command, such as ``numactl -N 0``.
+        litgpt: Python of an environment with litgpt.
     """
 
     def __init__(self, threads: int, device: str, prefix: str, litgpt: str | None) -> None:
@@ -62,13 +62,13 @@ class Bench:
         self.gemm: list[float] = []
 
     def run(self, name: str, shape: dict[str, int], warm: int, steps: int, **options: Any) -> Result:
-        """Trains once."""
+        """Train once."""
         with tempfile.TemporaryDirectory() as folder:
             given = {**shape, "warm": warm, "steps": steps, "device": self.device, "options": options}
             given["folder"] = write_rows(Path(folder) / "rows", shape, (warm + steps) * shape["rows"])
             python = self.litgpt if name == "litgpt" else sys.executable
             command = [*self.prefix, str(python), str(Path(__file__).with_name("lm_contenders.py"))]
-            # Threads that spin while they wait would count as work.
+            # Threads that spin while waiting would count as CPU time.
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "passive"}
             done = subprocess.run(
                 [*command, name, json.dumps(given), str(self.threads)],
@@ -84,12 +84,14 @@ class Bench:
             result[clock] = statistics.median(result[clock])
         self.gemm.append(result["gemm"])
         seconds = f"{result['seconds']:.4g} s, {result['cpu_seconds']:.4g} CPU-s"
-        print(f"  {name} {options or ''}: {seconds} a step, {result['peak'] / 1e9:.3f} GB", file=sys.stderr, flush=True)
+        print(
+            f"  {name} {options or ''}: {seconds} per step, {result['peak'] / 1e9:.3f} GB", file=sys.stderr, flush=True
+        )
         return result
 
 
 def write_rows(folder: Path, shape: dict[str, int], rows: int) -> str:
-    """A corpus of random tokens with ends of documents."""
+    """Write a corpus of random tokens with ends of documents, and return its folder."""
     random = np.random.default_rng(0)
     tokens = random.integers(1, shape["vocabulary"], size=rows * shape["length"] + 1)
     tokens[random.random(len(tokens)) < 1 / DOCUMENT] = 0
@@ -109,7 +111,7 @@ def compare(
     steps: tuple[int, int],
     **ours: Any,
 ) -> list[Result]:
-    """Ours against each peer: tokens a second of the wall and of the processors, and peak memory."""
+    """Compare ours with each peer: tokens per wall and CPU second, and peak memory."""
     names = ["ours", *peers]
     runs: dict[str, list[Result]] = {name: [] for name in names}
     for number in range(rounds):
@@ -122,17 +124,17 @@ def compare(
 
 
 def same_losses(runs: dict[str, list[Result]]) -> None:
-    """All but transformers.Trainer, which leaves out each row's last token, see the same first loss."""
+    """Check that all see the same first loss; transformers.Trainer leaves out each row's last token."""
     expected = runs["ours"][0]["losses"][0]
     for name, results in runs.items():
         for result in results:
             found = result["losses"][0]
             if abs(found / expected - 1) > (2e-3 if name == "transformers.Trainer" else 1e-4):
-                raise SystemExit(f"{name} begins with a loss of {found}, ours with {expected}")
+                raise SystemExit(f"the first loss of {name} is {found}, ours is {expected}")
 
 
 def rows_of(what: str, peer: str, ours: list[Result], theirs: list[Result], tokens: int) -> list[Result]:
-    """Results of one pair in the common format."""
+    """Return the results of one pair in the common format."""
     found = []
     for unit, key in (("tokens/s", "seconds"), ("tokens/cpu-s", "cpu_seconds"), ("bytes", "peak")):
         sides = [[run[key] for run in side] for side in (ours, theirs)]
@@ -141,24 +143,24 @@ def rows_of(what: str, peer: str, ours: list[Result], theirs: list[Result], toke
         a, b = (statistics.median(side) for side in sides)
         row = {"what": what, "peer": peer, "ours": a, "theirs": b, "ratio": a / b, "unit": unit}
         found.append(row | {"runs_ours": sides[0], "runs_theirs": sides[1]})
-        print(f"{what}, {peer}, {unit}: {a:.4g} against {b:.4g}, ratio {a / b:.3f}", flush=True)
+        print(f"{what}, {peer}, {unit}: {a:.4g} and {b:.4g}, ratio {a / b:.3f}", flush=True)
     return found
 
 
 def overhead(bench: Bench, rounds: int) -> Result:
-    """Milliseconds a step that Lightning, callbacks and the data module add to our own loss in a raw loop."""
+    """Measure the milliseconds per step that Lightning, callbacks and data module add to our loss in a raw loop."""
     runs: dict[str, list[float]] = {"ours": [], "our loop": []}
     for _ in range(rounds):
         for name, seconds in runs.items():
             seconds.append(1000 * bench.run(name, TINY, 20, 300)["seconds"])
     a, b = (statistics.median(seconds) for seconds in runs.values())
-    print(f"Lightning and callbacks: {a:.2f} ms a step against {b:.2f} of a loop, {a - b:.2f} more", flush=True)
+    print(f"Lightning and callbacks: {a:.2f} ms per step, {b:.2f} in a loop, {a - b:.2f} more", flush=True)
     row = {"what": "step of a tiny model", "peer": "our loss in a raw loop", "ours": a, "theirs": b, "ratio": a / b}
     return row | {"unit": "ms", "runs_ours": runs["ours"], "runs_theirs": runs["our loop"]}
 
 
 def grow(bench: Bench) -> list[Result]:
-    """Ours and the raw loop as one size grows, the others as Pythia-70M's at 1,024 tokens a batch (2,048 by length)."""
+    """Compare with the raw loop as one size grows; others as Pythia-70M, 1,024 tokens per batch (2,048 by length)."""
     found = []
     for name, shapes in GROWTH.items():
         for shape in shapes:
@@ -168,7 +170,7 @@ def grow(bench: Bench) -> list[Result]:
 
 
 def documents(bench: Bench, rounds: int) -> list[Result]:
-    """What keeping documents apart costs: ours with masks against ours without."""
+    """Measure the cost of keeping documents apart: ours with and without masks."""
     sides: list[list[Result]] = [[], []]
     for _ in range(rounds):
         for side, masks in zip(sides, (True, False), strict=True):
@@ -178,7 +180,7 @@ def documents(bench: Bench, rounds: int) -> list[Result]:
 
 
 def indexes() -> None:
-    """Prints bytes of an index and milliseconds until its corpus is open; rows of 2,048 tokens, shards of 256 MiB."""
+    """Print an index's bytes and the milliseconds to open its corpus, for rows of 2,048 tokens, shards of 256 MiB."""
     for exponent in range(6, 12):
         rows, per_shard = 10**exponent // 2048, 65536 // 256 * 256
         sizes = [min(per_shard, rows - begin) for begin in range(0, rows, per_shard)]
@@ -202,10 +204,10 @@ def indexes() -> None:
 
 
 def flops(shape: dict[str, int]) -> tuple[float, float]:
-    """Of a step: what its matrix products take, and by the usual formula, 6 N + 12 L d T a token with all parameters.
+    """Return a step's FLOPs of matrix products, and by the usual formula, 6 N + 12 L d T per token.
 
-    The first leaves out the input embedding, which is looked up, and counts both halves of causal attention, which is
-    how it is computed.
+    The formula counts all parameters. The first number leaves out the input embedding, which is only looked up, and
+    counts both halves of causal attention, as they are computed.
     """
     layers, width, vocabulary, length = (shape[name] for name in ("layers", "width", "vocabulary", "length"))
     tokens = shape["rows"] * length
@@ -214,8 +216,8 @@ def flops(shape: dict[str, int]) -> tuple[float, float]:
     return tokens * matrices, tokens * (6 * (blocks + 2 * vocabulary * width) + attention)
 
 
-def utilisation(bench: Bench, results: list[Result], shape: dict[str, int]) -> Result:
-    """The step's share of what the machine can do."""
+def utilization(bench: Bench, results: list[Result], shape: dict[str, int]) -> Result:
+    """Return the step's share of the machine's peak."""
     speed = next(row["ours"] for row in results if row["unit"] == "tokens/s")
     done, formula = (value * speed / (shape["rows"] * shape["length"]) for value in flops(shape))
     if bench.device == "cuda":
@@ -223,21 +225,23 @@ def utilisation(bench: Bench, results: list[Result], shape: dict[str, int]) -> R
         peak, done = next((value for key, value in PEAK_FLOPS.items() if key in name), float("nan")), formula
     else:
         peak = statistics.median(bench.gemm)
-    print(f"utilisation: {done / 1e9:.4g} of {peak / 1e9:.4g} GFLOP/s, {done / peak:.1%}", flush=True)
-    return {"what": "utilisation", "peer": "peak", "ours": done, "theirs": peak, "ratio": done / peak, "unit": "FLOP/s"}
+    print(f"utilization: {done / 1e9:.4g} of {peak / 1e9:.4g} GFLOP/s, {done / peak:.1%}", flush=True)
+    return {"what": "utilization", "peer": "peak", "ours": done, "theirs": peak, "ratio": done / peak, "unit": "FLOP/s"}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Measures what is asked for and writes the results."""
+    """Measure the requested parts and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lm.json"))
     parser.add_argument("--suite", choices=("cpu", "gpu", "tiny"), default="cpu")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the suite cpu; others stay in OUT")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="parts of the suite cpu; others stay in OUT"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--add", type=Path, nargs="*", help="results of earlier sittings whose runs are counted with")
+    parser.add_argument("--add", type=Path, nargs="*", help="earlier results whose runs to include")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prefix", default="", help="before each command, such as 'numactl -N 0'")
-    parser.add_argument("--litgpt", help="the Python of an environment with litgpt")
+    parser.add_argument("--prefix", default="", help="prefix of each command, such as 'numactl -N 0'")
+    parser.add_argument("--litgpt", help="Python of an environment with litgpt")
     arguments = parser.parse_args(args)
     gpu = arguments.suite == "gpu"
     bench = Bench(arguments.threads, "cuda" if gpu else "cpu", arguments.prefix, arguments.litgpt)
@@ -255,7 +259,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def together(rows: list[Result], earlier: list[Result]) -> list[Result]:
-    """The same rows over the runs of both; where a sitting gave one number, that is a run."""
+    """Return the rows over the runs of both results; a single number counts as one run."""
     if not rows or not earlier:
         return rows or earlier
     found = []
@@ -270,24 +274,24 @@ def together(rows: list[Result], earlier: list[Result]) -> list[Result]:
 
 
 def measure(bench: Bench, part: str, rounds: int) -> list[Result]:
-    """One part of the table."""
+    """Measure one part of the table."""
     peers = ["raw loop", "transformers.Trainer"]
     if part == "gpu":
         results = compare(bench, "405M, 16 x 2048, bfloat16", PYTHIA_410M, peers, min(rounds, 2), (8, 12), compile=True)
-        return [*results, utilisation(bench, results, PYTHIA_410M)]
+        return [*results, utilization(bench, results, PYTHIA_410M)]
     if part == "tiny":
         return compare(bench, "tiny", TINY, peers, rounds, (2, 5))
     if part == "train":
         peers += ["litgpt"] if bench.litgpt else []
         results = compare(bench, "Pythia-70M, 8 x 512, fp32", PYTHIA_70M, peers, rounds, (1, 2))
-        return [*results, utilisation(bench, results, PYTHIA_70M)]
+        return [*results, utilization(bench, results, PYTHIA_70M)]
     if part == "overhead":
         return [overhead(bench, rounds)]
     if part == "documents":
         return documents(bench, min(rounds, 3))
     if part == "growth":
         return grow(bench)
-    indexes()  # printed: no peer to compare with
+    indexes()  # only printed: there is no peer to compare with
     return []
 
 

@@ -1,8 +1,8 @@
-"""The training loops that ``lm.py`` compares, each run in a process of its own.
+"""Run one of the training loops that ``lm.py`` compares, each in its own process.
 
-Every one trains the same GPT-NeoX from the same weights on the same rows in the same order, with fused AdamW and
-clipping to norm 1. It prints one line of JSON: seconds of each timed step, the losses, and the peak of memory above
-what libraries took before the model was built.
+Each trains the same GPT-NeoX from the same weights on the same rows in the same order, with fused AdamW and clipping to
+norm 1. It prints one line of JSON: seconds of each timed step, the losses, and the peak memory above that of the
+libraries before the model was built.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from rewurst.modules.causal_lm import PAPERS
 
 @dataclass
 class Run:
-    """What to train for how long, and what was seen.
+    """Settings and measurements of a run.
 
     Attributes:
-        layers: Of the model, as are ``width`` (hidden size), ``heads`` and ``vocabulary``.
-        length: Tokens predicted a row.
-        rows: Of a global batch.
-        warm: Steps that are not timed.
-        steps: Steps that are.
-        folder: The corpus.
-        device: ``cpu`` or ``cuda``, where products are in bfloat16.
+        layers: Layers of the model; ``width`` (hidden size), ``heads`` and ``vocabulary`` are also its own.
+        length: Number of predicted tokens per row.
+        rows: Number of rows per global batch.
+        warm: Number of warm-up steps, which are not timed.
+        steps: Number of timed steps.
+        folder: Folder of the corpus.
+        device: Device, ``cpu`` or ``cuda`` with products in bfloat16.
         options: Arguments of CausalLM, or of the loop.
     """
 
@@ -62,13 +62,13 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """GPT-NeoX as the Pythia suite has it."""
+        """Config of GPT-NeoX as in the Pythia suite."""
         sizes = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": self.heads}
         sizes |= {"intermediate_size": 4 * self.width, "vocab_size": self.vocabulary}
         return {"model_type": "gpt_neox", "max_position_embeddings": max(2048, self.length), **sizes}
 
     def batches(self) -> Iterator[Tensor]:
-        """Rows as our data module reads them, (rows, length + 1)."""
+        """Yield batches as our data module reads them, (rows, length + 1)."""
         shards = TokenShards(self.folder)
         order = CorpusOrder("train", len(shards), 0, "full")
         for step in range(self.warm + self.steps):
@@ -76,7 +76,7 @@ class Run:
             yield torch.from_numpy(shards.read(order.row(counter))).long()
 
     def tick(self, loss: Tensor) -> None:
-        """Ends a step. A GPU is waited for where timing begins and ends alone."""
+        """Record the end of a step. A GPU is synchronized only where timing begins and ends."""
         self.losses.append(loss.detach())
         if self.device == "cuda":
             if len(self.losses) not in (self.warm, self.warm + self.steps):
@@ -85,7 +85,7 @@ class Run:
         self.times.append((time.perf_counter(), time.process_time()))
 
     def seconds(self, clock: int) -> list[float]:
-        """Of each timed step, or of all of them on average; clock 0 is the wall's, 1 the processors'."""
+        """Return the seconds of each timed step, or their mean on a GPU; clock 0 is wall time, 1 CPU time."""
         times = [reading[clock] for reading in self.times]
         if self.device == "cuda":
             return [(times[-1] - times[0]) / self.steps]
@@ -93,7 +93,7 @@ class Run:
 
 
 def lightning(run: Run) -> None:
-    """CausalLM in Lightning's Trainer with our callbacks and data module, as a user runs them."""
+    """Train CausalLM in Lightning's Trainer with our callbacks and data module, as a user would."""
 
     class Tick(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -119,7 +119,7 @@ def lightning(run: Run) -> None:
 
 
 def loop(run: Run, model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> None:
-    """The shortest loop there is."""
+    """Train in a minimal loop."""
     optimizer = PAPERS.of("adamw")(model.parameters())
     cast: Any = torch.autocast("cuda", torch.bfloat16) if run.device == "cuda" else nullcontext()
     for ids in run.batches():
@@ -133,13 +133,13 @@ def loop(run: Run, model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Non
 
 
 def our_loop(run: Run) -> None:
-    """CausalLM's loss without Lightning: what Lightning and the callbacks cost is the difference."""
+    """Train with CausalLM's loss without Lightning; the difference is the cost of Lightning and callbacks."""
     module = CausalLM(run.config, **run.options).to(run.device)
     loop(run, module, module.loss)
 
 
 def raw_loop(run: Run) -> None:
-    """Transformers' model in a loop as nanoGPT has it: all logits, one cross-entropy."""
+    """Train transformers' model in a loop like nanoGPT's: all logits, one cross-entropy."""
     model: Any = transformers_model(run).to(run.device)
     called = torch.compile(model) if run.options.get("compile") else model
 
@@ -151,7 +151,7 @@ def raw_loop(run: Run) -> None:
 
 
 def trainer(run: Run) -> None:
-    """transformers.Trainer at its defaults, but for fused AdamW, the order of rows, and nothing written."""
+    """Train with transformers.Trainer's defaults except for fused AdamW, the order of rows and no output."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Timed(Trainer):
@@ -186,14 +186,14 @@ def trainer(run: Run) -> None:
 
 
 def litgpt(run: Run) -> None:
-    """``litgpt.pretrain.fit`` on litgpt's own model with the same weights, not compiled."""
+    """Train litgpt's own model with ``litgpt.pretrain.fit`` and the same weights, not compiled."""
     from lightning.fabric import Fabric
     from litgpt import GPT, Config, pretrain
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_gpt_neox
 
     total = run.warm + run.steps
-    weights = transformers_model(run).state_dict()  # first, so that the seed gives everybody the same
+    weights = transformers_model(run).state_dict()  # first, so that the seed gives all the same
     weights = {
         name.replace("lm_head", "embed_out"): weight for name, weight in weights.items()
     }  # transformers 4's name
@@ -220,12 +220,12 @@ def litgpt(run: Run) -> None:
     optimizer.register_step_post_hook(lambda *_: run.tick(losses.pop()))
     whole = {"model": model, "optimizer": optimizer, "iter_num": 0, "step_count": 0}
     evaluation = EvalArgs(interval=10**9, final_validation=False, max_iters=0)
-    pretrain.validate = lambda *_, **__: torch.zeros(())  # a look at two batches before training
+    pretrain.validate = lambda *_, **__: torch.zeros(())  # would evaluate two batches before training
     pretrain.fit(fabric, 1, whole, rows, [], Path(run.folder), None, train, evaluation)
 
 
 def transformers_model(run: Run) -> nn.Module:
-    """The model that CausalLM builds, from the same seed."""
+    """Return the model that CausalLM builds, from the same seed."""
     from rewurst.modules.language.building import build
 
     return build(run.config).train()
@@ -241,13 +241,13 @@ CONTENDERS = {
 
 
 def memory_line(name: str) -> int:
-    """A line of the process's status in bytes (Linux)."""
+    """Return a line of the process's status in bytes (Linux)."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
     return int(line.split()[1]) * 1024
 
 
-def products_a_second(device: str) -> float:
-    """FLOP/s of square matrix products, the best of five: what the machine can do just now."""
+def products_per_second(device: str) -> float:
+    """Return the FLOP/s of square matrix products, the best of five, as the machine's current peak."""
     dtype, size = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 2048)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -259,19 +259,19 @@ def products_a_second(device: str) -> float:
 
 
 def main() -> None:
-    """Trains as the command line says."""
+    """Train as the command line says."""
     name, given, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     run = Run(**json.loads(given))
-    from transformers import GPTNeoXForCausalLM, Trainer  # noqa: F401  # libraries count for nobody
+    from transformers import GPTNeoXForCausalLM, Trainer  # noqa: F401  # excludes libraries from the measurement
 
     torch.manual_seed(0)
     before = memory_line("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, which begins at what a parent held when it forked
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, which starts at the parent's memory
     CONTENDERS[name](run)
     peak = torch.cuda.max_memory_allocated() if run.device == "cuda" else memory_line("VmHWM") - before
     losses = torch.stack(run.losses).tolist()
-    gemm = products_a_second(run.device)
+    gemm = products_per_second(run.device)
     seen = {"gemm": gemm, "seconds": run.seconds(0), "cpu_seconds": run.seconds(1), "losses": losses, "peak": peak}
     print(json.dumps(seen))
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: processor time of each kind of operation, with what products can do here.
+"""Show where the time of a training step goes: CPU time per kind of operation, and the speed of matrix products.
 
 python benchmarks/lm_profile.py  # Pythia-70M, batch 8 x 512, fp32
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from lm import PYTHIA_70M, TINY, flops, write_rows
-from lm_contenders import Run, loop, products_a_second, transformers_model
+from lm_contenders import Run, loop, products_per_second, transformers_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
@@ -35,12 +35,12 @@ KINDS = {
 
 
 def kind_of(name: str) -> str:
-    """The first kind that one of its words is in the operation's name."""
+    """Return the first kind with a word that is in the operation's name."""
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "everything else")
 
 
 def main() -> None:
-    """Profiles two steps of ours and of the raw loop and prints a table of each."""
+    """Profile two steps of ours and of the raw loop, and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
@@ -52,12 +52,12 @@ def main() -> None:
         for name in ("ours", "raw loop"):
             run = Run(**shape, warm=1, steps=2, folder=rows)
             torch.manual_seed(0)
-            before = products_a_second("cpu")
+            before = products_per_second("cpu")
             model, loss_of = contender(name, run)
             with profile(activities=[ProfilerActivity.CPU]) as profiled:
                 loop(run, model, loss_of)
             seconds = sum(run.seconds(0)) / 2
-            print(f"{name}: {seconds:.2f} s a step; products {before / 1e9:.0f} GFLOP/s by themselves")
+            print(f"{name}: {seconds:.2f} s per step; products alone {before / 1e9:.0f} GFLOP/s")
             print(f"  {flops(shape)[0] / seconds / 1e9:.0f} GFLOP/s in the step")
             kinds: Counter[str] = Counter()
             for event in profiled.key_averages():
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def contender(name: str, run: Run) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """A model and the loss that a loop takes."""
+    """Return a model and the loss function for a loop."""
     if name == "ours":
         module = CausalLM(run.config)
         return module, module.loss

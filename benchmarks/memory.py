@@ -1,12 +1,12 @@
-"""What `rewurst plan` says against what training takes, and the table of what large models take.
+"""Compare `rewurst plan` with the memory that training takes, and print the table for large models.
 
     python benchmarks/memory.py measure            # writes benchmarks/results/memory.json
     python benchmarks/memory.py table              # prints the table of docs/memory.md
 
-Measured is the highest resident memory of a process over three steps in the order in which Lightning does them, above
-what it held after training a tiny module. glibc is told to hand blocks of a megabyte and more back when they are freed
-(MALLOC_MMAP_THRESHOLD_), so that tensors are measured; left to itself it keeps holes between them, which is measured as
-well ("as glibc does it").
+The measurement is the peak resident memory of a process over three steps in Lightning's order, above its memory after
+training a tiny module. glibc is set to return blocks of a megabyte and more when they are freed
+(MALLOC_MMAP_THRESHOLD_), so that tensors are measured. By default it keeps holes between them, which is measured, too
+("as glibc does it").
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DATA = "--data.init_args."
 
 
 def text(rows: int, length: int, *more: str) -> list[str]:
-    """A command line of `fit` for a language model."""
+    """Return a command line of `fit` for a language model."""
     sizes = [f"{DATA}micro_batch_size={rows}", f"{DATA}global_batch_size={rows}", f"{DATA}sequence_length={length}"]
     return [*TEXT, *CPU, *sizes, *more]
 
@@ -73,14 +73,14 @@ LARGE = {
 
 
 def planned(name: str, optimizer: str) -> int:
-    """Bytes that the plan says."""
+    """Return the planned bytes."""
     args, image_size = CASES[name]
     config = Configured(parse(["fit", *args, f"{MODEL}optimizer={optimizer}"]), image_size)
     return config.at(config.layout(1), config.micro_batch_size, config.recomputed).total
 
 
 def measured(name: str, optimizer: str, glibc: bool) -> int:
-    """Bytes that a process of its own has taken."""
+    """Return the bytes that a separate process took."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if not glibc:
         environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
@@ -92,13 +92,13 @@ def measured(name: str, optimizer: str, glibc: bool) -> int:
 
 
 def train(name: str, optimizer: Any) -> None:
-    """Trains as a case says, and prints the peak."""
+    """Train a case and print the peak."""
     args, _ = CASES[name]
     config = parse(["fit", *args])
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     tiny = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 300}
     tiny |= {"num_attention_heads": 2, "intermediate_size": 200}
-    steps(*language_model(tiny, 2, 16, optimizer), 2)  # what libraries load with the first step is not counted
+    steps(*language_model(tiny, 2, 16, optimizer), 2)  # libraries loaded by the first step do not count
     steps(*prior({"preset": "tiny"}, 2, optimizer), 2)
     gc.collect()
     before = memory_line("VmRSS")
@@ -117,7 +117,7 @@ Made = tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer]
 
 
 def language_model(settings: Any, rows: int, length: int, optimizer: Any, **options: Any) -> Made:
-    """CausalLM and its loss on random tokens."""
+    """Return CausalLM, its loss on random tokens and its optimizer."""
     module = CausalLM(settings, optimizer=optimizer, **options)
     vocabulary = module.model.config.vocab_size  # type: ignore[union-attr]
     loss = lambda: module.loss(torch.randint(vocabulary, (rows, length + 1)))  # type: ignore[arg-type]  # noqa: E731
@@ -125,7 +125,7 @@ def language_model(settings: Any, rows: int, length: int, optimizer: Any, **opti
 
 
 def prior(settings: Any, count: int, optimizer: Any) -> Made:
-    """Stage C's network and its loss on random latents of 512 pixels and text states."""
+    """Return Stage C's network, its loss on random latents of 512 pixels and text states, and its optimizer."""
     network = build(Prior, settings)
 
     def loss() -> Tensor:
@@ -138,7 +138,7 @@ def prior(settings: Any, count: int, optimizer: Any) -> Made:
 
 
 def steps(module: nn.Module, loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer, count: int) -> None:
-    """In Lightning's order: gradients of the step before are there during the forward pass."""
+    """Train in Lightning's order: gradients of the previous step exist during the forward pass."""
     for _ in range(count):
         loss = loss_of()
         optimizer.zero_grad()
@@ -148,13 +148,13 @@ def steps(module: nn.Module, loss_of: Callable[[], Tensor], optimizer: torch.opt
 
 
 def memory_line(name: str) -> int:
-    """A line of the process's status in bytes (Linux)."""
+    """Return a line of the process's status in bytes (Linux)."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
     return int(line.split()[1]) * 1024
 
 
 def measure(out: Path, names: Sequence[str]) -> None:
-    """Measures cases and writes them; those that are there and not asked for stay."""
+    """Measure cases and write the results; existing results of other cases are kept."""
     results = json.loads(out.read_text()) if out.exists() else []
     for name in names:
         for optimizer in OPTIMIZERS:
@@ -173,7 +173,7 @@ def measure(out: Path, names: Sequence[str]) -> None:
 
 
 def table(names: Sequence[str]) -> None:
-    """Prints what large models take on 1, 8 and 64 devices of 80 GiB."""
+    """Print the plans of large models on 1, 8 and 64 devices of 80 GiB."""
     print("| | devices | optimizer | weights, gradients, states | activations, buffers | peak | fits | micro-batch |")
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
@@ -186,7 +186,7 @@ def table(names: Sequence[str]) -> None:
 
 
 def line(name: str, optimizer: str, config: Configured, devices: int) -> str:
-    """A row; where there are two numbers, the second is with every block recomputed."""
+    """Return a row of the table; the second of two numbers is with every block recomputed."""
     answers = config.answers(devices)
     fixed = answers[0].plan.parameters + answers[0].plan.gradients + answers[0].plan.states
     others = " / ".join(f"{(a.plan.total - fixed) / 1e9:.1f}" for a in answers)
@@ -197,7 +197,7 @@ def line(name: str, optimizer: str, config: Configured, devices: int) -> str:
 
 
 def main() -> None:
-    """Does what the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure")

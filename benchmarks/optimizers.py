@@ -1,7 +1,7 @@
-"""8-bit optimizers against 32-bit ones, and Muon against AdamW: losses after 200 steps, and bytes of states.
+"""Compare 8-bit with 32-bit optimizers, and Muon with AdamW: losses after 200 steps, and bytes of states.
 
-A small GPT-NeoX on prose (the language reference of the running Python), one process each, and 8-bit AdamW under FSDP
-in two processes as well.
+Each trains a small GPT-NeoX on prose (the language reference of the running Python) in one process, 8-bit AdamW also
+with FSDP in two processes.
 
     python benchmarks/optimizers.py --out benchmarks/results/optimizers.json
 """
@@ -36,19 +36,19 @@ PEERS = {"adamw_8bit": "adamw", "lion_8bit": "lion", "muon": "adamw"}
 
 
 class Losses(Callback):
-    """Mean loss of every global batch."""
+    """Callback that records the mean loss of every global batch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Takes it in."""
+        """Record the loss."""
         loss = trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")
         self.losses.append(float(loss))
 
 
 def train(folder: str, optimizer: Any, devices: int) -> None:
-    """Trains and prints a line of JSON: the last losses' mean, and bytes of states."""
+    """Train and print a line of JSON: the mean of the last losses, and bytes of states."""
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     module = CausalLM(MODEL, optimizer=optimizer)
@@ -83,7 +83,7 @@ def train(folder: str, optimizer: Any, devices: int) -> None:
 
 
 def run(folder: str, optimizer: str, devices: int) -> dict[str, Any]:
-    """Trains in processes of its own."""
+    """Train in separate processes."""
     command = [sys.executable, __file__, "train", folder, optimizer, str(devices)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if devices > 1:
@@ -98,7 +98,7 @@ def run(folder: str, optimizer: str, devices: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs all and writes the results, or trains as the first words say."""
+    """Run all and write the results, or train if the first argument says so."""
     if sys.argv[1:2] == ["train"]:
         train(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return

@@ -1,9 +1,9 @@
-"""Tokens a second from disk: ours, a raw memory map (nanoGPT's way), webdataset, litdata and mosaicml-streaming.
+"""Compare tokens per second from disk: ours, a memory map like nanoGPT's, webdataset, litdata, mosaicml-streaming.
 
-Every contender hands over int64 batches of 32 rows of 2,049 tokens through a DataLoader, in turns, in one run. Wall
-time leaves out the first batches; CPU time is that of the process and its workers over all batches. The data is made
-first and is in the page cache, so that what is measured is the work of each loader, not the disk. litdata and
-mosaicml-streaming run in processes and environments of their own (``stream_peer.py`` makes those).
+Every contender yields int64 batches of 32 rows of 2,049 tokens through a DataLoader, in turns, in one run. Wall time
+leaves out the first batches; CPU time is that of the process and its workers over all batches. The data is made first
+and is in the page cache, so that the loaders are measured, not the disk. litdata and mosaicml-streaming run in their
+own processes and environments, which ``stream_peer.py`` makes.
 
     python benchmarks/stream.py --out benchmarks/results/stream.json
 """
@@ -36,14 +36,14 @@ from rewurst.datamodules.sampling.permutation import CorpusOrder
 from rewurst.datamodules.text import TokenReader
 from rewurst.preparation.writing.token_writer import TokenWriter
 
-LAYOUTS = {"litdata": "TokensLoader", "mosaicml-streaming": "one row a sample"}
+LAYOUTS = {"litdata": "TokensLoader", "mosaicml-streaming": "one row per sample"}
 
 Measurement = Callable[[int], tuple[float, float]]
 versions = {"torch": torch.__version__, "webdataset": wds.__version__}
 
 
 class Crops(Dataset[Tensor]):
-    """Random crops of one flat file, as nanoGPT reads it."""
+    """Random crops of one flat file, as in nanoGPT."""
 
     def __init__(self, path: Path, batches: int) -> None:
         self.tokens, self.batches = np.memmap(path, dtype=np.uint16, mode="r"), batches
@@ -58,7 +58,7 @@ class Crops(Dataset[Tensor]):
 
 
 class Counted(Dataset[Any]):
-    """The first batches of a dataset that has no end."""
+    """First batches of an infinite dataset."""
 
     def __init__(self, inner: MicroBatches, batches: int) -> None:
         self.inner, self.batches = inner, batches
@@ -71,7 +71,7 @@ class Counted(Dataset[Any]):
 
 
 def make_data(folder: Path) -> None:
-    """Two corpora of ours, the same rows one a member for webdataset, and a flat file."""
+    """Write two corpora, the same rows one per member for webdataset, and a flat file."""
     random = np.random.default_rng(0)
     for name in ("new", "old"):
         tokens = random.integers(50_000, size=ROWS * LENGTH + 1, dtype=np.uint16)
@@ -87,7 +87,7 @@ def make_data(folder: Path) -> None:
 
 
 def ours(folder: Path, batches: int, shuffle: Literal["full", "window"], share: float) -> Contender:
-    """Global batches of one micro-batch, with or without replay; tokens are widened where they arrive."""
+    """Return our loader: global batches of one micro-batch, with or without replay, widened after loading."""
     sources = [TokenShards(folder / name) for name in (("new", "old") if share else ("new",))]
     mixture = Mixture(BATCH, {"new": 1.0}, {"old": 1.0} if share else {}, RunningShare(share))
     orders = [[CorpusOrder(name, len(rows), 0, shuffle)] for name, rows in zip(mixture.names, sources, strict=True)]
@@ -101,12 +101,12 @@ def ours(folder: Path, batches: int, shuffle: Literal["full", "window"], share: 
 
 
 def memmap(folder: Path, batches: int) -> Contender:
-    """Random crops of a flat file."""
+    """Return a loader of random crops of a flat file."""
     return lambda workers: DataLoader(Crops(folder / "flat.bin", batches), batch_size=None, num_workers=workers)
 
 
 def webdataset(folder: Path, batches: int, rows_per_member: int) -> Contender:
-    """Its usual pipeline: decode members, shuffle rows in a buffer of 1,000, batch."""
+    """Return webdataset's usual pipeline: decode members, shuffle rows in a buffer of 1,000, batch."""
     tar = str(folder / "single.tar") if rows_per_member == 1 else str(folder / "new" / "new-000000.tar")
 
     def load(workers: int) -> Iterable[Any]:
@@ -120,19 +120,19 @@ def webdataset(folder: Path, batches: int, rows_per_member: int) -> Contender:
 
 
 def split_rows(samples: Iterable[tuple[np.ndarray]]) -> Iterator[tuple[np.ndarray]]:
-    """One sample a row."""
+    """Yield one sample per row."""
     for (rows,) in samples:
         yield from ((row,) for row in rows)
 
 
 def take(batches: Iterable[Any], number: int) -> Iterator[Any]:
-    """The first ones, as int64 tensors."""
+    """Yield the first batches as int64 tensors."""
     for _, batch in zip(range(number), batches, strict=False):
         yield torch.as_tensor(np.asarray(batch[0]).astype(np.int64))
 
 
 def elsewhere(peer: str, python: Path, folder: Path, batches: int) -> Measurement:
-    """A peer in a process of its own, after a short pass that imports and warms."""
+    """Return a measurement of a peer in its own process, after a short warm-up pass."""
 
     def run(workers: int) -> tuple[float, float]:
         options = ["--batches", str(batches), "--workers", str(workers)]
@@ -151,7 +151,7 @@ def _peer(python: Path, *arguments: str) -> str:
 
 
 def compare(folder: Path, batches: int, rounds: int, workers: int, pythons: dict[str, Path]) -> list[dict[str, Any]]:
-    """Every contender in turns; one row for each of ours against each peer and unit."""
+    """Measure every contender in turns; return one row for each pair of ours and a peer, and each unit."""
     mine: dict[str, Contender] = {
         "full shuffle": ours(folder, batches, "full", 0.0),
         "window shuffle": ours(folder, batches, "window", 0.0),
@@ -159,8 +159,8 @@ def compare(folder: Path, batches: int, rounds: int, workers: int, pythons: dict
     }
     peers: dict[str, tuple[str, Contender]] = {
         "flat file": ("memmap", memmap(folder, batches)),
-        "256 rows a member": ("webdataset", webdataset(folder, batches, 256)),
-        "one row a member": ("webdataset", webdataset(folder, batches, 1)),
+        "256 rows per member": ("webdataset", webdataset(folder, batches, 256)),
+        "one row per member": ("webdataset", webdataset(folder, batches, 1)),
     }
     here = [*mine.items(), *((name, contender) for name, (_, contender) in peers.items())]
     turns: dict[str, Measurement] = {name: partial(measure, contender, batches) for name, contender in here}
@@ -181,12 +181,12 @@ def compare(folder: Path, batches: int, rounds: int, workers: int, pythons: dict
                     "runs_theirs": [r[index] for r in found[layout]],
                 }
                 results.append(row | spread)
-                print(f"{what}, {unit}: {a:.3g} against {b:.3g}, ratio {a / b:.2f}", flush=True)
+                print(f"{what}, {unit}: {a:.3g} and {b:.3g}, ratio {a / b:.2f}", flush=True)
     return results
 
 
 def main() -> None:
-    """Makes the data, compares, writes the results."""
+    """Make the data, compare and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stream.json"))
     parser.add_argument("--runs", type=int, default=5)
@@ -194,7 +194,9 @@ def main() -> None:
     for peer in PACKAGES:
         name = peer.partition("-")[0]
         parser.add_argument(
-            f"--{name}", metavar="PYTHON", help=f"default: .venv-{name}, made if missing; 'none': without"
+            f"--{name}",
+            metavar="PYTHON",
+            help=f"Python with it (default: .venv-{name}, made if missing); 'none' to skip",
         )
     arguments = parser.parse_args()
     torch.set_num_threads(1)

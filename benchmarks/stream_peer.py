@@ -1,9 +1,8 @@
-"""One measurement of a peer that needs an environment of its own, for ``stream.py``; prints JSON.
+"""Measure a peer that needs its own environment, for ``stream.py``, and print JSON.
 
-The environment is a virtual environment that sees the packages of this one behind its own, so that both sides run on
-the same torch and NumPy. litdata needs boto3, whose python-dateutil is older than ours. mosaicml-streaming asks for
-older NumPy and transformers and for five clouds' clients: it is installed without its dependencies but for those that
-reading imports.
+The virtual environment falls back to the packages of this one, so that both sides run on the same torch and NumPy.
+litdata needs boto3, whose python-dateutil is older than ours. mosaicml-streaming requires older NumPy and transformers
+and the clients of five clouds, so it is installed only with the dependencies needed for reading.
 
     python benchmarks/stream_peer.py litdata make FOLDER
     python benchmarks/stream_peer.py litdata measure FOLDER --batches 420 --workers 2
@@ -44,7 +43,7 @@ Contender = Callable[[int], Iterable[Any]]
 
 
 def environment(peer: str) -> Path:
-    """The Python of ``.venv-<peer>`` beside this checkout's ``.venv``, made where it is missing."""
+    """Return the Python of ``.venv-<peer>`` next to this checkout's ``.venv``, which is made if missing."""
     folder = Path(__file__).resolve().parent.parent / f".venv-{peer.partition('-')[0]}"
     python = folder / "bin" / "python"
     if not (folder / ".installed").exists():
@@ -59,16 +58,16 @@ def environment(peer: str) -> Path:
 
 
 def measure(contender: Contender, batches: int, workers: int) -> tuple[float, float]:
-    """Tokens a second of wall time after the first batches, and tokens a second of CPU time over all."""
+    """Return tokens per second of wall time after the first batches, and per second of CPU time over all."""
     before, begin, end, seen, batch = _cpu(), 0.0, 0.0, 0, None
-    for batch in contender(workers):  # noqa: B007  # the last one is looked at below
+    for batch in contender(workers):  # noqa: B007  # the last one is checked below
         seen += 1
         end = time.perf_counter()
         if seen == WARM_UP + 1:
             begin = end
         if seen == batches:
             break
-    wall = end - begin  # without the end of the workers
+    wall = end - begin  # without stopping the workers
     assert seen == batches, (seen, batches)
     tokens = batch["input_ids"] if isinstance(batch, dict) else batch
     assert (tuple(tokens.shape), tokens.dtype) == ((BATCH, LENGTH + 1), torch.int64)
@@ -94,7 +93,7 @@ def _stacked_arrays(rows: list[dict[str, Any]]) -> Tensor:
 
 
 def make_litdata(folder: Path) -> None:
-    """The flat file's tokens by ``optimize``, in chunks of 64 MB."""
+    """Write the flat file's tokens with ``optimize`` in chunks of 64 MB."""
     from litdata import TokensLoader, optimize
 
     optimize(
@@ -104,7 +103,7 @@ def make_litdata(folder: Path) -> None:
 
 
 def litdata(folder: Path) -> Contender:
-    """Shuffled blocks of 2,049 tokens through its own loader."""
+    """Return litdata's loader of shuffled blocks of 2,049 tokens."""
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
     def load(workers: int) -> Iterable[Any]:
@@ -116,7 +115,7 @@ def litdata(folder: Path) -> Contender:
 
 
 def make_mosaicml(folder: Path) -> None:
-    """The flat file's rows as fixed-size arrays, in shards of its default size, not compressed."""
+    """Write the flat file's rows as fixed-size arrays in uncompressed shards of the default size."""
     from streaming import MDSWriter
 
     tokens = np.fromfile(folder / "flat.bin", dtype=np.uint16)
@@ -127,7 +126,7 @@ def make_mosaicml(folder: Path) -> None:
 
 
 def mosaicml(folder: Path) -> Contender:
-    """Its default shuffle through a stock loader."""
+    """Return a standard loader with the default shuffle."""
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -140,7 +139,7 @@ def mosaicml(folder: Path) -> Contender:
 
 
 def main() -> None:
-    """Makes a peer's data, or measures it once after a short pass that imports and warms."""
+    """Make a peer's data, or measure it once after a short warm-up pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=list(PACKAGES))
     parser.add_argument("task", choices=["make", "measure"])

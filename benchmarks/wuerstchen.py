@@ -1,7 +1,7 @@
-"""Speed and memory of sampling Stage C and Stage B, side by side with diffusers, on the same weights.
+"""Compare speed and memory of sampling Stage C and Stage B with diffusers on the same weights.
 
-Both run the same loop with the same noise, in turns, in one process; that they draw the same latents is checked. Times
-are medians. Memory is the peak of a process of its own for each side. Text encoders and Stage A are left out.
+Both run the same loop with the same noise, in turns, in one process, and must draw the same latents. Times are medians.
+Memory is the peak of a separate process for each side. Text encoders and Stage A are left out.
 
     python benchmarks/wuerstchen.py --out benchmarks/results/wuerstchen.json
     python benchmarks/wuerstchen.py --device cuda --dtype bfloat16 --suite released --out ...
@@ -32,12 +32,12 @@ class Case:
     """One sampling run of one network.
 
     Attributes:
-        what: Its name in the results.
+        what: Name in the results.
         network: Stage B or Stage C.
         config: Changes to the released arguments.
         size: Height and width of the latents that are sampled.
-        steps: Of the run.
-        guidance: Scale; 0 is none.
+        steps: Number of sampling steps.
+        guidance: Guidance scale; 0 for none.
     """
 
     what: str
@@ -72,7 +72,7 @@ SUITES = {"default": CASES, "released": RELEASED, "tiny": TINY}
 
 
 def build(case: Case, device: str, dtype: torch.dtype) -> Network:
-    """Return our network with an output that is not zero, as a fresh one's is."""
+    """Return our network with a nonzero output; that of a fresh one is zero."""
     torch.manual_seed(0)
     with torch.device(device):
         network = case.network.from_preset("released", **case.config)
@@ -90,7 +90,7 @@ def twin(network: Network) -> nn.Module:
 
 
 def inputs(case: Case, network: Network, device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Return noise and conditions: with guidance two texts, for Stage B the compressor's latents before the text."""
+    """Return noise and conditions: two texts with guidance; for Stage B the compressor's latents before the text."""
     generator = torch.Generator().manual_seed(1)
     config = network.config
     noise = torch.randn(1, config["c_in"], case.size, case.size, generator=generator)
@@ -116,7 +116,7 @@ def sample_ours(network: nn.Module, case: Case, noise: Tensor, conditions: Seque
 
 
 def sample_theirs(network: nn.Module, case: Case, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-    """Sample as diffusers' pipelines do, without what they do around the loop."""
+    """Sample as diffusers' pipelines do, only the loop."""
     scheduler: Any = DDPMWuerstchenScheduler()
     generator = torch.Generator().manual_seed(2)
     scheduler.set_timesteps(case.steps, device=x.device)
@@ -132,7 +132,7 @@ def sample_theirs(network: nn.Module, case: Case, x: Tensor, conditions: Sequenc
 
 
 def timed(run: Callable[[], Tensor]) -> float:
-    """Return seconds."""
+    """Return the seconds of a run."""
     start = time.perf_counter()
     run().sum().item()  # waits for the device
     return time.perf_counter() - start
@@ -140,7 +140,7 @@ def timed(run: Callable[[], Tensor]) -> float:
 
 @torch.inference_mode()
 def speed(case: Case, runs: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Time both in turns, after one run each that is checked and not counted."""
+    """Time both in turns, after one run each that is checked but not timed."""
     ours = build(case, device, dtype)
     theirs = twin(ours)
     noise, conditions = inputs(case, ours, device, dtype)
@@ -151,7 +151,7 @@ def speed(case: Case, runs: int, device: str, dtype: torch.dtype) -> dict[str, A
     drawn = [side().float() for side in sides]
     difference = ((drawn[0] - drawn[1]).norm() / drawn[1].norm()).item()
     if dtype == torch.float32 and not difference < 1e-3:
-        raise SystemExit(f"{case.what}: the latents differ by {difference}, relatively")
+        raise SystemExit(f"{case.what}: the latents have a relative difference of {difference}")
     seconds: list[list[float]] = [[], []]
     for run in range(runs):
         for side in (0, 1) if run % 2 == 0 else (1, 0):
@@ -172,7 +172,7 @@ def speed(case: Case, runs: int, device: str, dtype: torch.dtype) -> dict[str, A
 
 @torch.inference_mode()
 def peak(case: Case, side: str, device: str, dtype: torch.dtype) -> dict[str, int]:
-    """Sample once; return the process's peak memory and what was held before: weights and libraries."""
+    """Sample once; return the process's peak memory, in total and above that of weights and libraries."""
     network: nn.Module = build(case, device, dtype)
     if side == "theirs":
         assert isinstance(network, Network)
@@ -188,7 +188,7 @@ def peak(case: Case, side: str, device: str, dtype: torch.dtype) -> dict[str, in
 
 
 def reset_peak(on_gpu: bool) -> int:
-    """Forget the peak of building the network and return what is held now, in bytes."""
+    """Reset the peak after building the network and return the current memory in bytes."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -197,7 +197,7 @@ def reset_peak(on_gpu: bool) -> int:
 
 
 def peak_bytes(on_gpu: bool) -> int:
-    """Return the peak since the last reset; getrusage would begin at what the parent held when it forked."""
+    """Return the peak since the last reset; getrusage would start at the parent's memory at the fork."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -205,7 +205,7 @@ def peak_bytes(on_gpu: bool) -> int:
 
 
 def memory(index: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure each side in processes of its own, in turns; the numbers are medians."""
+    """Measure the medians of each side in separate processes, in turns."""
     case = SUITES[arguments.suite][index]
     command = [sys.executable, __file__, "--suite", arguments.suite, "--device", arguments.device]
     command += ["--dtype", arguments.dtype, "--threads", str(arguments.threads)]
@@ -258,9 +258,7 @@ def main(args: Sequence[str] | None = None) -> None:
     results = []
     for index, case in enumerate(cases):
         for row in (speed(case, arguments.runs, arguments.device, dtype), memory(index, arguments)):
-            print(
-                f"{row['what']}, {row['unit']}: {row['ours']:.4g} against {row['theirs']:.4g}, ratio {row['ratio']:.3f}"
-            )
+            print(f"{row['what']}, {row['unit']}: {row['ours']:.4g} and {row['theirs']:.4g}, ratio {row['ratio']:.3f}")
             results.append(row | setting)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=2) + "\n")

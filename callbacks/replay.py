@@ -75,7 +75,8 @@ class ReplayScheduler(Callback):
         if not isinstance(source, ReplaySource):
             raise UsageError(
                 f"{type(source).__name__} cannot replay: ReplayScheduler needs a data module with dataset, "
-                "dataset_step, replay_corpora, set_replay_share and rows_read (see rewurst.callbacks.ReplaySource)"
+                "dataset_step, replay_corpora, set_replay_share and rows_read (see rewurst.callbacks.ReplaySource); "
+                "rewurst.datamodules.ReplayLoader makes one of your DataLoaders"
             )
         if not source.replay_corpora:
             raise UsageError(f"dataset {source.dataset!r} has no corpus to replay: mark the old ones with replay: true")

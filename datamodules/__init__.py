@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .images import ImageTextDataModule as ImageTextDataModule
     from .imaging.filters import Filters as Filters
     from .latents import LatentDataModule as LatentDataModule
+    from .replay_loader import ReplayLoader as ReplayLoader
     from .text import TextDataModule as TextDataModule
 
 _MODULES = {
@@ -18,6 +19,7 @@ _MODULES = {
     "Filters": "imaging.filters",
     "ImageTextDataModule": "images",
     "LatentDataModule": "latents",
+    "ReplayLoader": "replay_loader",
     "TextDataModule": "text",
 }
 __all__ = [*_MODULES]

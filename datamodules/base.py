@@ -262,6 +262,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             start=self.progress.start,
             seed=self.seed,
         )
+        self.progress.rows_of = rows.rows_of
         return loader(rows, Positions(self.progress), self.num_workers)
 
     def val_dataloader(self) -> dict[str, DataLoader[Batch]]:
@@ -339,7 +340,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
                 source.deal(self.trainer.global_rank, order, self.progress.step * self.accumulation, places)
 
     def _used(self, batch: Batch) -> dict[str, float]:
-        if "places" in batch:
+        if isinstance(batch, dict) and "places" in batch:
             self._places.used([name for name in self._order_of_names() if self.corpora[name].stream], batch["places"])
         return self.batch_used(batch)
 
@@ -373,8 +374,9 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         if self._current is None or self._epochs is None:
             return {}
         mixture = self._current.mixture
-        counts = dict(zip(mixture.names, mixture.read_before(self.dataset_step).tolist(), strict=True))
-        last = self.trainer.max_steps - self.progress.start if self.trainer and self.trainer.max_steps > 0 else 0
+        counts = dict(zip(mixture.names, mixture.read_before(self._different_steps).tolist(), strict=True))
+        whole_run = self.progress.epochs.whole_run
+        last = 0 if whole_run is None else whole_run - self.progress.start
         return self._epochs.read(counts, self.dataset_step, last) | self._places.commit()
 
     def _settle_accumulation(self) -> None:

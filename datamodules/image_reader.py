@@ -160,9 +160,9 @@ class ImageReader(ReplacingReader[Shown]):
         shown = crop(size, target, seed if picks.training and showing.random_crop else None, covered)
         decoded = decode(source.index.image(members), size_to_decode(size, shown, target), showing.max_pixels)
         if decoded.shape[:2] not in [tuple(-(-side // by) for side in size) for by in (1, 2, 4, 8)]:
-            raise UsageError(
-                f"{source.path}: {source.locate(row)} has {decoded.shape[1]} x {decoded.shape[0]} pixels upright, its "
-                f"index says {size[1]} x {size[0]}: index or prepare the corpus again"
+            raise DecodeError(
+                f"{decoded.shape[1]} x {decoded.shape[0]} pixels upright, but its index says {size[1]} x {size[0]}: "
+                "index or prepare the corpus again"
             )
         pixels = resample(decoded, size, shown, target)
         flip, drop = uniform(seed, "flip, caption", 2) if picks.training else (1.0, 1.0)

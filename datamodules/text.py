@@ -219,7 +219,7 @@ def _with_sources(
 
 
 class TokenReader:
-    """Picks -> ``input_ids`` (rows, sequence_length + 1), in the dtype of the shards.
+    """Read ``input_ids`` (rows, sequence_length + 1), in the dtype of the shards, and ``mask`` if a corpus has masks.
 
     Args:
         sources: Corpora, as picks number them.
@@ -231,8 +231,22 @@ class TokenReader:
 
     def __call__(self, picks: Picks) -> Batch:
         """Reads the rows of a micro-batch."""
+        return {"input_ids": self._tokens(picks), **self._masks(picks)}
+
+    def _masks(self, picks: Picks) -> Batch:
+        """Return which tokens are to be predicted, nothing if no corpus says so."""
+        if not any(source.index.masks for source in self._sources):
+            return {}
+        mask = np.ones((len(picks.row), self._sources[0].index.sequence_length + 1), dtype=np.bool_)
+        for index, shards in enumerate(self._sources):
+            slots = np.flatnonzero(picks.corpus == index) if len(self._sources) > 1 else np.arange(len(picks.row))
+            if isinstance(shards, TokenShards):  # streams have none
+                mask[slots] = shards.read_masks(picks.row[slots])
+        return {"mask": torch.from_numpy(mask)}
+
+    def _tokens(self, picks: Picks) -> torch.Tensor:
         if len(self._sources) == 1:
-            return {"input_ids": torch.from_numpy(self._sources[0].read(picks.row))}
+            return torch.from_numpy(self._sources[0].read(picks.row))
         shape = (len(picks.row), self._sources[0].index.sequence_length + 1)
         tokens = np.empty(shape, dtype=np.result_type(*(source.index.dtype for source in self._sources)))
         for index, shards in enumerate(self._sources):
@@ -242,4 +256,4 @@ class TokenReader:
             for index, shards in enumerate(self._sources):  # whose rows they are, and whether its vocabulary is larger
                 if isinstance(shards, TokenShards):  # streams look at their rows themselves
                     shards.read(picks.row[picks.corpus == index])
-        return {"input_ids": torch.from_numpy(tokens)}
+        return torch.from_numpy(tokens)

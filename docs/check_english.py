@@ -12,10 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CLEAN = ("README.md", "CONTRIBUTING.md", "Makefile", "benchmarks/README.md", "docs", "configs", "examples")
+CLEAN = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "benchmarks",
+    "docs",
+    "configs",
+    "examples",
+    "datamodules/sampling",
+    "datamodules/storage",
+    "datamodules/corpora",
+    "src/rewurst/memory",
+    "src/rewurst/checkpoints",
+    "src/rewurst/evaluation",
+    "src/rewurst/reproduce",
+)
 SKIPPED = (
     "docs/reports",  # written by `rewurst reproduce`, whose texts are in src/rewurst/reproduce
-    "docs/memory.md",  # not rewritten yet
 )
 SUFFIXES = (".md", ".py", ".yaml", ".sh", ".sbatch")
 

@@ -41,9 +41,12 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
     """Any transformers causal language model as a LightningModule.
 
     Batches are dicts with ``input_ids`` (rows, sequence_length + 1): the model sees all but the last token and
-    predicts all but the first. The loss is the mean over tokens, in nats. Where the head is an ordinary linear layer
-    the logits of all tokens never exist (:func:`~rewurst.modules.losses.cross_entropy.linear_cross_entropy`); models
-    that cap or scale theirs get them, and one line says so.
+    predicts all but the first. With a ``mask`` of the same shape it predicts only tokens for which that is true, and
+    the mean of a micro-batch is over these. The loss is the mean over tokens, in nats. Where the head is an ordinary
+    linear layer the logits of all tokens never exist
+    (:func:`~rewurst.modules.losses.cross_entropy.linear_cross_entropy`); models that cap or scale theirs get them, and
+    one line says so. Whatever further terms the model's own loss has, such as the balance of a mixture's experts, are
+    part of the training loss; ``train/busiest_expert`` is the share of the choices that the busiest expert takes.
 
     Logs ``train/loss`` (mean over the global batch), ``train/grad_norm``, ``tokens`` (predicted so far, over all
     datasets), ``val/loss/<corpus>``, ``val/perplexity/<corpus>`` and ``val/loss/average``; validation corpora are the
@@ -182,19 +185,22 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         logits: Tensor = self.model(**self._arguments(input_ids), use_cache=False).logits
         return logits
 
-    def token_losses(self, input_ids: Tensor) -> Tensor:
+    def token_losses(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Cross-entropy (batch, length - 1) in nats of every token but the first, from ids (batch, length).
 
-        With ``document_masks`` it is 0 where a document begins.
+        It is 0 for tokens that ``mask``, (batch, length), leaves out, and with ``document_masks`` where a document
+        begins.
         """
-        return self._losses(input_ids[:, :-1], self._targets(input_ids), "none").losses
+        return self._losses(input_ids[:, :-1], self._targets(input_ids, mask), "none").losses
 
-    def loss(self, input_ids: Tensor) -> Tensor:
+    def loss(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """What training minimises, from ids (batch, length): the mean of the tokens' losses and every further term.
 
-        These are the z-loss and what the model itself defines, such as the balance of a mixture's experts.
+        These are the z-loss and what the model itself defines, such as the balance of a mixture's experts. Tokens that
+        ``mask``, (batch, length), leaves out are read but not predicted, and do not count in the mean.
         """
-        losses, router_logits = self._losses(input_ids[:, :-1], self._targets(input_ids), "mean", training=True)
+        targets = self._targets(input_ids, mask)
+        losses, router_logits = self._losses(input_ids[:, :-1], targets, "mean", training=True)
         self._busiest = busiest_share(self.model, router_logits)
         return losses
 
@@ -219,7 +225,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         """Mean loss of a micro-batch."""
         input_ids = batch["input_ids"]
         self._window_tokens += len(input_ids) * (input_ids.shape[1] - 1) * self.trainer.world_size
-        return self.watch(self.loss(input_ids), batch)
+        return self.watch(self.loss(input_ids, batch.get("mask")), batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Counts the tokens of the whole global batch, then takes in its loss."""
@@ -237,7 +243,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums losses and tokens of a corpus, so that the mean does not depend on batches or ranks."""
         input_ids = batch["input_ids"]
-        targets = self._targets(input_ids)
+        targets = self._targets(input_ids, batch.get("mask"))
         losses = self._losses(input_ids[:, :-1], targets, "none").losses.double().sum(1)
         tokens = (targets != IGNORED).sum(1)
         valid = batch.get("valid", torch.ones_like(tokens, dtype=torch.bool))
@@ -246,7 +252,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Cross-entropy of every token, (rows, sequence_length), without rows that only fill up."""
-        losses = self.token_losses(batch["input_ids"])
+        losses = self.token_losses(batch["input_ids"], batch.get("mask"))
         return losses[batch["valid"]] if "valid" in batch else losses
 
     def continue_text(self, prompts: Sequence[str], max_new_tokens: int = 50, temperature: float = 0.8) -> list[str]:
@@ -336,9 +342,11 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         """The token that documents are told apart by, if they are."""
         return self.end_token if self.document_masks else None
 
-    def _targets(self, input_ids: Tensor) -> Tensor:
+    def _targets(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         input_ids = input_ids.long()
         targets = input_ids[:, 1:]
+        if mask is not None:
+            targets = targets.masked_fill(~mask[:, 1:].to(targets.device), IGNORED)
         return targets if self._end is None else document_targets(input_ids[:, :-1], targets, self._end)
 
     def _losses(

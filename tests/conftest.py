@@ -71,7 +71,7 @@ def randomize() -> Randomize:
     return move
 
 
-# Files that take long, the longest first: they start first, so that both processes of `make test` end together.
+# Slow files, the slowest first, so that both processes of `make test` end together.
 LONG = (
     "fsdp/test_strategy", "test_kill", "continual/test_runner", "modules/test_stage_a", "fsdp/test_optimizers",
     "test_causal_lm", "test_causal_lm_steps", "fsdp/test_killed", "language/test_loss", "wuerstchen/test_study",
@@ -99,7 +99,7 @@ def tiny_config() -> dict[str, Any]:
 
 @pytest.fixture
 def write_corpus(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows of random tokens as a corpus folder and returns its path."""
+    """Write rows of random tokens as a corpus folder and return its path."""
     from rewurst.preparation.writing.token_writer import TokenWriter
 
     def write(name: str, rows: int = 50, seed: int = 0, vocab_size: int = 64, sequence_length: int = 8) -> str:
@@ -122,7 +122,7 @@ def write_corpus(tmp_path: Path) -> Callable[..., str]:
 
 
 def _picture(corpus: int, row: int, side: int) -> np.ndarray[Any, Any]:
-    """A disc on a plain background, (3, side, side) bytes."""
+    """Return a disc on a plain background, (3, side, side) bytes."""
     draw = np.random.default_rng([corpus, row])
     y, x = np.mgrid[:side, :side] / side
     middle, radius = draw.uniform(0.3, 0.7, 2), draw.uniform(0.15, 0.3)
@@ -132,7 +132,7 @@ def _picture(corpus: int, row: int, side: int) -> np.ndarray[Any, Any]:
 
 
 class _Batches:
-    """Batch i is a pure function of i, whatever process asks for it."""
+    """Dataset whose batch i is a pure function of i in every process."""
 
     def __init__(self, corpus: int, rows: list[list[int]], side: int, training: bool, count: int = 0) -> None:
         self.corpus, self.rows, self.side, self.training, self.count = corpus, rows, side, training, count
@@ -160,7 +160,7 @@ class _Batches:
 
 @pytest.fixture
 def picture_data() -> Callable[..., Any]:
-    """Builds a data module of discs that follows the contract of image data modules, and resumes by completed steps."""
+    """Build a data module of discs that follows the contract of image data modules and resumes by completed steps."""
     from lightning.pytorch import LightningDataModule
     from torch import Generator
     from torch.utils.data import DataLoader
@@ -222,7 +222,7 @@ def picture_data() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def text_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP text model of width 32 with 16 tokens, and its byte-level tokenizer."""
+    """Write a CLIP text model of width 32 with 16 tokens, and its byte-level tokenizer."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -252,7 +252,7 @@ def text_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Path) -> str:
-    """A CLIP model of random weights, 32 pixels, with its processor."""
+    """Write a CLIP model with random weights, 32 pixels, with its processor."""
     import torch
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -282,7 +282,7 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A bucket of moto's S3 server on loopback."""
+    """Return a bucket on moto's S3 server on loopback."""
     import boto3
     from moto.server import ThreadedMotoServer
 

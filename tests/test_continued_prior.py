@@ -1,4 +1,4 @@
-"""The continued prior's example: its runs' configs, where it validates, and its report's arithmetic."""
+"""The example of the continued prior: configs, validations and the report's arithmetic."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def arguments_of(config: dict[str, Any], name: str) -> Any:
     return next(c["init_args"] for c in config["trainer"]["callbacks"] if c["class_path"] == name)
 
 
-def test_runs_differ_from_the_recipe_as_they_say(example: ModuleType) -> None:
+def test_runs_differ_from_the_recipe_as_named(example: ModuleType) -> None:
     recipe = yaml.safe_load((ROOT / "configs/wuerstchen/continue_c.yaml").read_text())
     begun = yaml.safe_load((ROOT / "configs/wuerstchen/shapes/stage_c.yaml").read_text())["trainer"]["max_steps"]
     for run in example.RUNS:
@@ -55,7 +55,7 @@ def test_the_last_validation_is_at_the_end(example: ModuleType, begun: int, step
     assert (begun + steps) % every == 0
 
 
-def test_the_report_is_what_the_runs_logged(
+def test_the_report_contains_the_logged_values(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss on old pictures rises by 0.4 without replay; 5 % takes 0.3 of it away, 25 % more than all."""

@@ -1,4 +1,4 @@
-"""The demo's report holds what the runs logged; the demo itself shows forgetting, and replay against it."""
+"""The demo's report contains the logged values, and the demo shows forgetting and its reduction by replay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def losses(prose: dict[int, float], code: dict[int, float]) -> dict[str, dict[in
     return {"val/loss/prose": prose, "val/loss/code": code}
 
 
-def test_the_report_is_what_the_runs_logged(report: ModuleType, tmp_path: Path) -> None:
+def test_the_report_contains_the_logged_values(report: ModuleType, tmp_path: Path) -> None:
     log(tmp_path / "start" / "version_0", {"tokens": {9: 1000.0}, **losses({4: 5.0}, {4: 7.0})})
     log(tmp_path / "start" / "version_1", {"tokens": {19: 2000.0}, **losses({19: 4.0}, {19: 6.0})})
     for name, final in (("no_replay", (5.5, 3.0)), ("replay", (4.25, 3.125))):
@@ -65,7 +65,7 @@ def test_the_report_is_what_the_runs_logged(report: ModuleType, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_demo_shows_forgetting_and_replay_against_it() -> None:
+def test_the_demo_shows_forgetting_and_its_reduction_by_replay() -> None:
     subprocess.run([sys.executable, str(ROOT / "examples" / "demo.py")], check=True, cwd=ROOT)
     found = json.loads((ROOT / "runs/demo/report.json").read_text())["continual"]
     start, without, replayed = (found["loss"][run] for run in ("start", "no_replay", "replay"))

@@ -1,4 +1,4 @@
-"""kill -9 at any moment: the same command again ends in the same losses, bit for bit, nothing read twice or lost."""
+"""After kill -9 at any moment the same command gives the same losses, bit for bit, and reads nothing twice."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Start = Callable[..., Process]
 
 
 def language_model(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
-    """Dropout and replay."""
+    """Write the config of a language model with dropout and replay."""
     prose, code = write_corpus("prose", 40), write_corpus("code", 60, seed=1)
     model = {
         "model_type": "gpt_neox", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
@@ -86,7 +86,7 @@ def streamed(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
 
 
 def write_shapes(tmp_path: Path) -> None:
-    """Drawn shapes, old and new ones."""
+    """Write old and new drawn shapes."""
     from rewurst.preparation.images import prepare_images
     from rewurst.preparation.steps.recoding import Recoding
 
@@ -175,7 +175,7 @@ def part(class_path: str, /, **arguments: Any) -> Parts:
 
 @pytest.fixture
 def start(request: pytest.FixtureRequest, write_corpus: Callable[..., str], tmp_path: Path) -> Start:
-    """Starts a run with replay, accumulation and frequent checkpoints and validations."""
+    """Start a run with replay, accumulation and frequent checkpoints and validations."""
     (tmp_path / "kill_log.py").write_text(LOG)
     parts = KINDS[getattr(request, "param", "language model")](write_corpus, tmp_path)
 
@@ -220,7 +220,7 @@ def lines(folder: Path) -> list[str]:
 
 
 def kill_when(process: Process, reached: Callable[[], bool]) -> bool:
-    """Kills the process as soon as something has happened; whether it was still running then."""
+    """Kill the process as soon as a condition holds; return whether it was still running."""
     for _ in range(DEADLINE_SECONDS * 500):
         if reached():
             process.kill()
@@ -242,7 +242,7 @@ def survive(
     popen: Callable[..., Process] = fork_server.Popen,
     workers: int = 2,
 ) -> None:
-    """Compare a run that is killed so many times with one that is not; ``popen`` starts the one that comes to its end.
+    """Compare a run that is killed several times with one that is not; ``popen`` starts the last process.
 
     Every third kill comes within a save; the others come at any moment. Every other part is read by loader workers.
     """
@@ -264,7 +264,7 @@ def survive(
 
         newest = newest_step(folder)
         if not kill_when(start("killed", workers * (number % 2), steps), reached):
-            break  # it came to its end first
+            break  # it ended first
         first = first_step_since(folder, seen)
         assert first is None or number == 0 or first > 0
         assert first is None or first >= newest, "it began before the last whole checkpoint"
@@ -286,7 +286,7 @@ def newest_step(folder: Path) -> int:
 
 
 def first_step_since(folder: Path, seen: int) -> int | None:
-    """Completed steps before the first batch of the last run."""
+    """Return the completed steps before the first batch of the last process."""
     since = lines(folder)[seen:]
     return (int(since[0].split()[1])) // 2 if since else None
 

@@ -1,4 +1,4 @@
-"""The house's rules: imports go down only, no circles, and a room holds few files."""
+"""The rules of the layout: imports only go down, no cycles, and few files per folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MOST_FILES = 12
 
 
 def _files(package: Path) -> dict[str, Path]:
-    """Path of each module by its dotted name below the package; ``modules.losses`` is the room's ``__init__``."""
+    """Map dotted names below the package to paths of modules; ``modules.losses`` is the room's ``__init__``."""
     found = {}
     for folder, _, names in os.walk(package, followlinks=True):
         for name in names:
@@ -44,7 +44,7 @@ def _files(package: Path) -> dict[str, Path]:
 
 
 def _imported(name: str, node: ast.stmt, modules: dict[str, Path]) -> Iterator[str]:
-    """Modules of the package that an import statement of module ``name`` reads, by their names below the package."""
+    """Return the names of the package's modules that an import statement of module ``name`` reads."""
     if isinstance(node, ast.Import):
         bases = [(alias.name, list[str]()) for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
@@ -63,7 +63,7 @@ def _imported(name: str, node: ast.stmt, modules: dict[str, Path]) -> Iterator[s
 
 
 def _imports(package: Path) -> list[tuple[str, str, bool]]:
-    """(importing module, imported module, whether it happens when the first is imported)."""
+    """Yield (importing module, imported module, whether it happens when the first is imported)."""
     modules = _files(package)
     found = []
     for name, path in modules.items():
@@ -88,7 +88,7 @@ def _upward(imports: list[tuple[str, str, bool]]) -> list[str]:
 
 
 def _circles(imports: list[tuple[str, str, bool]]) -> list[str]:
-    """Modules that import themselves through others, when they are imported."""
+    """Return the modules that import themselves through others when they are imported."""
     # A package's __init__ that hands names on is not counted: its rooms are imported by their files.
     below: dict[str, set[str]] = {}
     for name, other, at_once in imports:
@@ -130,7 +130,7 @@ def test_networks_know_no_lightning() -> None:
 
 
 def _private_lightning(package: Path) -> list[str]:
-    """Attributes of trainers, and names imported from Lightning, that begin with an underscore."""
+    """Return attributes of trainers and names imported from Lightning that begin with an underscore."""
     found = []
     for name, path in _files(package).items():
         if name == "lightning_compat":
@@ -145,7 +145,7 @@ def _private_lightning(package: Path) -> list[str]:
     return found
 
 
-def test_private_names_of_lightning_stand_in_one_file() -> None:
+def test_private_names_of_lightning_are_in_one_file() -> None:
     assert _private_lightning(PACKAGE) == []
 
 
@@ -158,7 +158,7 @@ def test_a_private_name_of_lightning_is_noticed(tmp_path: Path) -> None:
     ]
 
 
-def test_a_room_holds_few_files() -> None:
+def test_a_folder_has_few_files() -> None:
     folders: dict[Path, int] = {}
     for path in _files(PACKAGE).values():
         folders[path.parent] = folders.get(path.parent, 0) + 1

@@ -1,4 +1,4 @@
-"""The wheel in somebody else's project: callbacks without networks or data, types that hold, nothing in their way."""
+"""The wheel in a foreign project: callbacks work without networks or data, and types are right."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ print(rewurst.__file__)
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built and installed without dependencies into a folder of its own."""
+    """Build the wheel and install it without dependencies into a separate folder."""
     folder = tmp_path_factory.mktemp("wheel")
     run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT))
     [wheel] = folder.glob("rewurst-*.whl")
@@ -96,7 +96,7 @@ def run(*args: str, cwd: Path | None = None, **environment: str) -> str:
     return result.stdout
 
 
-def test_the_wheel_brings_one_name_its_configs_and_no_tests(site: Path) -> None:
+def test_the_wheel_contains_one_package_its_configs_and_no_tests(site: Path) -> None:
     names = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"rewurst", "bin"}
     assert (site / "rewurst" / "py.typed").exists()
@@ -116,7 +116,7 @@ def test_a_foreign_project_uses_the_callbacks(site: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.types
-def test_the_types_of_a_foreign_project_hold(site: Path, tmp_path: Path) -> None:
+def test_the_types_of_a_foreign_project_are_right(site: Path, tmp_path: Path) -> None:
     (tmp_path / "project.py").write_text(WITHOUT_TORCHVISION + PROJECT)
     options = ["--strict", "--no-error-summary", "--cache-dir", str(ROOT / ".mypy_cache"), "--config-file="]
     run("-m", "mypy", *options, "project.py", cwd=tmp_path, MYPYPATH=str(site))

@@ -1,4 +1,4 @@
-"""README's three stories run as they are printed, on little data and with small models."""
+"""README's three stories run as printed, on little data and with small models."""
 
 from __future__ import annotations
 

@@ -23,15 +23,14 @@ class LineBar(Tqdm):
         self._seconds, self._ends = seconds, False
         super().__init__(**kwargs)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]  # tqdm's returns it, too
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write a line, if it is time."""
         now = time.monotonic()
         if self.disable or msg == "" or not (self._ends or now - LineBar._written >= self._seconds):
-            return False
+            return
         LineBar._written = now
         self.fp.write(f"{msg or self}\n")
         self.fp.flush()
-        return True
 
     def close(self) -> None:
         """Write the last line of a bar that stays."""

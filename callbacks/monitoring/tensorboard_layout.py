@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from ...lightning_compat import logged_step
 from ..forgetting import Forgetting
+from ..learning_rate.lengths import counted_optimizers
 from ..learning_rate.rewarming import LRRewarming
 from ..replay import ReplayScheduler
 from ..samples.image_scores import ImageScores
@@ -22,12 +25,12 @@ BEGINS = "dataset/begins"
 class TensorBoardLayout(Callback):
     """Lays TensorBoard's tab "Custom Scalars" out, and marks where a dataset begins.
 
-    Charts: the validation loss of every corpus in one; the training loss; forgetting and adaptation against the start
-    of the dataset; the learning rate with a vertical line where it is re-warmed; the replay share asked for and read;
-    tokens; the epoch of each corpus; tokens a second, MFU with its formula, shares of time; the gradient norm; and what
-    the module names in an attribute ``charts``, as the argument does. Those that only a callback fills are there where
-    it is. Grids and sample text stand under "Images" and "Text", where :class:`~rewurst.callbacks.LogSamples` and
-    :class:`~rewurst.callbacks.LogText` put them.
+    Charts: the validation loss of every corpus in one, each in its color; the training loss; forgetting and adaptation
+    against the start of the dataset; the learning rate with a vertical line where it is re-warmed; the replay share
+    asked for and read; tokens; the epoch of each corpus; tokens a second, MFU with its formula, shares of time; the
+    gradient norm; and what the module names in an attribute ``charts``, as the argument does. Those that only a
+    callback fills are there where it is. Grids and sample text stand under "Images" and "Text", where
+    :class:`~rewurst.callbacks.LogSamples` and :class:`~rewurst.callbacks.LogText` put them.
 
     Where a dataset begins (see :class:`~rewurst.callbacks.LRRewarming`), its name, step and schedule are logged as the
     text ``dataset``. With other loggers nothing happens.
@@ -42,6 +45,8 @@ class TensorBoardLayout(Callback):
 
     def __init__(self, charts: Mapping[str, Sequence[str]] | None = None) -> None:
         self.charts = {title: list(names) for title, names in (charts or {}).items()}
+        self._writers: dict[tuple[str, str], Any] = {}
+        self._begin: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the layout once for each run's folder, and the mark."""
@@ -55,11 +60,48 @@ class TensorBoardLayout(Callback):
                     }
                 )
                 _mark(logger.experiment, next(_those(trainer, LRRewarming), None))
+        # What an interrupted run logged after the step that this one resumes from is logged again.
+        resumed = trainer.global_step // counted_optimizers(pl_module, len(trainer.optimizers))
+        self._begin = resumed or None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the values of each corpus as a run of its own: TensorBoard has one color for each run."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        for name, value in trainer.callback_metrics.items() if folders else ():
+            prefix = next((prefix for prefix in BY_CORPUS if name.startswith(prefix)), None)
+            if prefix is None or name.endswith("/average"):
+                continue
+            for folder in folders:
+                writer = self._writer(folder, name.removeprefix(prefix))
+                writer.add_scalar(BY_CORPUS[prefix], float(value), logged_step(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the files of the corpora."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the files of the corpora after an error."""
+        self._close()
+
+    def _writer(self, folder: str, corpus: str) -> Any:
+        if (folder, corpus) not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter  # TensorBoard is imported where it is used
+
+            path = str(Path(folder) / "corpora" / corpus)
+            self._writers[folder, corpus] = SummaryWriter(path, purge_step=self._begin)
+        return self._writers[folder, corpus]
+
+    def _close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
 
     def layout(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Charts]:
         """Regular expressions of names by category and chart."""
         there = {type_ for type_ in CHARTS_OF if next(_those(trainer, type_), None) is not None}
-        learning: Charts = {"Validation loss": ["val/loss/.*"], "Training loss": ["train/loss"]}
+        learning: Charts = {"Validation loss": ["corpora/loss"], "Training loss": ["train/loss"]}
         for type_ in (Forgetting, ReplayScheduler, ImageScores):
             learning |= CHARTS_OF[type_] if type_ in there else {}
         learning |= getattr(pl_module, "charts", {})
@@ -87,13 +129,20 @@ class TensorBoardLayout(Callback):
 
 TOKENS, SAMPLES = "Tokens a second", "Samples a second"
 MFU = "MFU: {formula}, a second and device, over its peak"
+BY_CORPUS = {
+    "val/loss/": "corpora/loss",
+    "val/fid/": "corpora/fid",
+    "val/clip_score/": "corpora/clip_score",
+    "forgetting/": "corpora/forgetting",
+    "adaptation/": "corpora/adaptation",
+}
 CHARTS_OF: dict[type[Callback], Charts] = {
     Forgetting: {
-        "Forgetting: old corpora, loss since the dataset began": ["forgetting/.*"],
-        "Adaptation: new corpora, loss won since the dataset began": ["adaptation/.*"],
+        "Forgetting: old corpora, loss since the dataset began": ["corpora/forgetting"],
+        "Adaptation: new corpora, loss won since the dataset began": ["corpora/adaptation"],
     },
     ReplayScheduler: {"Replay share, asked for and read": ["replay/share_.*"]},
-    ImageScores: {"FID of pictures": ["val/fid/.*"], "CLIP score of pictures": ["val/clip_score/.*"]},
+    ImageScores: {"FID of pictures": ["corpora/fid"], "CLIP score of pictures": ["corpora/clip_score"]},
     LearningRateMonitor: {"Learning rate, and where a dataset begins": ["lr-.*", BEGINS]},
     Throughput: {
         TOKENS: ["throughput/tokens_per_s"],

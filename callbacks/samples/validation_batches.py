@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import UsageError
 from ...checkpoints.newest import describe
+from ...lightning_compat import batches_that_stepped
 from ..learning_rate.lengths import counted_optimizers
 
 
@@ -23,7 +24,8 @@ class ValidationCallback(Callback):
         """Return the number of completed global batches; Lightning restores that of a checkpoint in fit only."""
         path, module = trainer.ckpt_path, trainer.lightning_module
         if trainer.state.fn == TrainerFn.FITTING or path is None:
-            return int(trainer.global_step) // counted_optimizers(module, len(trainer.optimizers))
+            counted = int(trainer.global_step) // counted_optimizers(module, len(trainer.optimizers))
+            return counted or batches_that_stepped(trainer)  # Lightning does not see optimizers stepped by hand
         content = (describe(Path(path)) if Path(path).exists() else None) or {}
         optimizers = len(content.get("optimizer_states", []))
         return int(content.get("global_step", 0)) // counted_optimizers(module, optimizers)

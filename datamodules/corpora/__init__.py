@@ -1,1 +1,1 @@
-"""What a folder of shards contains, and its rows by position."""
+"""Contents of a folder of shards, and access to its rows by position."""

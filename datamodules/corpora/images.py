@@ -1,4 +1,4 @@
-"""Samples of image shards by number: the files of one key, read without unpacking the tar."""
+"""Read the samples of image shards by number: the files of one key, without unpacking the tar."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ImageIndex(CorpusIndex):
     """The contents of ``index.json``; a row is a sample.
 
     Attributes:
-        caption_key: Key of the .json under which captions stand; empty where they are the .txt.
-        facts_sha256: Of ``facts.npy``, which decides what filters keep.
-        image_member: Suffix of the members that are the images; empty for the usual ones.
-        caption_member: Suffix of the members that hold the captions; empty for the usual ones.
+        caption_key: Key of the captions in each sample's .json; empty if they are in the .txt.
+        facts_sha256: SHA-256 of ``facts.npy``, which decides what filters keep.
+        image_member: Suffix of the members that are images; empty for the usual suffixes.
+        caption_member: Suffix of the members that contain captions; empty for the usual suffixes.
     """
 
     facts_sha256: str
@@ -45,23 +45,23 @@ class ImageIndex(CorpusIndex):
     kind: str = "images"
 
     def image(self, members: Mapping[str, bytes]) -> bytes:
-        """The image file among the members of a sample.
+        """Return the image file among the members of a sample.
 
         Raises:
-            DecodeError: There is none.
+            DecodeError: The sample has no image.
         """
         return members[image_suffix(members, self.image_member)]
 
     def captions(self, members: Mapping[str, bytes]) -> list[str]:
-        """The captions among the members of a sample, none where it has none.
+        """Return the captions among the members of a sample, an empty list if there are none.
 
         Raises:
-            DecodeError: They are not text.
+            DecodeError: The captions are not text.
         """
         return captions_of(members, self.caption_key or None, self.caption_member)
 
     def check(self, where: str) -> None:
-        """Raise where the index at ``where`` contradicts itself."""
+        """Raise ``UsageError`` if the index at ``where`` contradicts itself."""
         super().check(where)
         for shard in self.shards:
             if shard.samples != shard.rows:
@@ -71,10 +71,10 @@ class ImageIndex(CorpusIndex):
 
 
 def read_facts(folder: str, index: ImageIndex) -> NDArray[Any]:
-    """Facts of every row, ``FACTS_DTYPE`` of shape (rows,).
+    """Return the facts of every row: ``FACTS_DTYPE``, shape (rows,).
 
     Raises:
-        UsageError: The file is missing or not the one that belongs to the index.
+        UsageError: The file is missing or does not match the index.
     """
     path = join(folder, FACTS_FILE)
     stored = open_bytes(path)
@@ -86,20 +86,20 @@ def read_facts(folder: str, index: ImageIndex) -> NDArray[Any]:
     np.lib.format.read_magic(header)
     shape, _, dtype = np.lib.format.read_array_header_1_0(header)
     if dtype != FACTS_DTYPE or shape != (index.rows,):
-        raise UsageError(f"{path}: holds {dtype} of shape {shape}; index the shards again")
-    return np.frombuffer(content, dtype=FACTS_DTYPE, offset=header.tell())  # where the file is mapped, a view of it
+        raise UsageError(f"{path}: contains {dtype} of shape {shape}; index the shards again")
+    return np.frombuffer(content, dtype=FACTS_DTYPE, offset=header.tell())  # a view if the file is mapped
 
 
 class ImageShards:
-    """The samples of one indexed corpus of images, in any order.
+    """Random access to the samples of one indexed image corpus.
 
-    It may be pickled and used after a fork.
+    Instances can be pickled and used after a fork.
 
     Args:
-        folder: A folder that ``rewurst prepare images`` or ``rewurst prepare index`` made, or its URL.
+        folder: Folder made by ``rewurst prepare images`` or ``rewurst prepare index``, or its URL.
 
     Raises:
-        UsageError: No corpus there, or one that cannot be read.
+        UsageError: There is no corpus, or it cannot be read.
     """
 
     index_type: ClassVar[type[ImageIndex]] = ImageIndex
@@ -115,17 +115,17 @@ class ImageShards:
         return self.index.rows
 
     def members(self, row: int) -> Mapping[str, bytes]:
-        """Contents of a sample's files by extension.
+        """Return the contents of a sample's files by extension.
 
         Raises:
-            IndexError: A row that the corpus does not have.
-            UsageError: A shard that is missing or is not what the index says.
+            IndexError: The corpus does not have this row.
+            UsageError: A shard is missing or does not match the index.
         """
         shard, sample = self._place(row)
         return sample_members(bytes(shard.sample(sample)), f"{shard.where}, byte {shard.offsets[sample]}")
 
     def locate(self, row: int) -> str:
-        """Where a row lies, for messages: ``"00012.tar, 000120034.jpg"``."""
+        """Return the place of a row for messages: ``"00012.tar, 000120034.jpg"``."""
         shard, sample = self._place(row)
         with tarfile.open(fileobj=io.BytesIO(shard.sample(sample)), mode="r:") as tar:
             return f"{shard.shard.name}, {tar.getnames()[0]}"
@@ -136,10 +136,10 @@ class ImageShards:
 
 
 def sample_members(content: bytes, where: str) -> dict[str, bytes]:
-    """Contents by extension, from the bytes of a sample's headers and files.
+    """Return the contents by extension, from the bytes of a sample's headers and files.
 
     Raises:
-        UsageError: There is no tar header where one should be.
+        UsageError: The bytes do not start with a tar header.
     """
     members = {}
     try:
@@ -149,24 +149,24 @@ def sample_members(content: bytes, where: str) -> dict[str, bytes]:
                 if file is not None:
                     members[info.name.rsplit("/", 1)[-1].partition(".")[2].lower()] = file.read()
     except tarfile.TarError as error:
-        raise UsageError(f"{where}: no tar header there ({error}); the sidecar belongs to another tar") from None
+        raise UsageError(f"{where}: no tar header found ({error}); the .idx file belongs to another tar") from None
     return members
 
 
 class ImageRows:
-    """The images of a corpus that are trained on; a lane is a size in which they are shown.
+    """Images of a corpus that are trained on, in lanes; each lane is one training size.
 
     Args:
-        shards: The corpus.
-        filters: What to keep of it.
-        sizes: Heights and widths shown, from tall to wide; an image belongs to the one of the nearest aspect ratio.
-        max_upscale: Images that would have to be enlarged by more are left out, none for no limit.
+        shards: Image corpus.
+        filters: Filters that decide which images to keep.
+        sizes: Training heights and widths, from tall to wide; an image goes to the one nearest in aspect ratio.
+        max_upscale: Largest allowed enlargement; images that need more are left out. None for no limit.
 
     Attributes:
-        left_out: How many images are not trained on, by reason.
+        left_out: Number of images left out, by reason.
 
     Raises:
-        UsageError: Nothing is kept.
+        UsageError: No image is left.
     """
 
     def __init__(
@@ -182,13 +182,13 @@ class ImageRows:
         self.lanes = [len(rows) for rows in self._rows]
         if not sum(self.lanes):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.left_out.items())
-            raise UsageError(f"{self.path}: no image of {len(shards)} is left to train on; left out: {reasons}")
+            raise UsageError(f"{self.path}: none of its {len(shards)} images is left to train on; left out: {reasons}")
 
     def __len__(self) -> int:
         return sum(self.lanes)
 
     def in_lane(self, lane: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number in the corpus of each image of a lane."""
+        """Return the row in the corpus of each image of a lane."""
         return self._rows[lane][index]
 
     @property
@@ -202,21 +202,21 @@ class ImageRows:
         return self.shards.members(row), (int(facts["height"]), int(facts["width"]))
 
     def nearest_lanes(self, sizes: Sequence[Size], counts: Sequence[int] | None = None) -> list[int]:
-        """For each size the lane to read from: its own, or where that is empty the one of the nearest aspect ratio.
+        """Return the lane to read from for each size: its own or, if that is empty, the nearest in aspect ratio.
 
         Args:
-            sizes: Of the lanes.
-            counts: Images that count, by lane; by default all.
+            sizes: Sizes of the lanes.
+            counts: Number of usable images per lane; all images by default.
         """
         filled = [lane for lane, count in enumerate(counts or self.lanes) if count]
         aspects = [math.log(width / height) for height, width in sizes]
         return [min(filled, key=lambda lane: abs(aspects[lane] - aspect)) for aspect in aspects]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the corpus and all that decides which image is which."""
+        """Return the SHA-256 of the corpus and of everything that decides which image has which number."""
         content: list[Any] = [self.shards.index.fingerprint(), *self._decides]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def locate(self, row: int) -> str:
-        """Where an image lies, for messages."""
+        """Return the place of an image for messages."""
         return self.shards.locate(row)

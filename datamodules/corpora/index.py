@@ -1,4 +1,4 @@
-"""What a corpus folder says about itself: ``index.json``, written last, so that a folder without it is unfinished."""
+"""The ``index.json`` of a corpus folder. It is written last: a folder without it is unfinished."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ..storage.random_access import is_remote, join, read_whole
 INDEX_FILE = "index.json"
 VERSION = 1
 ABSENT_IF_EMPTY = {"absent_if_empty": True}
-"""Metadata of a field that an index has only where it says something, so that older corpora stay what they are."""
-HOW_TO_MAKE = "`rewurst prepare text|images SOURCE... --out DIR` makes one, `rewurst prepare index SHARD...` of shards"
+"""Metadata of a field that is written only if it is not empty, so that fingerprints of older corpora do not change."""
+HOW_TO_MAKE = "make one with `rewurst prepare text|images SOURCE... --out DIR`, or `rewurst prepare index SHARD...`"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar.
+    """One tar of a corpus.
 
     Attributes:
         name: File name.
-        bytes: Its size.
-        samples: In it.
-        rows: In all of them.
-        sha256: Of the file.
-        url: Where it lies, if not beside the index.
+        bytes: Size of the file.
+        samples: Number of samples in the tar.
+        rows: Number of rows in all samples.
+        sha256: SHA-256 of the file.
+        url: URL of the tar, if it is not next to the index.
     """
 
     name: str
@@ -43,18 +43,18 @@ class Shard:
 
     @property
     def idx_name(self) -> str:
-        """Name of the sidecar: ``code-000001.idx`` for ``code-000001.tar``."""
+        """Name of the sidecar file: ``code-000001.idx`` for ``code-000001.tar``."""
         return Path(self.name).with_suffix(".idx").name
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusIndex:
-    """What ``index.json`` says of any kind of corpus.
+    """Fields of ``index.json`` that all kinds of corpora have.
 
     Attributes:
-        shards: The tars, in the order of the stream.
-        rows: Rows in all.
-        sources: What was prepared, as it was asked for.
+        shards: Tars in the order of the stream.
+        rows: Total number of rows.
+        sources: Sources as given when the corpus was prepared.
     """
 
     shards: tuple[Shard, ...]
@@ -69,7 +69,7 @@ class CorpusIndex:
         """Read and check the ``index.json`` of ``folder``, which may be a URL.
 
         Raises:
-            UsageError: No such folder, an unfinished one, one of another kind or of a newer version, or a file that
+            UsageError: The folder is missing, unfinished, of another kind or of a newer version, or its index
                 contradicts itself.
         """
         where, content = read_index(folder)
@@ -86,7 +86,7 @@ class CorpusIndex:
         return index
 
     def check(self, where: str) -> None:
-        """Raise where the index at ``where`` contradicts itself."""
+        """Raise ``UsageError`` if the index at ``where`` contradicts itself."""
         rows = sum(shard.rows for shard in self.shards)
         if self.rows != rows:
             raise UsageError(f"{where}: rows is {self.rows}, expected {rows}; prepare the corpus again")
@@ -100,17 +100,17 @@ class CorpusIndex:
             names.add(shard.name)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``index.json`` atomically: whoever sees it sees all of it."""
+        """Write ``index.json`` atomically, so that readers never see part of it."""
         path = Path(folder) / INDEX_FILE
         with writing(path):
             write_atomically(path, self.content())
 
     def content(self) -> str:
-        """What ``index.json`` holds."""
+        """Return the text of ``index.json``."""
         return json.dumps({name: value for name, value in asdict(self).items() if self._says(name)}, indent=1) + "\n"
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides which sample is which; where shards lie does not count."""
+        """Return the SHA-256 of everything that decides which sample has which number; locations do not count."""
         content = {
             "shards": [(shard.rows, shard.sha256) for shard in self.shards],
             **{
@@ -128,15 +128,15 @@ class CorpusIndex:
 
     @classmethod
     def not_in_fingerprint(cls) -> tuple[str, ...]:
-        """Names of fields that decide nothing."""
+        """Return the names of fields that do not affect the fingerprint."""
         return ()
 
 
 def read_index(folder: str | Path) -> tuple[str, dict[str, Any]]:
-    """Where the index of a folder lies, and what it holds, not yet checked but for its version.
+    """Return the path and the content of a folder's index; only its version has been checked.
 
     Raises:
-        UsageError: There is none, or it is no JSON object.
+        UsageError: There is no index, or it is not a JSON object.
     """
     where = join(str(folder), INDEX_FILE)
     try:
@@ -146,7 +146,7 @@ def read_index(folder: str | Path) -> tuple[str, dict[str, Any]]:
     except ValueError as error:
         raise UsageError(f"{where}: not valid JSON ({error}); prepare the corpus again") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{where}: holds a {type(content).__name__}, expected an object")
+        raise UsageError(f"{where}: contains a {type(content).__name__}, expected an object")
     version = content.get("version")
     if not _is_count(version) or not 1 <= version <= VERSION:
         raise UsageError(f"{where}: version is {version!r}, this rewurst reads versions up to {VERSION}")
@@ -154,7 +154,7 @@ def read_index(folder: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def where_absent(folder: str | Path) -> str:
-    """One line that says why a folder is no corpus and what would make one."""
+    """Return one line that says why a folder is not a corpus and how to make one."""
     if is_remote(str(folder)):
         return f"no corpus at {folder}: it has no {INDEX_FILE}; {HOW_TO_MAKE}"
     folder = Path(folder)
@@ -165,7 +165,7 @@ def where_absent(folder: str | Path) -> str:
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{INDEX_FILE}"))
     if inside:
         return f"{folder} has no {INDEX_FILE}; did you mean {' or '.join(inside)}?"
-    return f"{folder} has no {INDEX_FILE}: its preparation did not finish, or it is no corpus; {HOW_TO_MAKE}"
+    return f"{folder} has no {INDEX_FILE}: its preparation did not finish, or it is not a corpus; {HOW_TO_MAKE}"
 
 
 def _default(cls: type, name: str) -> Any:
@@ -177,15 +177,17 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _fields_of(where: str | Path, cls: type, content: Any) -> dict[str, Any]:
-    """The entries of ``content`` that ``cls`` has, each checked against the type that its annotation names."""
+    """Return the entries of ``content`` that are fields of ``cls``, each checked against the field's type."""
     if not isinstance(content, dict):
-        raise UsageError(f"{where}: holds a {type(content).__name__}, expected an object")
+        raise UsageError(f"{where}: contains a {type(content).__name__}, expected an object")
     values = {}
     for field in fields(cls):
         kind = str(field.type)
         value = content.get(field.name, None if field.default is MISSING else field.default)
         if not _is_count(value) and (kind == "int" or (kind == "int | None" and value is not None)):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected a whole number from 0")
+        if kind == "bool" and not isinstance(value, bool):
+            raise UsageError(f"{where}: {field.name} is {value!r}, expected true or false")
         if kind == "str" and not isinstance(value, str):
             raise UsageError(f"{where}: {field.name} is {value!r}, expected text")
         if kind.startswith("tuple") and not isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Corpora of latents: what networks made of the images of another corpus, row by row, and which networks these were."""
+"""Corpora of latents: encoded images of another corpus, row by row, and the networks that encoded them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .images import ImageIndex, ImageShards
 
 EMPTY_TEXT_FILE = "empty_text.npy"
 MAKERS = {"z": "compressor", "a": "stage_a", "text": "text_encoder"}
-"""Which network makes which member ``<key>.<name>.npy``."""
+"""Network that makes each member ``<key>.<name>.npy``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentIndex(ImageIndex):
-    """The contents of ``index.json``; row i is row i of the images, whose ``facts.npy`` lies here too.
+    """The contents of ``index.json``; row i is row i of the images, whose ``facts.npy`` is copied here.
 
     Attributes:
         what: Names of the arrays of a sample: ``z``, ``a``, ``text``.
-        dtype: Of the arrays.
-        sizes: Heights and widths in pixels at which images were shown, from tall to wide.
-        resize: Side of a square that images covered before they were cropped; 0 for the size itself.
-        images_sha256: Fingerprint of the images' corpus.
-        compressor_sha256: Fingerprint of the network; so are the next two, empty where it made nothing.
-        compressor_source: Where it came from; so are the next two.
+        dtype: Data type of the arrays.
+        sizes: Heights and widths in pixels of the encoded images, from tall to wide.
+        resize: Side of the square that images were resized to cover before cropping; 0 if they covered the size itself.
+        images_sha256: Fingerprint of the image corpus.
+        compressor_sha256: Fingerprint of the network, like the other ``..._sha256``; empty if it made nothing.
+        compressor_source: Path or name of the network, like the other ``..._source``.
     """
 
     what: tuple[str, ...]
@@ -51,7 +51,7 @@ class LatentIndex(ImageIndex):
 
     @classmethod
     def not_in_fingerprint(cls) -> tuple[str, ...]:
-        """Where networks came from decides nothing."""
+        """Return the names of the sources, which do not affect the fingerprint."""
         return tuple(f"{maker}_source" for maker in MAKERS.values())
 
     @property
@@ -65,13 +65,13 @@ class LatentIndex(ImageIndex):
 
 
 class LatentShards(ImageShards):
-    """The samples of a corpus of latents, in any order."""
+    """Random access to the samples of a corpus of latents."""
 
     index: LatentIndex
     index_type = LatentIndex
 
     def empty_text(self) -> NDArray[Any]:
-        """States of the text "", (length, width).
+        """Return the encoded text "", shape (length, width).
 
         Raises:
             UsageError: The file is missing or cannot be read.
@@ -85,10 +85,10 @@ class LatentShards(ImageShards):
             raise UsageError(f"{where}: {error}; prepare the latents again") from None
 
     def arrays(self, members: Mapping[str, bytes]) -> dict[str, NDArray[Any]]:
-        """The arrays of a sample by name.
+        """Return the arrays of a sample by name.
 
         Raises:
-            DecodeError: It has none, as its image could not be read, or they are not what the index says.
+            DecodeError: There are none because the image could not be read, or they do not match the index.
         """
         if reason := json.loads(members.get("json", b"{}")).get("left_out"):
             raise DecodeError(reason)
@@ -98,25 +98,25 @@ class LatentShards(ImageShards):
                 raise DecodeError(f"its {name}.npy is missing")
             arrays[name] = read_array(members[f"{name}.npy"])
             if arrays[name].dtype != self.index.dtype:
-                raise DecodeError(f"its {name}.npy holds {arrays[name].dtype}, expected {self.index.dtype}")
+                raise DecodeError(f"its {name}.npy contains {arrays[name].dtype}, expected {self.index.dtype}")
         return arrays
 
 
 def array_bytes(array: NDArray[Any]) -> bytes:
-    """An array as a ``.npy`` file."""
+    """Return an array as the bytes of a ``.npy`` file."""
     content = io.BytesIO()
     np.lib.format.write_array(content, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return content.getvalue()
 
 
 def read_array(content: bytes) -> NDArray[Any]:
-    """An array from a ``.npy`` file.
+    """Return the array of a ``.npy`` file.
 
     Raises:
-        DecodeError: It is none, or holds objects.
+        DecodeError: The content is not a ``.npy`` file, or contains objects.
     """
     try:
         array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise DecodeError(f"no readable array ({str(error).splitlines()[0]})") from None
+        raise DecodeError(f"not a readable array ({str(error).splitlines()[0]})") from None
     return array

@@ -1,4 +1,4 @@
-"""Open shards of a corpus: bytes of a tar and the offsets of its samples, checked when they are first touched."""
+"""Open shards of a corpus: the bytes of a tar and the offsets of its samples, checked on first access."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..storage.random_access import join as join_path
 from ..storage.random_access import open_bytes, read_whole
 from .index import CorpusIndex, Shard
 
-MAX_OPEN = 128  # a process often has 1,024 file descriptors; a map keeps address space
+MAX_OPEN = 128  # processes often may open only 1,024 files, and each map takes address space
 
 
 class OpenShard:
     """One tar and its sidecar.
 
     Args:
-        folder: Of the index, a path or URL.
-        shard: Its entry in the index.
+        folder: Path or URL of the folder that contains the index.
+        shard: Entry of the tar in the index.
     """
 
     def __init__(self, folder: str, shard: Shard) -> None:
@@ -40,11 +40,11 @@ class OpenShard:
         self.offsets = self._read_offsets()
 
     def sample(self, number: int) -> memoryview:
-        """Bytes of a sample, from its first header to the next sample's."""
+        """Return the bytes of a sample, from its first header to the next sample's."""
         return self.content.read(int(self.offsets[number]), int(self.offsets[number + 1]))
 
     def member_name(self, number: int) -> str:
-        """Name of a sample's first member as the tar spells it."""
+        """Return the name of a sample's first member, as written in the tar."""
         start = int(self.offsets[number])
         return bytes(self.content.read(start, start + 100)).split(b"\0", 1)[0].decode("utf-8", "replace")
 
@@ -52,7 +52,7 @@ class OpenShard:
         try:
             content = read_whole(self.idx)
         except FileNotFoundError:
-            raise UsageError(f"{self.idx}: missing; it belongs to {self.shard.name}") from None
+            raise UsageError(f"{self.idx}: missing; copy it next to {self.shard.name} or index again") from None
         expected = 8 * (self.shard.samples + 1)
         if len(content) != expected:
             raise UsageError(
@@ -61,7 +61,7 @@ class OpenShard:
         offsets = np.frombuffer(content, dtype="<u8")
         if np.any(offsets[1:] <= offsets[:-1]) or offsets[-1] > self.shard.bytes:
             raise UsageError(
-                f"{self.idx}: offsets do not rise within the {self.shard.bytes} bytes of {self.shard.name}"
+                f"{self.idx}: offsets do not increase within the {self.shard.bytes} bytes of {self.shard.name}"
             )
         return offsets
 
@@ -70,14 +70,14 @@ S = TypeVar("S", bound=OpenShard)
 
 
 class Shards(Generic[S]):
-    """The shards of a corpus by number, the most recently used ones open.
+    """Shards of a corpus by number; the most recently used ones are kept open.
 
-    It may be pickled and used after a fork: what is open belongs to the process that opened it.
+    Instances can be pickled and used after a fork: open files belong to the process that opened them.
 
     Args:
-        kind: Opens one, given the folder and the shard's entry.
-        folder: Of the index.
-        index: Of the corpus.
+        kind: Function that opens a shard, given the folder and the shard's entry.
+        folder: Path or URL of the folder that contains the index.
+        index: Index of the corpus.
     """
 
     def __init__(self, kind: Callable[[str, Shard], S], folder: str, index: CorpusIndex) -> None:
@@ -99,20 +99,20 @@ class Shards(Generic[S]):
 
 
 def shard_path(folder: str, shard: Shard) -> str:
-    """Where a shard lies: beside the index, or where the index says."""
+    """Return the path of a shard: the URL in the index, or its name next to the index."""
     return shard.url or join_path(folder, shard.name)
 
 
 def places(ends: NDArray[np.int64], rows: NDArray[Any], where: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Shard of each row and the row's number within it, each ``(n,)``.
+    """Return the shard of each row and the row's number within it, each ``(n,)``.
 
     Args:
-        ends: Rows of the corpus up to and with each shard, ``(shards,)``.
+        ends: Rows of the corpus up to and including each shard, ``(shards,)``.
         rows: Row numbers, ``(n,)``.
-        where: The corpus, for messages.
+        where: Name of the corpus for messages.
 
     Raises:
-        IndexError: A row that the corpus does not have.
+        IndexError: The corpus does not have one of these rows.
     """
     if rows.ndim != 1 or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
         raise IndexError(f"{where}: rows have shape {rows.shape} and type {rows.dtype}, expected (n,) integers")
@@ -124,5 +124,5 @@ def places(ends: NDArray[np.int64], rows: NDArray[Any], where: str) -> tuple[NDA
 
 
 def ends_of(shards: Sequence[Shard]) -> NDArray[np.int64]:
-    """Rows up to and with each shard, ``(shards,)``."""
+    """Return the number of rows up to and including each shard, ``(shards,)``."""
     return np.cumsum([shard.rows for shard in shards], dtype=np.int64)

@@ -1,7 +1,7 @@
-"""One scan over a tar's headers: which bytes make which sample, as webdataset groups them.
+"""Scan a tar's headers once and group its bytes into samples as webdataset does.
 
-What webdataset loses silently is refused here: a tar that ends early, a key that comes twice, names without an
-extension, links.
+What webdataset would lose silently is an error here: a truncated tar, a key that occurs twice, names without an
+extension, and links.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ..storage.random_access import Bytes, SeekableFile
 
 BLOCK_BYTES = 512
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's: the key ends at the first dot of the file name
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset's notes to itself
-# What file managers leave behind; webdataset skips names that begin with a dot.
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's own metadata
+# Files that file managers leave behind; webdataset skips names that begin with a dot.
 _CLUTTER = re.compile(r"(^|.*/)(\.[^/]*|Thumbs\.db|desktop\.ini)$|(^|.*/)__MACOSX/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file of a sample: its extension in lower case, the offset of its content and its size, in bytes."""
+    """One file of a sample: its extension in lower case, and the offset and size of its content in bytes."""
 
     extension: str
     begin: int
@@ -33,13 +33,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Sample:
-    """Neighbouring files of one key.
+    """Neighboring files that share a key.
 
     Attributes:
-        key: What their names have in common, folders included.
-        members: The files.
+        key: Common part of their names, including folders.
+        members: Files of the sample.
         begin: Offset of the first header, in bytes.
-        end: Offset at which the next sample, or the end of the tar, begins.
+        end: Offset of the next sample or of the end of the tar, in bytes.
     """
 
     key: str
@@ -49,14 +49,14 @@ class Sample:
 
 
 class BytesFile(SeekableFile):
-    """A read-only file over :class:`.random_access.Bytes`, for readers that want one."""
+    """A read-only file object over :class:`.random_access.Bytes`."""
 
     def __init__(self, content: Bytes) -> None:
         super().__init__(content.size)
         self._content = content
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill a buffer as far as the content goes."""
+        """Fill a buffer with as much content as is left."""
         begin = min(self._position, self._content.size)
         end = min(begin + len(buffer), self._content.size)
         buffer[: end - begin] = self._content.read(begin, end)
@@ -65,21 +65,21 @@ class BytesFile(SeekableFile):
 
 
 def is_left_out(name: str) -> bool:
-    """Whether a member belongs to no sample: notes of webdataset, and what file managers leave behind."""
+    """Return whether a member belongs to no sample: webdataset's metadata and files left by file managers."""
     return bool(_META.match(name) or _CLUTTER.match(name))
 
 
 def scan(content: Bytes, where: str, left_out: list[str] | None = None) -> Iterator[Sample]:
-    """The samples of a tar, in order.
+    """Yield the samples of a tar in order.
 
     Args:
-        content: The tar.
-        where: Its path, for messages.
-        left_out: List that names of members are added to which belong to no sample, such as ``.DS_Store``.
+        content: Bytes of the tar.
+        where: Path of the tar for messages.
+        left_out: List to which the names of members that belong to no sample are added, such as ``.DS_Store``.
 
     Raises:
-        UsageError: It is no tar, cut in a header, cut in data, or lacks its end; it holds nothing; a key comes twice;
-            a name has no extension; a member is no plain file. The message names the offset.
+        UsageError: The content is not a tar, is truncated or has no samples; a key occurs twice; a name has no
+            extension; a member is not a regular file. The message contains the offset.
     """
     if not content.size:
         raise UsageError(f"{where}: empty, expected a tar")
@@ -99,47 +99,47 @@ def scan(content: Bytes, where: str, left_out: list[str] | None = None) -> Itera
                 raise _comes_again(where, key, offset, twice=extension in seen[key])
             seen[key] = set()
         if extension in members:
-            raise UsageError(f"{where}: member {name!r} at byte {offset} comes twice; webdataset cannot read it")
+            raise UsageError(f"{where}: member {name!r} at byte {offset} occurs twice; webdataset cannot read it")
         members[extension] = Member(extension, *member)
         seen[key].add(extension)
         end = offset_after(*member)
     if not members:
-        raise UsageError(f"{where}: holds no sample")
+        raise UsageError(f"{where}: contains no samples")
     yield Sample(key, tuple(members.values()), begin, end)
 
 
 def _comes_again(where: str, key: str, offset: int, twice: bool) -> UsageError:
-    again = f"{where}: key {key!r} at byte {offset} comes again"
+    again = f"{where}: key {key!r} at byte {offset} occurs again"
     if twice:
         return UsageError(f"{again}; rename one of the samples")
     return UsageError(
-        f"{again}: the files of a sample must be neighbors, or webdataset takes them apart; make the tar again with "
+        f"{again}: the files of a sample must be neighbors, or webdataset splits them; make the tar again with "
         "`tar --sort=name`"
     )
 
 
 def offset_after(begin: int, size: int) -> int:
-    """Offset of the header after a member whose content begins at ``begin``, in bytes."""
+    """Return the offset in bytes of the header after a member whose content begins at ``begin``."""
     return begin + -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _members(content: Bytes, where: str, left_out: list[str]) -> Iterator[tuple[str, int, tuple[int, int]]]:
-    """Name, offset of the first header, and begin and size of the content, of every plain file of a sample."""
+    """Yield the name, offset of the first header, and begin and size of the content of every file of a sample."""
     end = 0
     try:
         with tarfile.open(fileobj=BytesFile(content), mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it keeps every header otherwise
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
                 end = offset_after(info.offset_data, info.size)
                 if info.isdir() or is_left_out(info.name):
                     left_out += [info.name] if _CLUTTER.match(info.name) and not info.isdir() else []
                     continue
                 if not info.isreg():
-                    raise UsageError(f"{where}: member {info.name!r} at byte {info.offset} is no plain file")
+                    raise UsageError(f"{where}: member {info.name!r} at byte {info.offset} is not a regular file")
                 if info.offset_data + info.size > content.size:
                     missing = info.offset_data + info.size - content.size
                     raise UsageError(
-                        f"{where}: cut in the data of {info.name!r} at byte {info.offset}: {missing} bytes are missing"
+                        f"{where}: truncated in {info.name!r} at byte {info.offset}: {missing} bytes are missing"
                     )
                 yield info.name, info.offset, (info.offset_data, info.size)
             end = tar.offset
@@ -149,10 +149,10 @@ def _members(content: Bytes, where: str, left_out: list[str]) -> Iterator[tuple[
 
 
 def _check_end(content: Bytes, end: int, where: str) -> None:
-    """Tarfile takes a cut or damaged header for the end; the end is two blocks of zeros."""
+    """Raise unless a tar ends in two blocks of zeros; tarfile takes a truncated or damaged header for the end."""
     rest = bytes(content.read(min(end, content.size), min(end + 2 * BLOCK_BYTES, content.size)))
     if any(rest):
-        state = "cut in a header" if len(rest) < BLOCK_BYTES else "no readable header"
+        state = "truncated in a header" if len(rest) < BLOCK_BYTES else "no readable header"
         raise UsageError(f"{where}: {state} at byte {end}; copy it again")
     if len(rest) < 2 * BLOCK_BYTES:
         raise UsageError(f"{where}: ends at byte {content.size} without the two zero blocks of a tar; copy it again")
@@ -162,7 +162,7 @@ CHUNK_BYTES = 1 << 22
 
 
 def sha256_of(content: Bytes) -> str:
-    """SHA-256, as hexadecimal digits."""
+    """Return the SHA-256 of the content as hexadecimal digits."""
     digest = hashlib.sha256()
     for begin in range(0, content.size, CHUNK_BYTES):
         digest.update(content.read(begin, min(begin + CHUNK_BYTES, content.size)))

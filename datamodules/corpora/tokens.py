@@ -1,13 +1,13 @@
-"""Indexed reading of token shards: plain WebDataset tars, read by row number.
+"""Read token shards, which are plain WebDataset tars, by row number.
 
-1. A corpus folder holds ``<name>-000000.tar``, ..., a sidecar ``<name>-000000.idx`` for each, and ``index.json``.
-2. A tar member ``<key>.npy`` holds ``rows_per_sample`` rows of ``sequence_length + 1`` tokens; only the last member of
-   a shard may hold fewer, so that a row number gives its member by division.
-3. A sidecar holds little-endian uint64: the byte offset of each member's header, then the offset where members end.
+1. A corpus folder contains ``<name>-000000.tar``, ..., a sidecar ``<name>-000000.idx`` for each, and ``index.json``.
+2. A tar member ``<key>.npy`` has ``rows_per_sample`` rows of ``sequence_length + 1`` tokens; only the last member of
+   a shard may have fewer, so that dividing a row number gives its member.
+3. A sidecar contains little-endian uint64: the byte offset of each member's header, then the end of the last one.
 4. Row i + 1 begins with the last token of row i: every token of the stream but the first is predicted exactly once.
 
-Shards are mapped into memory, or read by ranges where they lie on a server, when they are first touched, and checked
-then: size, sidecar, and each member's header.
+Local shards are mapped into memory; remote ones are read in ranges. Their size, sidecar and member headers are
+checked on first access.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ DTYPES = ("uint16", "uint32", "int32", "int64")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIndex(CorpusIndex):
-    """The contents of ``index.json``; of each shard ``rows`` counts rows and ``samples`` tar members.
+    """The contents of ``index.json``; ``rows`` of a shard counts rows and ``samples`` counts tar members.
 
     Attributes:
         dtype: ``uint16`` for vocabularies of up to 65,536 tokens, else ``uint32``; foreign shards may have others.
-        sequence_length: Predicted tokens a row; a row holds one token more.
-        rows_per_sample: Rows of every tar member but the last one of a shard, which may hold fewer.
-        tokens: Predicted tokens, ``rows * sequence_length``.
-        documents: Documents in the stream, the dropped tail included; 0 where that is not known.
-        dropped_tokens: Tokens at the end of the stream that fill no row.
-        vocab_size: Every token is below it.
-        end_token: The token after each document, none where that is not known.
-        tokenizer_sha256: SHA-256 of the ``tokenizer.json`` that made the tokens, empty where that is not known.
-        begin_tokens: Tokens before each document, such as a BOS; none in corpora prepared before they were recorded.
+        sequence_length: Number of predicted tokens per row; a row has one token more.
+        rows_per_sample: Number of rows per tar member; the last member of a shard may have fewer.
+        tokens: Number of predicted tokens, ``rows * sequence_length``.
+        documents: Number of documents in the stream, including the dropped tail; 0 if unknown.
+        dropped_tokens: Number of tokens at the end of the stream that did not fill a row.
+        vocab_size: Size of the vocabulary; every token is smaller.
+        end_token: Token after each document; None if unknown.
+        tokenizer_sha256: SHA-256 of the ``tokenizer.json`` that made the tokens; empty if unknown.
+        masks: Whether each member is followed by ``<key>.mask.npy``, of the same shape, which is false for tokens that
+            are not to be predicted.
+        begin_tokens: Tokens before each document, such as a BOS; empty in corpora prepared before they were recorded.
     """
 
     dtype: str
@@ -59,10 +61,11 @@ class TokenIndex(CorpusIndex):
     end_token: int | None
     tokenizer_sha256: str
     begin_tokens: tuple[int, ...] = field(default=(), metadata=ABSENT_IF_EMPTY)
+    masks: bool = field(default=False, metadata=ABSENT_IF_EMPTY)
     kind: str = "text"
 
     def check(self, where: str) -> None:
-        """Raise where the index at ``where`` contradicts itself."""
+        """Raise ``UsageError`` if the index at ``where`` contradicts itself."""
         super().check(where)
         if self.dtype not in DTYPES:
             raise UsageError(f"{where}: dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -78,25 +81,25 @@ class TokenIndex(CorpusIndex):
             if shard.samples != -(-shard.rows // self.rows_per_sample):
                 raise UsageError(
                     f"{where}: {shard.name} has {shard.rows} rows in {shard.samples} members, expected "
-                    f"{self.rows_per_sample} in each but the last; prepare the corpus again"
+                    f"{self.rows_per_sample} in each member but the last; prepare the corpus again"
                 )
 
     @classmethod
     def not_in_fingerprint(cls) -> tuple[str, ...]:
-        """Counts that follow from the shards or decide nothing."""
-        return ("tokens", "documents", "dropped_tokens", "begin_tokens")
+        """Return the names of counts that follow from the shards or do not affect the rows."""
+        return ("tokens", "documents", "dropped_tokens", "begin_tokens", "masks")
 
 
 class TokenShards:
-    """The rows of one prepared corpus, in any order; reads nothing but ``index.json`` until rows are asked for.
+    """Random access to the rows of one prepared corpus; only ``index.json`` is read until rows are requested.
 
-    It may be pickled and used after a fork.
+    Instances can be pickled and used after a fork.
 
     Args:
-        folder: A folder that ``rewurst prepare`` made (such as its ``train`` or ``val``), or its URL.
+        folder: Folder made by ``rewurst prepare`` (such as its ``train`` or ``val``), or its URL.
 
     Raises:
-        UsageError: No corpus there, or one that cannot be read (see ``TokenIndex.load``).
+        UsageError: There is no corpus, or it cannot be read (see ``TokenIndex.load``).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -112,11 +115,11 @@ class TokenShards:
 
     @property
     def tokenizer_folder(self) -> str:
-        """The tokenizer's copy that lies with the corpus."""
+        """Folder of the tokenizer that is stored with the corpus."""
         return f"{self.path.rstrip('/')}/tokenizer"
 
     def has_tokenizer_of(self, other: Any) -> bool:
-        """Return whether both corpora's tokenizers mean the same; versions of the library write different bytes."""
+        """Return whether both corpora's tokenizers are equivalent; library versions write different bytes."""
         if self.index.tokenizer_sha256 == other.index.tokenizer_sha256:
             return True
         if not self.index.tokenizer_sha256 or not other.index.tokenizer_sha256:
@@ -129,19 +132,19 @@ class TokenShards:
             return False
 
     def read_tokenizer(self) -> str:
-        """Return the ``tokenizer.json`` that is next to the shards.
+        """Return the ``tokenizer.json`` stored next to the shards.
 
         Raises:
-            FileNotFoundError: There is none.
+            FileNotFoundError: The corpus has no tokenizer.
         """
         return bytes(read_whole(f"{self.tokenizer_folder}/tokenizer.json")).decode("utf-8", "replace")
 
     def in_lane(self, lane: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Row numbers: there is one lane of all rows."""
+        """Return ``index`` itself: all rows are in one lane."""
         return index
 
     def read(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-        """Read rows in the order asked for.
+        """Return rows in the order given.
 
         Args:
             rows: Row numbers, shape (n,), each in [0, len(self)).
@@ -150,8 +153,8 @@ class TokenShards:
             Tokens of the corpus's dtype, shape (n, sequence_length + 1).
 
         Raises:
-            IndexError: A row that the corpus does not have.
-            UsageError: A shard that is missing or is not what the index says, a token beyond the vocabulary.
+            IndexError: The corpus does not have one of these rows.
+            UsageError: A shard is missing or does not match the index, or a token is beyond the vocabulary.
         """
         rows = np.asarray(rows)
         tokens = np.empty((rows.size, self.index.sequence_length + 1), dtype=self.index.dtype)
@@ -161,28 +164,38 @@ class TokenShards:
         return tokens
 
     def read_into(self, tokens: NDArray[Any], slots: Iterable[int], rows: NDArray[np.integer[Any]]) -> None:
-        """Read rows into these slots of ``tokens``, without a look at their values."""
+        """Read rows into these slots of ``tokens`` without checking their values."""
         shards, within = places(self._ends, rows, self.path)
         for slot, shard, row in zip(slots, shards.tolist(), within.tolist(), strict=True):
             tokens[slot] = self._shards[shard].row(row)
 
+    def read_masks(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        """Read which tokens of rows are to be predicted, (n, sequence_length + 1): all if the corpus has no masks."""
+        rows = np.asarray(rows)
+        masks = np.ones((rows.size, self.index.sequence_length + 1), dtype=np.bool_)
+        if self.index.masks:
+            shards, within = places(self._ends, rows, self.path)
+            for slot, (shard, row) in enumerate(zip(shards.tolist(), within.tolist(), strict=True)):
+                masks[slot] = self._shards[shard].mask(row)
+        return masks
+
     def locate(self, row: int) -> str:
-        """Where a row lies, for messages: ``"code-000001.tar, member 000012.npy, row 17"``."""
+        """Return the place of a row for messages: ``"code-000001.tar, member 000012.npy, row 17"``."""
         shards, within = places(self._ends, np.asarray([row]), self.path)
         shard = self._shards[int(shards[0])]
         return f"{shard.shard.name}, {shard.place(int(within[0]))}"
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides which tokens come in which rows."""
+        """Return the SHA-256 of everything that decides which tokens are in which rows."""
         return self.index.fingerprint()
 
     def refuse(self, rows: NDArray[Any], tokens: NDArray[Any]) -> None:
-        """Raises with the place of the first of these rows that holds a token beyond the vocabulary."""
+        """Raise ``UsageError`` naming the first of these rows that contains a token beyond the vocabulary."""
         first = int(((tokens < 0) | (tokens >= self.index.vocab_size)).any(1).argmax())
         token = tokens[first].min() if tokens[first].min() < 0 else tokens[first].max()
         raise UsageError(
-            f"{self.path}: {self.locate(int(rows[first]))} holds token {token}, the vocabulary has "
-            f"{self.index.vocab_size}; see `rewurst prepare verify`"
+            f"{self.path}: {self.locate(int(rows[first]))} contains token {token}, but the vocabulary has "
+            f"{self.index.vocab_size} tokens; check the corpus with `rewurst prepare verify`"
         )
 
 
@@ -199,9 +212,9 @@ class TokenShard(OpenShard):
     """One tar of rows.
 
     Args:
-        index: The corpus.
-        folder: Where the index lies.
-        shard: The entry of this tar in the index.
+        index: Index of the corpus.
+        folder: Path or URL of the folder that contains the index.
+        shard: Entry of the tar in the index.
     """
 
     def __init__(self, index: TokenIndex, folder: str, shard: Shard) -> None:
@@ -209,12 +222,13 @@ class TokenShard(OpenShard):
         self._row_length, self._dtype = index.sequence_length + 1, np.dtype(index.dtype).newbyteorder("<")
         self._row_bytes = self._row_length * self._dtype.itemsize
         self._rows_per_sample = index.rows_per_sample
-        self._ranged = is_remote(self.where)  # a member of many rows is not fetched for one of them
+        self._ranged = is_remote(self.where)  # fetch only the row, not a member of many rows
         self._members: dict[int, NDArray[Any]] = {}
         self._begins: dict[int, int] = {}
+        self._mask_begins: dict[int, int] = {}
 
     def row(self, number: int) -> NDArray[Any]:
-        """Tokens of one row of the shard, shape (sequence_length + 1,)."""
+        """Return the tokens of one row of the shard, shape (sequence_length + 1,)."""
         sample, row = divmod(number, self._rows_per_sample)
         if self._ranged:
             begin = self._begin(sample) + row * self._row_bytes
@@ -230,8 +244,30 @@ class TokenShard(OpenShard):
         sample, inside = divmod(number, self._rows_per_sample)
         return f"member {self.member_name(sample)}, row {inside}"
 
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """Return which tokens of a row of the shard are to be predicted, shape (sequence_length + 1,)."""
+        sample, row = divmod(number, self._rows_per_sample)
+        begin = self._mask_begins.get(sample)
+        if begin is None:
+            begin = self._mask_begins[sample] = self._checked_mask(sample)
+        begin += row * self._row_length
+        return np.frombuffer(self.content.read(begin, begin + self._row_length), dtype=np.bool_)
+
+    def _checked_mask(self, sample: int) -> int:
+        """Return the offset of the mask of a member's first row; its member follows that of the tokens."""
+        end_of_tokens = self._begin(sample) + self._rows_in(sample) * self._row_bytes
+        start = -(-end_of_tokens // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
+        end, shape = int(self.offsets[sample + 1]), (self._rows_in(sample), self._row_length)
+        try:
+            header = read_header(self.content.read(start, min(start + HEADER_BYTES, end)))
+        except ValueError:
+            header = None
+        if header is None or header.shape != shape or header.dtype != np.bool_ or start + header.end > end:
+            raise UsageError(f"{self.where}: no mask.npy of booleans of shape {shape} at byte {start - BLOCK_BYTES}")
+        return start + header.begin
+
     def member(self, sample: int) -> NDArray[Any]:
-        """Tokens of one member, shape (rows, sequence_length + 1), a read-only view where the tar is mapped."""
+        """Return the tokens of one member, shape (rows, sequence_length + 1); a read-only view if the tar is mapped."""
         begin, rows = self._begin(sample), self._rows_in(sample)
         content = self.content.read(begin, begin + rows * self._row_bytes)
         return np.frombuffer(content, dtype=self._dtype).reshape(rows, self._row_length)
@@ -240,7 +276,7 @@ class TokenShard(OpenShard):
         return min(self._rows_per_sample, self.shard.rows - sample * self._rows_per_sample)
 
     def _begin(self, sample: int) -> int:
-        """Offset of a member's first row, once its header has been checked."""
+        """Return the offset of a member's first row; check its header the first time."""
         begin = self._begins.get(sample)
         if begin is None:
             begin = self._begins[sample] = self._checked(sample)
@@ -259,20 +295,20 @@ class TokenShard(OpenShard):
         if header.shape != (rows, self._row_length) or header.dtype != self._dtype or header.fortran_order:
             order = "Fortran" if header.fortran_order else "C"
             found = f"{header.dtype.name} of shape {header.shape} in {order} order"
-            raise UsageError(f"{member} holds {found}, expected {expected}")
+            raise UsageError(f"{member} contains {found}, expected {expected}")
         if start + header.end > end:
             raise UsageError(f"{member} ends before its rows do")
         return start + header.begin
 
 
 class RowsHeader(NamedTuple):
-    """What a ``.npy`` member says of its rows.
+    """Header of a ``.npy`` member.
 
     Attributes:
         begin: Offset of the first row in the member, in bytes.
         shape: (rows, sequence_length + 1); an array of one dimension is one row.
-        dtype: Of the tokens.
-        fortran_order: Whether columns lie together.
+        dtype: Data type of the tokens.
+        fortran_order: Whether the array is stored column by column.
     """
 
     begin: int
@@ -287,10 +323,10 @@ class RowsHeader(NamedTuple):
 
 
 def read_header(content: memoryview) -> RowsHeader:
-    """The header of a ``.npy`` member, from its first ``HEADER_BYTES``.
+    """Return the header of a ``.npy`` member, read from its first ``HEADER_BYTES``.
 
     Raises:
-        ValueError: No such header. A pickled array has none that would be followed: only literals are parsed.
+        ValueError: The header is not valid. Only literals are parsed, so a pickled array is never loaded.
     """
     header = io.BytesIO(content)
     if np.lib.format.read_magic(header) != (1, 0):

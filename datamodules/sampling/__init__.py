@@ -1,1 +1,1 @@
-"""Which sample fills which slot of a global batch: pure functions of the step."""
+"""Choice of the sample in each slot of a global batch, by pure functions of the step."""

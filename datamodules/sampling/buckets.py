@@ -1,9 +1,9 @@
-"""Lanes: samples of a corpus that may share a batch, such as images of one shape.
+"""Lanes: groups of samples that may share a batch, such as images of one shape.
 
-Every global batch is of one lane. The lane of a step is a pure function of the step: lanes take turns by weight, as
-corpora share slots. Each corpus has a counter for each lane, so that every sample comes once an epoch of its lane.
-Where there is one lane only (text, or images of one shape) counters follow from the step by arithmetic. Else they are
-summed from a step whose counters are known, which is the step that a run was restored at.
+Every global batch is of one lane, which is a pure function of the step: lanes take turns by weight, as corpora share
+slots. Each corpus has a counter for each lane, so that every sample occurs once per epoch of its lane. With a single
+lane (text, or images of one shape), counters follow from the step by arithmetic. Otherwise they are summed up from a
+step whose counters are known, the step at which a run was restored.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .mixture import Mixture, ratios, split
 
 
 class Lanes:
-    """Which lane each step's batch is of, and how far each corpus was read in it.
+    """Lane of each step's batch, and the number of samples read from each corpus and lane.
 
     Args:
-        mixture: Step -> slots of every corpus.
-        weights: Of the lanes.
-        lane_of: Lane that a corpus reads from at a step of a lane, ``(corpora, lanes)``: another one where it has no
-            sample of that lane.
+        mixture: Mixture that gives the slots of every corpus at a step.
+        weights: Weight of each lane.
+        lane_of: Lane that each corpus reads from at a step of each lane, ``(corpora, lanes)``; a corpus without samples
+            in a lane reads from another one.
         step: Step whose counters are known.
-        counts: Samples of each corpus and lane read before it, ``(corpora, lanes)``.
+        counts: Samples read before ``step`` from each corpus and lane, ``(corpora, lanes)``.
     """
 
     def __init__(
@@ -47,21 +47,21 @@ class Lanes:
         return len(self._ratios)
 
     def lane(self, step: int) -> int:
-        """Lane of a step's batch."""
+        """Return the lane of a step's batch."""
         if len(self) == 1:
             return 0
         grown = np.subtract(split(step + 1, self._ratios), split(step, self._ratios))
         return int(grown.argmax())
 
     def read_before(self, step: int) -> NDArray[np.int64]:
-        """Samples of each corpus and lane read in the steps before ``step``, ``(corpora, lanes)``."""
+        """Return the samples read before ``step`` from each corpus and lane, ``(corpora, lanes)``."""
         if len(self) == 1:
             return self.mixture.read_before(step)[:, None]
         if step < self._at[0]:
             self._at = self._known
         at, counts = self._at
         if step < at:
-            raise IndexError(f"step {step} lies before step {at}, where this run was restored")
+            raise IndexError(f"step {step} is before step {at}, where this run was restored")
         counts = counts.copy()
         corpora = np.arange(len(counts))
         before = self.mixture.read_before(at)
@@ -73,7 +73,7 @@ class Lanes:
         return counts.copy()
 
     def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """Corpus and counter within its lane of every slot of a global batch, each ``(G,)``, and the batch's lane."""
+        """Return the corpus and lane counter of every slot of a global batch, each ``(G,)``, and the batch's lane."""
         corpus, counter = self.mixture.batch(step)
         lane = self.lane(step)
         if len(self) > 1:

@@ -1,4 +1,4 @@
-"""How often each corpus has been read, and a warning when new data comes again."""
+"""Count the passes over each corpus, and warn when new data is read again."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 class CorpusEpochs:
-    """Counts passes over corpora; warns once for each new corpus that begins its second one.
+    """Counter of passes over corpora that warns once for each new corpus when its second pass begins.
 
     Args:
-        rows: Number of rows by corpus; of a replayed one those of its first reading.
+        rows: Number of rows by corpus; for a replayed corpus, the rows of its first reading.
         new: Names of the corpora that are not replayed.
     """
 
@@ -25,8 +25,8 @@ class CorpusEpochs:
         Args:
             counts: Rows read by corpus since the dataset began.
             step: Completed global batches of the dataset.
-            last_step: Global batches of the dataset in the whole run; 0 if the run's length is a number of epochs, so
-                that repeating is what was asked for.
+            last_step: Global batches of the dataset in the whole run; 0 if the run's length is given in epochs, where
+                repeated data is expected.
         """
         for name in [*self._fresh]:
             rows = self._rows[name]
@@ -34,7 +34,7 @@ class CorpusEpochs:
                 self._fresh.remove(name)
                 times = counts[name] * last_step / step / rows
                 rank_zero_warn(
-                    f"corpus {name!r} is read again from step {step} of {last_step} on: it has {rows} rows, which the "
-                    f"whole run reads {times:.1f} times. Prepare more data, or train for fewer steps"
+                    f"corpus {name!r} is read again from step {step} of {last_step} on: the whole run reads its {rows} "
+                    f"rows {times:.1f} times. Prepare more data, or train for fewer steps"
                 )
         return {f"data/epoch/{name}": counts[name] / max(1, rows) for name, rows in self._rows.items()}

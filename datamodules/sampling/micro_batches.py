@@ -1,4 +1,4 @@
-"""Micro-batches by number, read by a stock DataLoader whose workers keep no state."""
+"""Micro-batches by number, read by a standard DataLoader whose workers keep no state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .buckets import Lanes
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
-BLOCK = 4096  # counters that are permuted together
+BLOCK = 4096  # number of counters permuted together
 
 Batch = dict[str, Any]
 Numbers = NDArray[np.int64]
@@ -26,12 +26,12 @@ class Picks:
     """The samples of a micro-batch.
 
     Attributes:
-        corpus: Of each sample, new corpora first, ``(n,)``.
-        row: In its corpus, ``(n,)``.
-        seed: Of all that is random about it, ``(n,)``.
-        lane: Of the batch.
-        training: Whether the model learns from it, rather than being evaluated on it.
-        quantile: Of each sample in training, ``(n,)`` in [0, 1): see :func:`.permutation.slot_quantiles`.
+        corpus: Number of each sample's corpus, new corpora first, ``(n,)``.
+        row: Row of each sample in its corpus, ``(n,)``.
+        seed: Seed of each sample's randomness, ``(n,)``.
+        lane: Lane of the batch.
+        training: Whether the batch is for training, not for evaluation.
+        quantile: Quantile of each training sample, ``(n,)`` in [0, 1): see :func:`.permutation.slot_quantiles`.
     """
 
     corpus: Numbers
@@ -43,35 +43,35 @@ class Picks:
 
 
 def as_is(batch: Batch) -> Batch:
-    """The loader's own conversion would make a tensor, and so a shared memory file, of every array."""
+    """Return the batch unchanged; the default conversion would move every array to a shared memory file."""
     return batch
 
 
 class Rows(Protocol):
-    """The samples of one corpus, by row number."""
+    """Samples of one corpus, by row number."""
 
     @property
     def path(self) -> str:
-        """Where the corpus lies, for messages."""
+        """Path of the corpus for messages."""
         ...
 
     @property
     def lanes(self) -> Sequence[int]:
-        """Samples in each lane; most corpora have one."""
+        """Number of samples in each lane; most corpora have one lane."""
         ...
 
     def __len__(self) -> int: ...
 
     def in_lane(self, lane: int, index: Numbers) -> Numbers:
-        """Row of each sample of a lane."""
+        """Return the row of each sample of a lane."""
         ...
 
     def fingerprint(self) -> str:
-        """Changes with anything that decides which sample is which."""
+        """Return a hash of everything that decides which sample has which number."""
         ...
 
     def locate(self, row: int) -> str:
-        """Where a row lies, for messages."""
+        """Return the place of a row for messages."""
         ...
 
 
@@ -90,21 +90,21 @@ class Streamed(Protocol):
 
 
 Reader = Callable[[Picks], Batch]
-"""Turns picks into what the model is given; it goes to worker processes."""
+"""Function that turns picks into the model's batch; it is sent to worker processes."""
 
 
 class MicroBatches(Dataset[Batch]):
-    """Number of a micro-batch -> samples: a pure function, so that any worker can read any of them.
+    """Micro-batches by number. Their samples are a pure function of the number, so any worker can read any of them.
 
     Args:
-        lanes: Step -> corpus, counter and lane.
-        orders: Of each corpus, as the mixture numbers them, and lane.
+        lanes: Lanes that give corpus, counter and lane at a step.
+        orders: Order of each corpus (numbered as in the mixture) and lane.
         sources: Rows of each corpus.
-        read: Picks -> batch.
+        read: Function that reads the batch of some picks.
         slots: This rank's slots of the global batch.
-        accumulation: Micro-batches that the slots are read in.
+        accumulation: Number of micro-batches that the slots are split into.
         start: Step at which the dataset began; numbers count from step 0.
-        seed: Of what is random about a sample.
+        seed: Seed of the samples' randomness.
     """
 
     def __init__(
@@ -124,10 +124,19 @@ class MicroBatches(Dataset[Batch]):
         self._numbered = [not isinstance(source, Streamed) for source in sources]
         self._streams = [source for source in sources if isinstance(source, Streamed)]
 
+    def rows_of(self, number: int) -> Numbers:
+        """Return how many samples of each corpus a micro-batch has, without reading it."""
+        slots = self._slots_of(number % self._accumulation)
+        corpus, _, _ = self._lanes.batch(number // self._accumulation - self._start)
+        return np.bincount(corpus[slots.start : slots.stop], minlength=len(self._sources))
+
+    def _slots_of(self, micro: int) -> range:
+        size = len(self._slots) // self._accumulation
+        return self._slots[micro * size : (micro + 1) * size]
+
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self._accumulation)
-        size = len(self._slots) // self._accumulation
-        slots = self._slots[micro * size : (micro + 1) * size]
+        slots = self._slots_of(micro)
         corpus, counter, lane = self._lanes.batch(step - self._start)
         corpus, counter = corpus[slots.start : slots.stop], counter[slots.start : slots.stop]
         rows = np.empty_like(counter)
@@ -142,16 +151,19 @@ class MicroBatches(Dataset[Batch]):
         numbers = np.arange(slots.start, slots.stop)
         seeds, quantiles = slot_seeds(self._seed, step, numbers), slot_quantiles(self._seed, step, numbers)
         picks = Picks(corpus, rows, seeds, lane, training=True, quantile=quantiles)
-        # What only the host reads stays NumPy: each tensor costs a worker a shared memory file, and a copy to a device.
-        batch = self._read(picks) | {"corpus": corpus, "row": rows}
+        # Arrays that only the host reads stay NumPy: each tensor costs a shared memory file and a device copy.
+        batch = self._read(picks)
+        if not getattr(self._read, "names_origin", True):
+            return batch
+        batch |= {"corpus": corpus, "row": rows}
         if self._streams:
             batch["places"] = np.array([stream.place() for stream in self._streams], dtype=np.int64)
         return batch
 
     def _index(self, corpus: int, lane: int, counters: Numbers) -> Numbers:
-        """Index within the lane of each counter: permuted by the block, which NumPy does for little more than a row."""
+        """Return the index in the lane of each counter, permuting whole blocks: NumPy does so as fast as one row."""
         order = self._orders[corpus][lane]
-        size = min(BLOCK, order.rows)  # of at most two epochs: each is permuted by itself
+        size = min(BLOCK, order.rows)  # spans at most two epochs, and each is permuted separately
         first = int(counters[0]) // size * size
         if counters[-1] >= first + size or counters[0] > counters[-1]:
             return order.row(counters)
@@ -163,15 +175,15 @@ class MicroBatches(Dataset[Batch]):
 
 
 class EvaluationRows(Dataset[Batch]):
-    """Batches of consecutive rows, lane by lane; every rank has as many, filled up with rows whose ``valid`` is 0.
+    """Batches of consecutive rows, lane by lane; every rank has equally many, padded with rows whose ``valid`` is 0.
 
     Args:
-        source: The corpus.
-        read: Picks -> batch; the corpus has number 0 there.
-        rows: Rows in a batch.
-        rank: This process's number.
+        source: Rows of the corpus.
+        read: Function that reads the batch of some picks, in which the corpus has number 0.
+        rows: Number of rows per batch.
+        rank: Number of this process.
         world_size: Number of processes.
-        seed: Of what is random about a sample; it does not change with the step.
+        seed: Seed of the samples' randomness, which does not change with the step.
     """
 
     def __init__(
@@ -201,12 +213,12 @@ class EvaluationRows(Dataset[Batch]):
 
 
 class Positions(SequentialSampler):
-    """Numbers of the micro-batches from the current one on.
+    """Sampler of the numbers of the micro-batches from the current one on.
 
-    Its length is that of the whole run, or of the epoch: Lightning adds what was done before a restore.
+    Its length is that of the whole run or the epoch, because Lightning counts the batches before a restore itself.
 
     Args:
-        progress: Where the data module is when iteration begins, and its epochs.
+        progress: Position of the data module when iteration begins, and its epochs.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -229,24 +241,24 @@ class Positions(SequentialSampler):
 
 
 def loader(dataset: Dataset[Batch], sampler: Sampler[int] | None, num_workers: int) -> DataLoader[Batch]:
-    """A DataLoader of whole batches."""
+    """Return a DataLoader that yields whole batches of the dataset."""
     pinned = torch.cuda.is_available()
-    own = torch.Generator()  # beginning an iteration draws a seed for workers; not from the state that dropout uses
+    own = torch.Generator()  # iterating draws a seed for workers, not from the state that dropout uses
     return _Loader(
         dataset,
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=as_is,  # type: ignore[arg-type]  # typed for lists; without batching it gets one sample
+        collate_fn=as_is,  # type: ignore[arg-type]  # typed for lists, but gets one sample without batching
         pin_memory=pinned,
         generator=own,
     )
 
 
 class _Loader(DataLoader[Batch]):
-    """A stock DataLoader; Lightning asks for these methods before it believes that a run can resume within an epoch.
+    """A standard DataLoader with the methods that Lightning requires to resume within an epoch.
 
-    The position lives in the data module's state: a loader's own is that of rank 0, and it prefetches.
+    The position is stored in the data module's state: a loader's own is that of rank 0, and it prefetches.
     """
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Which corpus every slot of a global batch is read from, exactly.
+"""Assign a corpus to every slot of a global batch, with exact shares.
 
 The replay share f(step) is an integer over 2^40. With running sums S(t) of f over the steps before t, the batch of
 step t holds ``floor(G S(t+1) / 2^40) - floor(G S(t) / 2^40)`` old rows of G: 51 or 52 of 1024 at 5 %, and the drift
-stays under one row for ever. Old rows are spread evenly over the slots, so that contiguous slices of a batch (one a
-rank, one a micro-batch) differ by at most one. Within the old and the new rows, corpora share by weight in the same
-way.
+always stays below one row. Old rows are spread evenly over the slots, so that contiguous slices of a batch (one per
+rank or micro-batch) differ by at most one. Corpora share the old rows, and the new rows, by weight in the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class RunningShare:
 
     Args:
         share: A number in [0, 1], or a function of the step.
-        step: Step from which sums are asked for.
+        step: First step whose sum may be requested.
         total: Sum over the steps before ``step``.
     """
 
@@ -36,13 +35,13 @@ class RunningShare:
         self._sums = [total]
 
     def total(self, step: int) -> int:
-        """Sum over the steps before ``step``, exact.
+        """Return the exact sum over the steps before ``step``.
 
         Raises:
-            UsageError: The share at some step is no fraction.
+            UsageError: The share at some step is not in [0, 1].
         """
         if step < self._first:
-            raise UsageError(f"step {step} lies before step {self._first}, where this run was restored")
+            raise UsageError(f"step {step} is before step {self._first}, where this run was restored")
         if not callable(self._share):
             return self._sums[0] + (step - self._first) * _units(self._share, step)
         while len(self._sums) <= step - self._first:
@@ -54,11 +53,11 @@ class RunningShare:
 
 @dataclass
 class Mixture:
-    """Global batches over new and old corpora.
+    """Mixture of new and old corpora in global batches.
 
     Args:
-        global_batch_size: Rows in a global batch, G.
-        new: Weight by name of the corpora being learnt.
+        global_batch_size: Number of rows per global batch, G.
+        new: Weight by name of the corpora to learn.
         old: Weight by name of the corpora to replay.
         share: Share of old rows by step.
     """
@@ -76,13 +75,13 @@ class Mixture:
         self._ratios_new, self._ratios_old = ratios(self.new), ratios(self.old)
 
     def read_before(self, step: int) -> NDArray[np.int64]:
-        """Rows of each corpus (in the order of ``names``) read in the steps before ``step``."""
+        """Return the rows of each corpus (in the order of ``names``) read before ``step``."""
         rows = self.global_batch_size * step
         old = self.global_batch_size * self.share.total(step) // UNIT
         return np.array([*split(rows - old, self._ratios_new), *split(old, self._ratios_old)], dtype=np.int64)
 
     def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Corpus (index into ``names``) and counter of every slot of a global batch, each ``(G,)``."""
+        """Return the corpus (index into ``names``) and counter of every slot of a global batch, each ``(G,)``."""
         if len(self.names) == 1:
             first = self.global_batch_size * step
             whole = np.arange(first, first + self.global_batch_size, dtype=np.int64)
@@ -102,18 +101,18 @@ class Mixture:
 
 def _units(share: float, step: int) -> int:
     if not 0 <= share <= 1:
-        raise UsageError(f"replay share {share} at step {step} must lie between 0 and 1")
+        raise UsageError(f"replay share {share} at step {step} must be between 0 and 1")
     return round(float(share) * UNIT)
 
 
 def ratios(weights: Mapping[str, float]) -> list[int]:
-    """Each corpus's part, in units, of what the corpora before it leave over."""
+    """Return each corpus's share, in units, of the slots that earlier corpora leave free."""
     values = list(weights.values())
     return [round(value / (sum(values[index:]) or 1) * UNIT) for index, value in enumerate(values)]
 
 
 def split(rows: int, parts: Sequence[int]) -> list[int]:
-    """Rows so far by corpus: every count only grows with ``rows``, and together they are ``rows``."""
+    """Return the rows read so far by corpus: counts that never decrease with ``rows`` and add up to it."""
     counts = []
     for ratio in parts:
         counts.append(rows * ratio // UNIT)
@@ -122,7 +121,7 @@ def split(rows: int, parts: Sequence[int]) -> list[int]:
 
 
 def _spread(marked: int, size: int) -> NDArray[np.bool_]:
-    """``marked`` of ``size`` slots, evenly: any two slices of one length differ by at most one."""
+    """Mark ``marked`` of ``size`` slots evenly: slices of equal length differ by at most one."""
     if marked in (0, size):
         return np.full(size, marked > 0)
     steps = np.arange(size + 1, dtype=np.int64) * marked // size
@@ -130,7 +129,7 @@ def _spread(marked: int, size: int) -> NDArray[np.bool_]:
 
 
 def _arrange(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices with the given counts, each spread evenly over the slots that the ones before leave over."""
+    """Return indices with the given counts, each spread evenly over the slots that earlier ones leave free."""
     result = np.full(int(counts.sum()), len(counts) - 1, dtype=np.int64)
     if len(counts) == 1:
         return result

@@ -1,11 +1,11 @@
-"""The order of samples as a pure function: counter of a corpus -> epoch and index -> permuted row.
+"""Compute the order of samples as a pure function: counter of a corpus -> epoch and index -> permuted row.
 
 1. A corpus is read by a counter that never restarts: ``epoch = counter // rows``, ``index = counter % rows``. In replay
-   the counter repeats the first reading.
+   the counter repeats the first reading of the corpus.
 2. Each epoch permutes the rows by a keyed Feistel network with cycle walking. There is no table and no generator
    state: any position costs the same, and the keys are hashes of (seed, corpus, epoch).
-3. ``"full"`` permutes all rows. ``"window"`` permutes blocks of neighbouring rows, then rows within a window of
-   consecutive permuted blocks, so that a stream touches few places at a time.
+3. ``"full"`` permutes all rows. ``"window"`` permutes blocks of neighboring rows, then rows within a window of
+   consecutive permuted blocks, so that a stream reads from few places at a time.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ GOLDEN_SECTION = (5**0.5 - 1) / 2
 
 
 def permute(index: Rows, size: int, keys: NDArray[np.uint64]) -> Rows:
-    """A keyed bijection of ``range(size)``, element by element.
+    """Permute elements of ``range(size)`` by a keyed bijection.
 
     An alternating Feistel network over the smallest power of two that holds ``size``; results outside are permuted
     again until they fall inside (cycle walking), which takes under two rounds on average.
 
     Args:
         index: Values in ``[0, size)``, any shape.
-        size: Number of elements permuted.
-        keys: :data:`ROUNDS` round keys.
+        size: Number of elements of the permutation.
+        keys: Round keys, :data:`ROUNDS` of them.
     """
     if size <= 1:
         return index.copy()
@@ -47,7 +47,7 @@ def permute(index: Rows, size: int, keys: NDArray[np.uint64]) -> Rows:
 
 @lru_cache(maxsize=256)
 def round_keys(seed: int, corpus: str, epoch: int, purpose: str) -> NDArray[np.uint64]:
-    """Round keys from a BLAKE2b hash of what they are for."""
+    """Return round keys, a BLAKE2b hash of the arguments."""
     text = f"{seed}\0{corpus}\0{epoch}\0{purpose}".encode()
     keys = np.frombuffer(hashlib.blake2b(text, digest_size=8 * ROUNDS).digest(), dtype="<u8").astype(np.uint64)
     keys.flags.writeable = False
@@ -55,30 +55,30 @@ def round_keys(seed: int, corpus: str, epoch: int, purpose: str) -> NDArray[np.u
 
 
 def slot_seeds(seed: int, step: int, slots: Rows) -> Rows:
-    """A 63-bit number for each slot of a step, for all that is random about its sample: crop, dropout, noise.
+    """Return a 63-bit seed for each slot of a step, for its sample's randomness: crop, dropout, noise.
 
-    It does not depend on ranks, workers or micro-batches.
+    Seeds do not depend on ranks, workers or micro-batches.
 
     Args:
-        seed: Of the run.
-        step: Of the global batch.
-        slots: In the global batch, ``(n,)``.
+        seed: Seed of the run.
+        step: Step of the global batch.
+        slots: Slots in the global batch, ``(n,)``.
     """
     key = round_keys(seed, "", step, "slots")[0]
     return (_mix(slots.astype(np.uint64) ^ key) >> np.uint64(1)).astype(np.int64)
 
 
 def slot_quantiles(seed: int, step: int, slots: Rows) -> NDArray[np.float64]:
-    """A number in [0, 1) for each slot of a step, uniform by itself and evenly spread over the slots.
+    """Return a number in [0, 1) for each slot of a step: each is uniform, and together they are evenly spread.
 
-    A random number of the step is shifted by multiples of the golden section, whose run of any length leaves no large
-    gap: the low-discrepancy sampler of Kingma et al. 2021 (arXiv 2107.00630, appendix I.1) without a batch size in it,
-    so that it depends on ranks, workers and micro-batches no more than :func:`slot_seeds` does.
+    A random number per step is shifted by multiples of the golden section, which leave no large gaps. This is the
+    low-discrepancy sampler of Kingma et al. 2021 (arXiv 2107.00630, appendix I.1) without the batch size, so that, like
+    :func:`slot_seeds`, it does not depend on ranks, workers or micro-batches.
 
     Args:
-        seed: Of the run.
-        step: Of the global batch.
-        slots: In the global batch, ``(n,)``.
+        seed: Seed of the run.
+        step: Step of the global batch.
+        slots: Slots in the global batch, ``(n,)``.
     """
     offset = float(round_keys(seed, "", step, "quantiles")[0] >> np.uint64(11)) / 2**53
     quantiles: NDArray[np.float64] = (offset + slots.astype(np.float64) * GOLDEN_SECTION) % 1.0
@@ -87,17 +87,17 @@ def slot_quantiles(seed: int, step: int, slots: Rows) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class CorpusOrder:
-    """The order in which one corpus is read.
+    """Order in which one corpus is read.
 
     Args:
-        corpus: Its name; with the seed it decides the order.
+        corpus: Name of the corpus; with the seed it decides the order.
         rows: Number of rows.
         seed: Seed of the run.
-        shuffle: ``"full"`` over all rows, or ``"window"`` for streams.
-        block: Rows in a block of the window shuffle.
-        window: Blocks in a window of the window shuffle.
-        first_reading: Rows that were read when the corpus was learnt; replay repeats these, in their order.
-        offset: Rows of that reading that earlier datasets have replayed.
+        shuffle: Kind of shuffle: ``"full"`` over all rows, or ``"window"`` for streams.
+        block: Number of rows per block of the window shuffle.
+        window: Number of blocks per window of the window shuffle.
+        first_reading: Number of rows read when the corpus was learned; replay repeats them in that order.
+        offset: Number of those rows that earlier datasets have replayed.
     """
 
     corpus: str
@@ -110,10 +110,10 @@ class CorpusOrder:
     offset: int = 0
 
     def row(self, counters: Rows) -> Rows:
-        """Row of each counter; every row comes once an epoch.
+        """Return the row of each counter; every row occurs once per epoch.
 
         Args:
-            counters: Samples of this corpus read before, ``(n,)``.
+            counters: Number of samples of this corpus read before, ``(n,)``.
         """
         counters = counters + self.offset
         if self.first_reading is not None:
@@ -132,7 +132,7 @@ class CorpusOrder:
         return permute(index, self.rows, round_keys(self.seed, self.corpus, epoch, "rows"))
 
     def _window(self, epoch: int, index: Rows) -> Rows:
-        """Shuffles within each window, then maps permuted blocks to rows; a last short block stays last."""
+        """Shuffle within each window, then map permuted blocks to rows; a short last block stays last."""
         index = index.copy()
         size = self.block * self.window
         windows = index // size
@@ -163,9 +163,9 @@ def _feistel(value: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) -> 
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit.
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit.
 
-    Products wrap around, which NumPy does silently for arrays (and with a warning for scalars).
+    Products wrap around, silently for NumPy arrays (with a warning for scalars).
     """
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

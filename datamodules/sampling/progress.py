@@ -1,4 +1,4 @@
-"""Where a data module stands, counted from completed batches and kept by nothing else."""
+"""Track the position of a data module by counting completed batches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .trainer_limits import Epochs
 
 
 class Progress(Callback):
-    """Counts completed global batches and the rows in them; a data module attaches it to its trainer.
+    """Counter of completed global batches and their rows, which a data module attaches to its trainer.
 
     ``LightningDataModule`` has no hook at the end of a batch, and a loader's position runs ahead of training.
 
     Args:
-        batch_used: Called with every batch that has been used; what it returns is logged.
-        step_done: Called after every global batch; what it returns is logged at the trainer's logging interval.
+        batch_used: Function called with every batch after its use; its result is logged.
+        step_done: Function called after every global batch; its result is logged at the trainer's logging interval.
 
     Attributes:
         step: Completed global batches, over all datasets.
@@ -29,7 +29,8 @@ class Progress(Callback):
         accumulation: Micro-batches in a global batch.
         rows: Rows used since the dataset began, by corpus, ``(corpora,)``.
         epochs: How the run is divided into epochs.
-        limits: ``limit_train_batches`` as the user set it, and as the data module has it.
+        rows_of: Rows of each corpus in a micro-batch, by its number.
+        limits: ``limit_train_batches`` as set by the user and as set by the data module.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class Progress(Callback):
         self._micro_batches = 0
         self.epochs = Epochs(1)
         self.limits: tuple[Any, Any] = (None, None)
+        self.rows_of: Callable[[int], NDArray[np.int64]] = _unknown
         self._restored = False
 
     def attach(self, trainer: Trainer, accumulation: int, corpora: int, epochs: Epochs) -> None:
-        """Joins the trainer's callbacks, in front, so that a checkpoint saved by one of them sees the batch counted.
+        """Insert this as the trainer's first callback, so that checkpoints saved by the others include the batch.
 
         Args:
-            trainer: Whose batches are counted; another data module's count leaves it.
+            trainer: Trainer whose batches to count; another data module's counter is removed from it.
             accumulation: Micro-batches in a global batch.
             corpora: Number of corpora.
             epochs: How the run is divided into epochs.
@@ -66,20 +68,20 @@ class Progress(Callback):
             trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
 
     def restore(self, step: int, start: int, restored: bool = True) -> None:
-        """Takes over what a checkpoint knows. A global batch that was not complete is read again from its start."""
+        """Restore the position of a checkpoint. An incomplete global batch is read again from its start."""
         self.step, self.start, self._micro_batches, self._restored = step, start, 0, restored
         self.rows[:] = 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rescales Lightning's own count of batches to the current accumulation.
+        """Rescale Lightning's own count of batches to the current accumulation.
 
-        It counts micro-batches, and closes a global batch at multiples of the accumulation: restored in the middle of
-        one, or with another accumulation, it would close the first one early.
+        Lightning counts micro-batches and ends a global batch at multiples of the accumulation: if restored within one,
+        or with another accumulation, it would end the first one early.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if not self._restored:  # a checkpoint of another data module
-            # Lightning counts every optimizer's steps, unless the module sees to it that it does not.
+        if not self._restored:  # the checkpoint is from another data module
+            # Lightning counts every optimizer's steps, unless the module prevents it.
             counted = getattr(pl_module, "counted_optimizers", len(checkpoint["optimizer_states"]))
             step = checkpoint["global_step"] // max(counted, 1)
             self.restore(step=step, start=step)
@@ -93,7 +95,7 @@ class Progress(Callback):
         done, total = done * self.accumulation, self.step * self.accumulation
         if current["ready"] == 0 or (current["ready"], progress["total"]["ready"]) == (done, total):
             return
-        # As saved at the end of a batch: everything counted but `completed`, which Lightning adds at restart.
+        # As saved at the end of a batch: all counts are final except `completed`, which Lightning adds at restart.
         for counts, ready in ((current, done), (progress["total"], total)):
             counts.update(ready=ready, started=ready, processed=ready, completed=max(ready - 1, 0))
         progress["is_last_batch"] = last
@@ -101,14 +103,23 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        """Counts the batch and its rows."""
+        """Count the batch and its rows."""
         if metrics := self._batch_used(batch):
             pl_module.log_dict(metrics, batch_size=1)
         self._micro_batches += 1
-        self.rows += np.bincount(batch["corpus"], minlength=len(self.rows))
+        if isinstance(batch, dict) and "corpus" in batch:
+            self.rows += np.bincount(batch["corpus"], minlength=len(self.rows))
+        else:  # a project's own batch, which does not say where its samples are from
+            step = self.epochs.done(self.step, self.start) + self.start if self.epochs.repeats else self.step
+            self.rows += self.rows_of(step * self.accumulation + self._micro_batches - 1)
         if self._micro_batches == self.accumulation:
             self.step += 1
             self._micro_batches = 0
             metrics = self._step_done()
             if metrics and logs_now(trainer):
                 pl_module.log_dict(metrics, batch_size=1)
+
+
+def _unknown(number: int) -> NDArray[np.int64]:
+    """Stand in until there is a loader."""
+    raise IndexError(number)

@@ -1,4 +1,4 @@
-"""What was learnt from which corpus and in which order, kept in checkpoints: replay repeats the first reading."""
+"""Record in checkpoints which rows were learned from each corpus and in which order: replay repeats them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ... import UsageError
 
 @dataclass(frozen=True)
 class Reading:
-    """How a corpus was read when it was learnt.
+    """Record of how a corpus was read when it was learned.
 
     Args:
         seed: Seed of the order.
         shuffle: Kind of the order.
-        rows: Rows read in each lane, from the first one on; more than it has where it was read for several epochs.
-        fingerprint: Beginning of the corpus's own.
+        rows: Number of rows read in each lane; more than the lane has if it was read for several epochs.
+        fingerprint: Beginning of the corpus's fingerprint.
     """
 
     seed: int
@@ -30,14 +30,14 @@ class Ledger:
     """First readings by corpus, over all datasets so far.
 
     Args:
-        readings: What an earlier :meth:`state` gave.
+        readings: State returned by :meth:`state`.
     """
 
     def __init__(self, readings: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._readings = {name: Reading(**reading) for name, reading in (readings or {}).items()}
 
     def with_readings(self, readings: Iterable[tuple[str, Reading]]) -> Ledger:
-        """The ledger with newer readings; of two of one corpus the one that got further stands."""
+        """Return a ledger with newer readings added; of two readings of one corpus, the longer one is kept."""
         ledger = Ledger()
         ledger._readings = dict(self._readings)
         for name, reading in readings:
@@ -47,19 +47,19 @@ class Ledger:
         return ledger
 
     def reading(self, corpus: str, fingerprint: str) -> Reading | None:
-        """How a corpus was first read; none where nothing is known of it.
+        """Return how a corpus was first read; None if unknown.
 
         Raises:
-            UsageError: The corpus under this name is another one now.
+            UsageError: The corpus of this name has changed since.
         """
         reading = self._readings.get(corpus)
         if reading is not None and not fingerprint.startswith(reading.fingerprint):
             raise UsageError(
-                f"corpus {corpus!r} is not the one that was learnt: its shards have changed since; "
-                "put them back, or give the new ones another name"
+                f"corpus {corpus!r} is not the one that was learned: its shards have changed since; "
+                "restore them, or give the new corpus another name"
             )
         return reading
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Plain values for a checkpoint, about 100 bytes a corpus."""
+        """Return plain values for a checkpoint, about 100 bytes per corpus."""
         return {name: asdict(reading) for name, reading in self._readings.items()}

@@ -1,4 +1,4 @@
-"""What a Trainer's options mean for the length of the training loader, and which of them cannot be met."""
+"""Derive the length of the training loader from a Trainer's options, and refuse options that cannot be met."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ... import UsageError
 
 @dataclass(frozen=True)
 class Epochs:
-    """How training is divided into epochs.
+    """Division of training into epochs.
 
     Args:
-        steps: Global batches of an epoch.
-        whole_run: The loader covers the whole run up to this absolute step; None if it covers an epoch.
-        repeats: Every epoch consists of the same batches (``overfit_batches``).
+        steps: Number of global batches per epoch.
+        whole_run: Absolute step up to which the loader covers the whole run; None if it covers one epoch.
+        repeats: Whether every epoch consists of the same batches (``overfit_batches``).
     """
 
     steps: int
@@ -35,22 +35,22 @@ class Epochs:
         return step if self.whole_run is not None else (step - start) % self.steps
 
     def used(self, dataset_step: int) -> int:
-        """Return how many different global batches the first ``dataset_step`` ones are."""
+        """Return the number of different global batches among the first ``dataset_step`` ones."""
         return min(dataset_step, self.steps) if self.repeats else dataset_step
 
 
 def epochs_of(trainer: Trainer, one_pass: int, accumulation: int) -> Epochs:
     """Return the epochs that the Trainer's options ask for.
 
-    Without a limit on epochs a run up to ``max_steps`` is read as one stretch.
+    Without a limit on epochs, a run up to ``max_steps`` is read without interruption.
 
     Args:
         trainer: Trainer of the run; a fraction in its ``limit_train_batches`` becomes a number of micro-batches.
-        one_pass: Global batches of one pass over the new corpora.
-        accumulation: Micro-batches in a global batch.
+        one_pass: Number of global batches of one pass over the new corpora.
+        accumulation: Number of micro-batches per global batch.
 
     Raises:
-        UsageError: A limit that is not a number of whole global batches.
+        UsageError: A limit is not a number of whole global batches.
     """
     run: Any = trainer
     name = "overfit_batches" if run.overfit_batches > 0 else "limit_train_batches"
@@ -78,19 +78,19 @@ def epochs_of(trainer: Trainer, one_pass: int, accumulation: int) -> Epochs:
 
 
 def refuse_other_batch_sizes(trainer: Trainer) -> None:
-    """Refuse callbacks that change the batch size or the accumulation, which follow from ``global_batch_size``.
+    """Refuse callbacks that change the batch size or accumulation, which follow from ``global_batch_size``.
 
     Raises:
-        UsageError: There is one.
+        UsageError: The trainer has such a callback.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             raise UsageError(
-                "GradientAccumulationScheduler contradicts global_batch_size, which sets the accumulation: take one of "
-                "them out"
+                "GradientAccumulationScheduler contradicts global_batch_size, which sets the accumulation: remove "
+                "one of them"
             )
         if isinstance(callback, BatchSizeFinder):
             raise UsageError(
-                "the batch size cannot be scaled while it trains, because a global batch is always "
-                "global_batch_size: `rewurst plan` finds the largest micro_batch_size"
+                "the batch size cannot be scaled during training, because a global batch always "
+                "has global_batch_size samples: `rewurst plan` finds the largest micro_batch_size"
             )

@@ -1,1 +1,1 @@
-"""Bytes by position, from local files and from remote ones through a block cache."""
+"""Random access to the bytes of local files and, through a block cache, of remote ones."""

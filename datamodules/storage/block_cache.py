@@ -1,15 +1,15 @@
 """A cache of blocks of remote objects on the node's own disk, shared by all its ranks and workers.
 
-1. An object's name is the SHA-256 of its full URL, its size, its ETag and the size of a block: equal file names in
-   different folders never mix, and an object that has changed is another object.
-2. ``<cache>/<ab>/<hash>/<number>`` holds one block behind a header (magic, CRC-32, length); what is short or damaged is
-   fetched again. No fsync: a block torn by a power failure fails its check.
-3. A block is written to a temporary file and renamed. Who misses it takes a lock first and looks again, so that the
-   processes of a node download it once; without working locks they may download it twice.
-4. Blocks in use are memory maps, so that processes share their pages and eviction harms no reader. A process checks
-   the CRC of a file once: a shuffle over more blocks than stay mapped would spend its time on nothing else.
-5. Above the cap the blocks longest unused go. Folders are measured each time a process has written 1/64 of the cap, so
-   N processes may exceed it by N/64 for a while.
+1. An object's name is the SHA-256 of its full URL, size, ETag and block size: equal file names in different folders
+   never mix, and an object that has changed gets a new name.
+2. ``<cache>/<ab>/<hash>/<number>`` contains one block after a header (magic, CRC-32, length). Truncated or damaged
+   blocks are fetched again. There is no fsync: a block torn by a power failure fails its check.
+3. A block is written to a temporary file and renamed. A process that misses a block takes a lock and checks again, so
+   that a node downloads each block once. Without working locks it may be downloaded twice.
+4. Blocks in use are memory maps: processes share their pages, and eviction does not affect readers. A process checks
+   the CRC of a file only once, because a shuffle over many blocks maps the same files again and again.
+5. Above the cap, the least recently used blocks are evicted. The cache is measured each time a process has written
+   1/64 of the cap, so N processes may exceed it by N/64 for a while.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from ... import UsageError
 
 BLOCK_BYTES = 4 << 20
 DEFAULT_CACHE_BYTES = 32 << 30
-CHECKED_BLOCKS = 1 << 16  # 256 GiB of them
-MAPPED_BLOCKS = 128  # each map holds a file descriptor, of which a process often has 1,024
+CHECKED_BLOCKS = 1 << 16  # enough for 256 GiB
+MAPPED_BLOCKS = 128  # each map takes a file descriptor, and processes are often limited to 1,024
 HEADER = struct.Struct("<4sIQ")
 MAGIC = b"RWB1"
-LOCKS = 256  # lock files are never removed, so their number is fixed; blocks that share one only wait for each other
+LOCKS = 256  # lock files are never removed, so their number is fixed; blocks may share one
 
 
 @dataclass
 class ReadStats:
-    """What reading has cost this process.
+    """Counters of remote reads.
 
     Attributes:
-        requests: Requests sent, those that failed included.
-        bytes_fetched: Bytes of answers.
+        requests: Requests sent, including failed ones.
+        bytes_fetched: Bytes received.
         cache_hits: Blocks found in the cache, in memory or on disk.
         retries: Requests sent again.
-        uncached: Blocks that could not be kept, as on a full disk.
+        uncached: Blocks that could not be cached, for example because the disk is full.
         damaged: Cached blocks that failed their check and were fetched again.
     """
 
@@ -63,7 +63,7 @@ class ReadStats:
     damaged: int = 0
 
     def add(self, **counts: int) -> None:
-        """Adds to these counters and to those of the process."""
+        """Add to these counters and to those of the process."""
         for stats in {id(self): self, id(TOTAL): TOTAL}.values():
             for name, count in counts.items():
                 setattr(stats, name, getattr(stats, name) + count)
@@ -73,32 +73,32 @@ TOTAL = ReadStats()
 
 
 def process_stats() -> dict[str, int]:
-    """Counters over all remote objects that this process has read."""
+    """Return the counters of all remote objects that this process has read."""
     return asdict(TOTAL)
 
 
 class BlockCache:
-    """Blocks by object and number. It may be pickled and used after a fork.
+    """Cache of blocks by object and number. Instances can be pickled and used after a fork.
 
     Args:
-        folder: Where blocks are kept; made when the first one is.
-        capacity: Bytes that all blocks together may take.
-        block_bytes: Bytes of a block; the last one of an object may be shorter.
+        folder: Folder of the blocks, created with the first one.
+        capacity: Limit in bytes of all blocks together.
+        block_bytes: Size of a block in bytes; the last block of an object may be shorter.
     """
 
     def __init__(self, folder: str | Path, capacity: int = DEFAULT_CACHE_BYTES, block_bytes: int = BLOCK_BYTES) -> None:
         self.folder, self.capacity, self.block_bytes = Path(folder), capacity, block_bytes
         self._mapped: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
-        self._checked: OrderedDict[Path, int] = OrderedDict()  # with the inode of the file whose CRC was right
+        self._checked: OrderedDict[Path, int] = OrderedDict()  # path -> inode of a file whose CRC was right
         self._unmeasured = capacity  # measured before the first write
         self._warned = False
 
     @classmethod
     def from_environment(cls) -> BlockCache:
-        """``REWURST_CACHE_DIR`` (``~/.cache/rewurst/blocks``) of ``REWURST_CACHE_BYTES`` (32 GiB).
+        """Return the cache in ``REWURST_CACHE_DIR`` (``~/.cache/rewurst/blocks``) of ``REWURST_CACHE_BYTES`` (32 GiB).
 
         Raises:
-            UsageError: ``REWURST_CACHE_BYTES`` is no number of bytes.
+            UsageError: ``REWURST_CACHE_BYTES`` is not a number of bytes.
         """
         folder = os.environ.get("REWURST_CACHE_DIR") or Path("~/.cache/rewurst/blocks").expanduser()
         capacity = os.environ.get("REWURST_CACHE_BYTES") or str(DEFAULT_CACHE_BYTES)
@@ -108,18 +108,18 @@ class BlockCache:
 
     @classmethod
     def shared(cls, folder: Path, capacity: int, block_bytes: int) -> BlockCache:
-        """The process's one cache of these settings, so that all objects share its maps."""
+        """Return the process's only cache with these settings, so that all objects share its maps."""
         key = (folder, capacity, block_bytes)
         if key not in _shared:
             _shared[key] = cls(*key)
         return _shared[key]
 
     def object_name(self, url: str, size: int, identity: str) -> str:
-        """Name of one state of one object, 64 hexadecimal digits."""
+        """Return the name of one version of an object, 64 hexadecimal digits."""
         return hashlib.sha256(json.dumps([url, size, identity, self.block_bytes]).encode()).hexdigest()
 
     def block(self, name: str, number: int, length: int, fetch: Callable[[], bytes], stats: ReadStats) -> memoryview:
-        """One block, from memory, from disk or else by ``fetch``, which must return ``length`` bytes."""
+        """Return a block from memory, from disk or from ``fetch``, which must return ``length`` bytes."""
         found = self._mapped.pop((name, number), None)
         if found is None:
             path = self.folder / name[:2] / name / str(number)
@@ -131,7 +131,7 @@ class BlockCache:
             stats.add(cache_hits=1)
         self._mapped[name, number] = found
         if len(self._mapped) > MAPPED_BLOCKS:
-            with contextlib.suppress(KeyError):  # another thread has emptied it
+            with contextlib.suppress(KeyError):  # another thread has emptied the cache
                 self._mapped.popitem(last=False)
         return found
 
@@ -150,7 +150,7 @@ class BlockCache:
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
-        with contextlib.suppress(OSError):  # evicted by now, or another user's
+        with contextlib.suppress(OSError):  # already evicted, or owned by another user
             os.utime(path)
         stats.add(cache_hits=1)
         return payload
@@ -181,14 +181,16 @@ class BlockCache:
             self._write(path, HEADER.pack(MAGIC, zlib.crc32(content), len(content)), content)
             with path.open("rb") as file:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[HEADER.size :]
-        except FileNotFoundError:  # evicted at once by another process
+        except FileNotFoundError:  # already evicted by another process
             return memoryview(content)
         except (OSError, ValueError) as error:
             stats.add(uncached=1)
             if not self._warned:
                 self._warned = True
                 reason = getattr(error, "strerror", None) or error
-                warnings.warn(f"{self.folder}: cannot cache a block ({reason}); reading goes on without", stacklevel=2)
+                warnings.warn(
+                    f"{self.folder}: cannot cache a block ({reason}); reading continues without", stacklevel=2
+                )
             return memoryview(content)
 
     def _write(self, path: Path, *parts: bytes) -> None:
@@ -208,7 +210,7 @@ class BlockCache:
             raise
 
     def _make_room(self, size: int) -> None:
-        """Evicts down to 15/16 of the cap where this block would exceed it."""
+        """Evict down to 15/16 of the cap if this block would exceed it."""
         self._unmeasured += size
         if self._unmeasured <= self.capacity // 64:
             return
@@ -219,13 +221,13 @@ class BlockCache:
             for _, used, path in blocks:
                 if total <= goal:
                     break
-                with contextlib.suppress(OSError):  # another process was quicker
+                with contextlib.suppress(OSError):  # another process removed it first
                     os.unlink(path)
                 total -= used
         self._unmeasured = 0
 
     def _blocks(self) -> Iterator[tuple[int, int, str]]:
-        """Time of last use, bytes and path of every block, and of what a killed process left of one."""
+        """Yield the time of last use, size and path of every block and every temporary file of a killed process."""
         for folder in self.folder.glob("??/*"):
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
@@ -250,7 +252,7 @@ class BlockCache:
         finally:
             if descriptor is not None:
                 with contextlib.suppress(OSError):
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not: a fork may have copied it meanwhile
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough if a fork has copied the descriptor
                 os.close(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -264,7 +266,7 @@ def _create(path: Path) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         return os.open(path, flags, 0o644)
-    except FileNotFoundError:  # its folder went while it was made
+    except FileNotFoundError:  # the folder was removed in the meantime
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, flags, 0o644)
 

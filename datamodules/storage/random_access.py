@@ -1,8 +1,8 @@
-"""Bytes of a file or of an object on a server, by one interface.
+"""Random access to the bytes of a local file or a remote object through one interface.
 
 A local file is mapped into memory. A remote object (http, https, s3, gs) is read in blocks by ranged requests through
-the node's block cache; only blocks that hold what is asked for are fetched. Environment: ``REWURST_CACHE_DIR``,
-``REWURST_CACHE_BYTES``, and what ``remote`` names for credentials and endpoints.
+the node's block cache; only the blocks needed are fetched. Environment: ``REWURST_CACHE_DIR``,
+``REWURST_CACHE_BYTES``, and the variables for credentials and endpoints that ``remote`` describes.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ _scheme = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 class Bytes(Protocol):
-    """Random access to something that does not change.
+    """Random access to bytes that do not change.
 
     Attributes:
-        size: In bytes.
-        identity: ETag or time of the last change, ``""`` where neither is known.
+        size: Size in bytes.
+        identity: ETag or time of the last change; ``""`` if neither is known.
     """
 
     size: int
     identity: str
 
     def read(self, begin: int, end: int) -> memoryview:
-        """The bytes of [begin, end), read-only.
+        """Return the bytes of [begin, end), read-only.
 
         Raises:
-            UsageError: There is no such range, or it cannot be read.
+            UsageError: The range is outside of the file, or cannot be read.
         """
 
     def close(self) -> None:
-        """Ends reading; what was handed out stays valid."""
+        """Stop reading; slices returned earlier stay valid."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether ``path`` is a URL; ``file://`` is local.
+    """Return whether ``path`` is a remote URL; ``file://`` is local.
 
     Raises:
-        UsageError: A ``pipe:``, which has no positions to read at.
+        UsageError: The path is a ``pipe:``, which cannot be read by position.
     """
     if path.lower().startswith("pipe:"):
         raise UsageError(f"{path}: a pipe cannot be read by position; read it in sequence with SequentialShards")
@@ -64,25 +64,25 @@ def is_remote(path: str) -> bool:
 
 
 def join(folder: str, name: str) -> str:
-    """``name`` inside ``folder``; a URL's query stays behind the name."""
+    """Return the path of ``name`` in ``folder``; a URL's query stays after the name."""
     if not is_remote(folder):
         return os.path.join(folder, name)
     parts = urlsplit(folder)
-    if parts.scheme.lower() not in ("http", "https"):  # there ? and # are characters of a key
+    if parts.scheme.lower() not in ("http", "https"):  # ? and # are part of a key
         return f"{folder.rstrip('/')}/{name}"
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
 
 
 def read_whole(path_or_url: str, limit: int = WHOLE_LIMIT_BYTES) -> bytes:
-    """All of a small file.
+    """Return all bytes of a small file.
 
     Args:
-        path_or_url: Where it is.
-        limit: Bytes above which it is refused.
+        path_or_url: Path or URL of the file.
+        limit: Largest size in bytes.
 
     Raises:
-        FileNotFoundError: There is none.
-        UsageError: It cannot be read, or is larger than ``limit``.
+        FileNotFoundError: The file does not exist.
+        UsageError: The file cannot be read, or is larger than ``limit``.
     """
     if is_remote(path_or_url):
         remote = open_remote(path_or_url)
@@ -104,15 +104,15 @@ def read_whole(path_or_url: str, limit: int = WHOLE_LIMIT_BYTES) -> bytes:
 
 
 def open_bytes(path_or_url: str, size: int | None = None, cache: BlockCache | None = None) -> Bytes:
-    """Opens a file or an object for reading by position.
+    """Open a file or an object for reading by position.
 
     Args:
-        path_or_url: Where it is.
-        size: Bytes that it must have, if known.
-        cache: For remote objects; by default the one that the environment names.
+        path_or_url: Path or URL to open.
+        size: Expected size in bytes, if known.
+        cache: Cache for remote objects; by default the one set by the environment.
 
     Raises:
-        UsageError: There is none, it cannot be read, or it has another size.
+        UsageError: The file does not exist, cannot be read, or has another size.
     """
     opened: Bytes = CachedBytes(path_or_url, cache) if is_remote(path_or_url) else LocalBytes(local_path(path_or_url))
     if size is not None and opened.size != size:
@@ -123,13 +123,13 @@ def open_bytes(path_or_url: str, size: int | None = None, cache: BlockCache | No
 
 
 class LocalBytes:
-    """A file in memory; pickled by its path.
+    """A file mapped into memory; pickled by its path.
 
     Args:
-        path: The file, which must not be cut while it is open.
+        path: Path of the file, which must not be truncated while it is open.
 
     Raises:
-        UsageError: It cannot be read.
+        UsageError: The file cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -144,13 +144,13 @@ class LocalBytes:
         self._view: memoryview | None = memoryview(mapped)
 
     def read(self, begin: int, end: int) -> memoryview:
-        """The bytes of [begin, end), not copied."""
+        """Return the bytes of [begin, end) without copying."""
         _check_range(str(self.path), begin, end, self.size, self._view is None)
         assert self._view is not None
         return self._view[begin:end]
 
     def close(self) -> None:
-        """Lets go of the map; it lasts as long as slices of it do."""
+        """Release the map; it lasts as long as slices of it do."""
         self._view = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -158,17 +158,17 @@ class LocalBytes:
 
 
 class CachedBytes:
-    """A remote object through the node's block cache; a fork or a copy by pickle reads on without asking again.
+    """A remote object read through the node's block cache; forked and pickled copies send no new request to open it.
 
     Args:
-        url: The object.
-        cache: By default the one that the environment names, one a process.
+        url: URL of the object.
+        cache: Cache of blocks; by default the process's one set by the environment.
 
     Attributes:
         stats: Counters of this object, see ``ReadStats``.
 
     Raises:
-        UsageError: It cannot be read.
+        UsageError: The object cannot be read.
     """
 
     def __init__(self, url: str, cache: BlockCache | None = None) -> None:
@@ -183,14 +183,14 @@ class CachedBytes:
             raise UsageError(str(error)) from None
         if not self.identity:
             warnings.warn(
-                f"{shown(url)}: the server tells neither ETag nor Last-Modified, so that a change could not be seen: "
-                "what is cached of it now is not used when it is opened again",
+                f"{shown(url)}: the server sends neither ETag nor Last-Modified, so changes cannot be noticed: "
+                "its cached blocks are not used again after it is closed",
                 stacklevel=2,
             )
         self._name = self._cache.object_name(url, self.size, self.identity or secrets.token_hex(16))
 
     def read(self, begin: int, end: int) -> memoryview:
-        """The bytes of [begin, end), not copied where they lie in one block."""
+        """Return the bytes of [begin, end), not copied if they are in one block."""
         _check_range(shown(self.url), begin, end, self.size, self._cache is None)
         assert self._cache is not None
         if begin == end:
@@ -206,7 +206,7 @@ class CachedBytes:
         return memoryview(joined)
 
     def close(self) -> None:
-        """Nothing is held open but blocks that others may use."""
+        """Stop reading; cached blocks stay for other readers."""
         self._cache = None
 
     def _block(self, number: int) -> memoryview:
@@ -223,17 +223,17 @@ class CachedBytes:
                 where, self._remote.attempts, self.stats,
             )  # fmt: skip
         except FileNotFoundError as error:
-            raise UsageError(f"{where}: the object has gone ({error})") from None
+            raise UsageError(f"{where}: the object was removed ({error})") from None
         self.stats.add(bytes_fetched=len(content))
         return content
 
     def counters(self) -> dict[str, int]:
-        """``stats`` as numbers to log."""
+        """Return ``stats`` as numbers to log."""
         return asdict(self.stats)
 
 
 def local_path(path: str) -> Path:
-    """The path of a file on this machine, which may be given as ``file://``."""
+    """Return the path of a local file, which may be given as ``file://``."""
     return Path(url2pathname(urlsplit(path).path) if path.lower().startswith("file://") else path)
 
 
@@ -241,28 +241,28 @@ def _check_range(where: str, begin: int, end: int, size: int, closed: bool) -> N
     if closed:
         raise UsageError(f"{where}, bytes {begin} to {end}: already closed")
     if not 0 <= begin <= end <= size:
-        raise UsageError(f"{where}, bytes {begin} to {end}: no such range, it has {size} bytes")
+        raise UsageError(f"{where}, bytes {begin} to {end}: no such range, the file has {size} bytes")
 
 
 class SeekableFile(io.RawIOBase):
-    """A position in ``size`` bytes; subclasses read from it and move it."""
+    """A raw file with a position in ``size`` bytes; subclasses read from the position and move it."""
 
     def __init__(self, size: int) -> None:
         self._size, self._position = size, 0
 
     def readable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Offset of the next byte."""
+        """Return the offset of the next byte."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to an offset from the beginning, the position or the end, past the end too."""
+        """Move to an offset from the beginning, the position or the end, possibly past the end."""
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position

@@ -1,14 +1,14 @@
-"""Objects on a server, read by range: http and https by the standard library, everything else by fsspec.
+"""Read remote objects in ranges: http and https with the standard library, everything else with fsspec.
 
-fsspec's http client keeps an event loop in a thread, which a forked DataLoader worker does not have, and it hides
-status and headers. ``urllib`` has neither trouble: a request is a connection of its own, and with blocks of 4 MiB the
-handshake is small beside the transfer. For s3 and gs, fsspec brings signing and credentials; its file systems are made
-anew in every process.
+fsspec's http client keeps an event loop in a thread, which forked DataLoader workers do not have, and it hides status
+and headers. ``urllib`` has neither problem: each request opens a connection, and with blocks of 4 MiB the handshake is
+short compared to the transfer. For s3 and gs, fsspec provides signing and credentials; each process makes its own file
+systems.
 
-What may pass (statuses 408, 425, 429 and 5xx, time-outs, broken connections) is tried again after a growing, random
-pause; anything else ends at once in one line. Credentials are the usual ones of fsspec's file systems; for http, a
-``user:password@`` or a signature in the URL, which messages leave out. An S3 endpoint of one's own:
-``AWS_ENDPOINT_URL``, or ``FSSPEC_S3_ENDPOINT_URL``.
+Temporary failures (statuses 408, 425, 429 and 5xx, time-outs, broken connections) are retried after a growing, random
+pause; any other failure ends at once in one line. Credentials are the usual ones of fsspec's file systems; for http, a
+``user:password@`` or a signature in the URL, which messages leave out. Set another S3 endpoint with
+``AWS_ENDPOINT_URL`` or ``FSSPEC_S3_ENDPOINT_URL``.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from .block_cache import ReadStats
 
 TIMEOUT_SECONDS = 60.0
 ATTEMPTS = 6
-FSSPEC_ATTEMPTS = 2  # s3fs and gcsfs already try several times themselves
+FSSPEC_ATTEMPTS = 2  # s3fs and gcsfs already retry several times themselves
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 PASSING_STATUSES = {408, 425, 429}
 PASSING_ERRORS = {"HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError"}
 
-sleep: Callable[[float], None] = time.sleep  # tests put their own here
-_jitter = random.SystemRandom()  # not the generators whose states a checkpoint restores
+sleep: Callable[[float], None] = time.sleep  # replaced in tests
+_jitter = random.SystemRandom()  # does not touch the generators that checkpoints restore
 
 T = TypeVar("T")
 
 
 class PassingError(Exception):
-    """A failure that may not happen again; ``after`` is how many seconds the server asks to wait."""
+    """A temporary failure; ``after`` is the number of seconds that the server asks to wait."""
 
     def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(reason)
@@ -53,37 +53,37 @@ class PassingError(Exception):
 
 
 class RemoteObject(Protocol):
-    """One object: each call is one request, and raises PassingError, FileNotFoundError or UsageError."""
+    """A remote object; each call is one request and raises PassingError, FileNotFoundError or UsageError."""
 
     url: str
     attempts: int
 
     def describe(self) -> tuple[int, str]:
-        """Size in bytes, and ETag, or when it was last modified, or ``""``."""
+        """Return the size in bytes, and the ETag, time of the last change or ``""``."""
 
     def fetch(self, begin: int, end: int, size: int, identity: str) -> bytes:
-        """The bytes of [begin, end) of the object that ``describe`` told."""
+        """Return the bytes of [begin, end) of the object with the size and identity from ``describe``."""
 
     def whole(self, limit: int) -> bytes:
-        """All of an object of up to ``limit`` bytes."""
+        """Return all of an object of up to ``limit`` bytes."""
 
 
 def open_remote(url: str) -> RemoteObject:
-    """The object behind a URL; sends no request."""
+    """Return the object at a URL, without a request."""
     return HttpObject(url) if urlsplit(url).scheme.lower() in ("http", "https") else FsspecObject(url)
 
 
 def shown(url: str) -> str:
-    """A URL for messages: without password and query, which may hold secrets."""
+    """Return a URL for messages, without password and query, which may contain secrets."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def persistently(call: Callable[[], T], what: str, attempts: int, stats: ReadStats) -> T:
-    """The result of ``call``, tried up to ``attempts`` times with pauses that double, half of each at random.
+    """Return the result of ``call``, tried up to ``attempts`` times with doubling pauses, each half random.
 
     Raises:
-        UsageError: It failed each time; the message begins with ``what``.
+        UsageError: Every attempt failed; the message begins with ``what``.
     """
     for attempt in range(1, attempts + 1):
         stats.add(requests=1, retries=int(attempt > 1))
@@ -99,30 +99,30 @@ def persistently(call: Callable[[], T], what: str, attempts: int, stats: ReadSta
 
 @dataclass
 class HttpObject:
-    """An object behind http or https.
+    """An object on an http or https server.
 
-    A server that ignores ranges and answers with the whole object is refused, unless the whole was asked for: reading
-    a shard's end would download the shard each time.
+    A server that ignores ranges and sends the whole object is refused unless the whole object was requested: otherwise
+    every small read would download a shard.
     """
 
     url: str
     attempts: int = ATTEMPTS
 
     def describe(self) -> tuple[int, str]:
-        """One byte is asked for rather than HEAD, which signed URLs refuse."""
+        """Return size and identity from a request for one byte, because signed URLs refuse HEAD."""
         with self._answer({"Range": "bytes=0-0"}, accepted=(200, 206, 416)) as answer:
             found = re.fullmatch(r"bytes (?:0-0|\*)/(\d+)", answer.headers.get("Content-Range", ""))
             size = answer.headers.get("Content-Length") if answer.status == 200 else found and found[1]
             if not size:
-                raise UsageError(f"{shown(self.url)}: the server does not tell its size; copy it to a local disk")
+                raise UsageError(f"{shown(self.url)}: the server does not send its size; copy it to a local disk")
             return int(size), _identity(answer.headers)
 
     def fetch(self, begin: int, end: int, size: int, identity: str) -> bytes:
-        """One ranged request, its answer checked to be that range of that object."""
+        """Send one ranged request and check that the answer is that range of that object."""
         with self._answer({"Range": f"bytes={begin}-{end - 1}"}, accepted=(200, 206)) as answer:
             where = f"{shown(self.url)}, bytes {begin} to {end}"
             if _identity(answer.headers) != identity:
-                raise UsageError(f"{where}: the object has changed while it was read; begin anew with a whole corpus")
+                raise UsageError(f"{where}: the object changed while it was read; start again with a complete corpus")
             if answer.status == 200 and (begin, end) != (0, size):
                 raise UsageError(f"{where}: the server ignores ranges (200 with all of it); copy it to a local disk")
             expected, found = f"bytes {begin}-{end - 1}/{size}", answer.headers.get("Content-Range")
@@ -130,18 +130,18 @@ class HttpObject:
                 raise UsageError(f"{where}: status {answer.status} with Content-Range {found!r}, expected {expected!r}")
             content = answer.read(end - begin + 1)
             if len(content) != end - begin:
-                raise PassingError(f"{len(content)} bytes came, {end - begin} expected")
+                raise PassingError(f"{len(content)} bytes received, {end - begin} expected")
             return bytes(content)
 
     def whole(self, limit: int) -> bytes:
-        """One request without a range."""
+        """Send one request without a range."""
         with self._answer({}, accepted=(200,)) as answer:
             content = answer.read(limit + 1)
             if len(content) > limit:
                 raise UsageError(f"{shown(self.url)}: more than {limit} bytes, which is too large to be read whole")
             length = answer.headers.get("Content-Length")
             if length is not None and int(length) != len(content):
-                raise PassingError(f"{len(content)} bytes came, {length} expected")
+                raise PassingError(f"{len(content)} bytes received, {length} expected")
             return bytes(content)
 
     @contextmanager
@@ -156,29 +156,29 @@ class HttpObject:
                 if answer.status not in accepted:
                     raise _failure(self.url, answer.status, answer.reason, answer.headers)
                 yield answer
-        except (OSError, http.client.HTTPException) as error:  # an URLError is an OSError, a time-out too
+        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
             if isinstance(error, FileNotFoundError):
                 raise
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise UsageError(f"{shown(self.url)}: {reason.verify_message}") from None
             if isinstance(error, http.client.InvalidURL):
-                raise UsageError(f"{shown(self.url)}: no valid address") from None
+                raise UsageError(f"{shown(self.url)}: not a valid address") from None
             raise PassingError(str(reason) or type(reason).__name__) from None
 
 
 @dataclass
 class FsspecObject:
-    """An object behind one of fsspec's file systems (s3, gs, and whatever else is installed).
+    """An object on one of fsspec's file systems (s3, gs, and others that are installed).
 
-    Its ranged reads do not tell the ETag: a change is noticed when the object is opened, not between two reads.
+    Ranged reads do not return the ETag, so a change is noticed when the object is opened, not between two reads.
     """
 
     url: str
     attempts: int = FSSPEC_ATTEMPTS
 
     def describe(self) -> tuple[int, str]:
-        """Size and ETag by the file system's ``info``."""
+        """Return size and ETag from the file system's ``info``."""
         with fsspec_errors(self.url):
             info = file_system(self.url).info(self.url)
         if info.get("type") == "directory" or info.get("size") is None:
@@ -187,15 +187,15 @@ class FsspecObject:
         return int(info["size"]), next((str(info[name]) for name in names if info.get(name)), "")
 
     def fetch(self, begin: int, end: int, size: int, identity: str) -> bytes:
-        """One ranged request."""
+        """Send one ranged request."""
         with fsspec_errors(self.url):
             content = file_system(self.url).cat_file(self.url, start=begin, end=end)
         if len(content) != end - begin:
-            raise PassingError(f"{len(content)} bytes came, {end - begin} expected")
+            raise PassingError(f"{len(content)} bytes received, {end - begin} expected")
         return bytes(content)
 
     def whole(self, limit: int) -> bytes:
-        """Its size first, then all of it."""
+        """Check the size, then return the whole object."""
         size, _ = self.describe()
         if size > limit:
             raise UsageError(f"{shown(self.url)}: {size} bytes, which is too large to be read whole")
@@ -206,11 +206,11 @@ def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     address = urlunsplit(parts._replace(netloc=host, fragment=""))
-    address = quote(address, safe="%/:=&?~+!$,;'@()*[]")  # what a request line cannot hold, and nothing more
+    address = quote(address, safe="%/:=&?~+!$,;'@()*[]")  # only what a request line cannot contain
     request = urllib.request.Request(address, headers={"User-Agent": "rewurst", **headers})
     if at:
         token = base64.b64encode(unquote(user).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {token}")  # not for the host of a redirect
+        request.add_unredirected_header("Authorization", f"Basic {token}")  # not sent to the host of a redirect
     return request
 
 
@@ -232,7 +232,7 @@ _file_systems: dict[tuple[int, str], Any] = {}
 
 
 def file_system(url: str) -> Any:
-    """The file system for a URL, one a process: a client's event loop does not survive a fork."""
+    """Return the process's file system for a URL; a client's event loop does not survive a fork."""
     import fsspec
 
     protocol = urlsplit(url).scheme.lower()
@@ -249,14 +249,14 @@ def file_system(url: str) -> Any:
 
 @contextmanager
 def fsspec_errors(url: str) -> Iterator[None]:
-    """Turn what a file system raises into PassingError, FileNotFoundError or UsageError."""
+    """Turn a file system's exceptions into PassingError, FileNotFoundError or UsageError."""
     try:
         yield
     except UsageError:
         raise
     except FileNotFoundError:
         raise FileNotFoundError(f"{shown(url)}: no such object") from None
-    except Exception as error:  # each backend has its own
+    except Exception as error:  # each backend has its own exceptions
         reason = " ".join(str(error).split()) or type(error).__name__
         refused = isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError)
         names = {cls.__name__ for cls in type(error).__mro__}

@@ -1,7 +1,7 @@
-"""Objects on a server as files: read in sequence, listed, written, deleted.
+"""Use remote objects as files: read in sequence, list, write, delete.
 
-Reading goes by ranged requests of 8 MiB, each tried again as ``remote`` does, without the node's cache: what
-preparation reads it reads once. An object appears when all of it has been sent, so that a writer that dies leaves none.
+Reading sends ranged requests of 8 MiB with the retries of ``remote``. It bypasses the node's cache, because preparation
+reads everything once. An object appears only when all of it has been sent, so a killed writer leaves nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Url:
-    """An object on a server, with what preparation asks of a ``Path``; its text hides what may be secret.
+    """A remote object with the methods of ``Path`` that preparation uses; ``str`` hides secrets in the URL.
 
     Args:
-        url: Where it lies.
-        below: Its path below the folder in which it was found.
+        url: URL of the object.
+        below: Path below the folder in which the object was found.
     """
 
     url: str
@@ -45,21 +45,21 @@ class Url:
 
     @property
     def suffix(self) -> str:
-        """Such as ``.gz``."""
+        """Last suffix, such as ``.gz``."""
         return self._path.suffix
 
     @property
     def suffixes(self) -> list[str]:
-        """Such as ``[".jsonl", ".gz"]``."""
+        """All suffixes, such as ``[".jsonl", ".gz"]``."""
         return self._path.suffixes
 
     @property
     def parent(self) -> Url:
-        """The folder that holds it."""
+        """Folder that contains the object."""
         return Url(self._before_query(lambda url: url.rstrip("/").rpartition("/")[0]), self.below[:-1])
 
     def with_suffix(self, suffix: str) -> Url:
-        """Its neighbour with another suffix."""
+        """Return the URL with another suffix."""
         url = self._before_query(lambda url: url.removesuffix(self.suffix) + suffix)
         below = (*self.below[:-1], self.below[-1].removesuffix(self.suffix) + suffix) if self.below else ()
         return Url(url, below)
@@ -68,26 +68,26 @@ class Url:
         return Url(join(self.url, name))
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Opens it for reading bytes.
+        """Open the object for reading bytes.
 
         Raises:
-            FileNotFoundError: There is none.
-            UsageError: It cannot be read.
+            FileNotFoundError: The object does not exist.
+            UsageError: The object cannot be read.
         """
         assert mode == "rb"
         return io.BufferedReader(RemoteFile(self.url), READ_BYTES)
 
     def read_bytes(self) -> bytes:
-        """All of it.
+        """Return all bytes of the object.
 
         Raises:
-            FileNotFoundError: There is none.
-            UsageError: It cannot be read.
+            FileNotFoundError: The object does not exist.
+            UsageError: The object cannot be read.
         """
         return read_whole(self.url)
 
     def is_file(self) -> bool:
-        """Whether there is such an object."""
+        """Return whether the object exists."""
         try:
             self.describe()
         except FileNotFoundError:
@@ -95,11 +95,11 @@ class Url:
         return True
 
     def describe(self) -> tuple[int, str]:
-        """Size, and ETag or time of the last change.
+        """Return the size, and the ETag or time of the last change.
 
         Raises:
-            FileNotFoundError: There is none.
-            UsageError: It cannot be read.
+            FileNotFoundError: The object does not exist.
+            UsageError: The object cannot be read.
         """
         remote = open_remote(self.url)
         return persistently(remote.describe, str(self), remote.attempts, ReadStats())
@@ -110,7 +110,7 @@ class Url:
         return PurePosixPath(parts.path if _is_web(parts) else self.url.partition("://")[2])
 
     def _before_query(self, change: Callable[[str], str]) -> str:
-        """The URL with what stands before a query changed; but on the web ? and # are characters of a key."""
+        """Return the URL with the part before a query changed; outside of http, ? and # are part of a key."""
         parts = urlsplit(self.url)
         if not _is_web(parts):
             return change(self.url)
@@ -122,28 +122,28 @@ def _is_web(parts: SplitResult) -> bool:
 
 
 Place = Path | Url
-"""A file here or on a server."""
+"""A local or remote file."""
 
 
 def place(name: str) -> Place:
-    """The file behind a path or URL."""
+    """Return the file at a path or URL."""
     return Url(name) if is_remote(name) else local_path(name)
 
 
 def seekable(path: Place) -> Any:
-    """What a reader of columns takes: the path, or the open object."""
+    """Return what readers of columns accept: the path, or the open object."""
     return path.open() if isinstance(path, Url) else path
 
 
 class RemoteFile(SeekableFile):
-    """An object read by position.
+    """A remote object as a file that can be read by position.
 
     Args:
-        url: Where it lies.
+        url: URL of the object.
 
     Raises:
-        FileNotFoundError: There is none.
-        UsageError: It cannot be read, or it changes while it is read.
+        FileNotFoundError: The object does not exist.
+        UsageError: The object cannot be read, or changes while it is read.
     """
 
     def __init__(self, url: str) -> None:
@@ -152,7 +152,7 @@ class RemoteFile(SeekableFile):
         super().__init__(size)
 
     def readinto(self, target: bytearray | memoryview) -> int:  # type: ignore[override]
-        """One ranged request."""
+        """Fill a buffer with one ranged request."""
         begin, end = self._position, min(self._position + len(target), self._size)
         if begin >= end:
             return 0
@@ -166,10 +166,10 @@ class RemoteFile(SeekableFile):
 
 
 def find(url: str) -> list[Url]:
-    """The objects below a folder, sorted by their paths; none where there is no such folder.
+    """Return the objects below a folder, sorted by path; an empty list if there is no such folder.
 
     Raises:
-        UsageError: A server that cannot list.
+        UsageError: The server cannot list folders.
     """
     if _is_web(urlsplit(url)):
         raise UsageError(f"{shown(url)}: a folder cannot be listed over http; name its files")
@@ -184,19 +184,19 @@ def find(url: str) -> list[Url]:
 
 
 def write_object(url: str, content: bytes) -> None:
-    """Make an object.
+    """Write an object.
 
     Raises:
-        UsageError: It cannot be written.
+        UsageError: The object cannot be written.
     """
     _tried(url, lambda: file_system(url).pipe_file(url, content))
 
 
 def upload(file: Path, url: str) -> None:
-    """Make an object of a file.
+    """Upload a file as an object.
 
     Raises:
-        UsageError: It cannot be written.
+        UsageError: The object cannot be written.
     """
     _tried(url, lambda: file_system(url).put_file(str(file), url))
 
@@ -205,16 +205,16 @@ def delete(urls: list[str]) -> None:
     """Delete objects.
 
     Raises:
-        UsageError: They cannot be deleted.
+        UsageError: An object cannot be deleted.
     """
     if urls:
         _tried(urls[0], lambda: file_system(urls[0]).rm(urls))
 
 
 def refuse_unwritable(url: str) -> None:
-    """Raise where nothing can be written to a URL: http, or a protocol whose package is missing."""
+    """Raise ``UsageError`` if a URL cannot be written: http, or a protocol whose package is missing."""
     if _is_web(urlsplit(url)):
-        raise UsageError(f"{shown(url)}: nothing can be written over http; give a folder, or s3:// or gs://")
+        raise UsageError(f"{shown(url)}: cannot write over http; give a folder, or s3:// or gs://")
     file_system(url)
 
 

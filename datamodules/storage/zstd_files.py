@@ -15,10 +15,10 @@ ZstdError: type[Exception] = zstd.ZstdError
 
 
 def open_zstd(file: IO[bytes] | str) -> IO[bytes]:
-    """Return a decompressed view of a file: all frames one after the other, skippable ones skipped.
+    """Open a file for reading decompressed: all frames in order, without skippable ones.
 
-    Closing it closes a file that was given by its path, not one that was given open. Reading raises ``EOFError`` at a
-    truncated frame and ``ZstdError`` at a damaged one.
+    Closing it also closes the file if it was given by its path. Reading raises ``EOFError`` at a truncated frame and
+    ``ZstdError`` at a damaged one.
     """
     options: Any = {zstd.DecompressionParameter.window_log_max: WINDOW_LOG}
     return cast(IO[bytes], zstd.ZstdFile(file, options=options))

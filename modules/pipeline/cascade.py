@@ -1,10 +1,10 @@
 """The cascade's three stages, put together: sizes, Stage C and Stage B on text states, Stage A."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,6 @@ from torch import Tensor
 from ... import UsageError
 from ..networks import (
     VQGAN,
-    ConditionCache,
     Prior,
     SemanticCompressor,
     StageBUNet,
@@ -23,11 +22,9 @@ from ..networks import (
     diffusion,
 )
 from .folders import read_cascade
+from .steps import EMBEDDINGS, TEXT, OnStep, Seen, finite, wide
 
 ORIENTATION = 0x0112  # EXIF's tag
-TEXT, EMBEDDINGS = "text_encoder_hidden_states", "image_embeddings"  # diffusers' names of what a step sees
-OnStep: TypeAlias = Callable[[int, float, dict[str, Tensor | None]], dict[str, Any] | None]
-"""Called after a step with its number, its time and tensors by diffusers' names; what it returns takes their place."""
 
 
 class Cascade:
@@ -112,14 +109,17 @@ class Cascade:
             network.to(*args, **named)
         return self
 
-    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> Self:
-        """Keep the networks in the CPU's memory, and each on a device only while it works.
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> Self:
+        """Keep the networks in the CPU's memory, and each on a device only while it works; arguments as in diffusers.
 
         Args:
+            gpu_id: Number of the device.
             device: Device that they work on.
         """
         self.to("cpu")
-        self._offloaded_from = torch.device(device)
+        self._offloaded_from = (
+            torch.device(device) if gpu_id is None else torch.device(torch.device(device).type, gpu_id)
+        )
         return self
 
     @contextmanager
@@ -167,7 +167,7 @@ class Cascade:
             raise UsageError(f"latents have shape {tuple(noise.shape)}: this prompt and size need {shape}")
         like = torch.empty(0, dtype=wide(self.prior), device=self.device)
         x = diffusion.draw(shape, generator, like) if noise is None else noise.to(like)
-        seen = _Seen(callback, guided, {TEXT: text})
+        seen = Seen(callback, guided, {TEXT: text})
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             eps: Tensor = self.prior(x, t, seen.tensors[TEXT], seen.cache)
@@ -191,7 +191,7 @@ class Cascade:
         size = [int(side * self.latent_dim_scale) for side in embeddings.shape[-2:]]
         shape = (embeddings.shape[0], self.decoder.config["c_in"], *size)
         x = diffusion.draw(shape, generator, torch.empty(0, dtype=wide(self.decoder), device=self.device))
-        seen = _Seen(callback, guided, {TEXT: text, EMBEDDINGS: embeddings})
+        seen = Seen(callback, guided, {TEXT: text, EMBEDDINGS: embeddings})
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             effnet, text = seen.tensors[EMBEDDINGS], seen.tensors[TEXT]
@@ -235,48 +235,3 @@ class Cascade:
             raise UsageError(f"the image is {image.width}x{image.height} pixels: it needs at least {smallest} each way")
         left, top = ((given - side) // 2 for given, side in zip(image.size, sides, strict=True))
         return image.crop((left, top, left + sides[0], top + sides[1]))
-
-
-class _Seen:
-    """What the steps of a sampling run see beside the latents, and a callback that may change it.
-
-    Args:
-        callback: What to call after each step.
-        guided: Whether the text states are wanted ones, then as many unwanted ones.
-        tensors: By diffusers' names.
-    """
-
-    def __init__(self, callback: OnStep | None, guided: bool, tensors: dict[str, Tensor]) -> None:
-        self.callback, self.tensors = callback, tensors
-        self.unwanted = tensors[TEXT].chunk(2)[1] if guided else None  # stays as it was, as in diffusers
-        self.cache: ConditionCache = {}
-
-    def after_step(self, step: int, time: float, x: Tensor) -> Tensor | None:
-        """Call back, and take over what is returned."""
-        if self.callback is None:
-            return None
-        found = {"latents": x, **self.tensors, "negative_prompt_embeds": self.unwanted}
-        changed = self.callback(step, time, found) or {}
-        for name in self.tensors:
-            if name in changed and changed[name] is not self.tensors[name]:
-                self.tensors[name] = changed[name]
-                self.cache.clear()  # it depends on them
-        return changed.get("latents")
-
-
-def finite(values: Tensor, what: str, network: torch.nn.Module) -> Tensor:
-    """Return values that are finite.
-
-    Raises:
-        UsageError: Some are not, which would be a black picture.
-    """
-    if not bool(values.isfinite().all()):
-        dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-        hint = "give dtype bfloat16 or float32" if dtype == "float16" else "are its weights and inputs right?"
-        raise UsageError(f"{what} made values that are not finite, in {dtype}: {hint}")
-    return values
-
-
-def wide(network: torch.nn.Module) -> torch.dtype:
-    """Return the precision to sample in: the network's, but at least float32."""
-    return torch.promote_types(next(network.parameters()).dtype, torch.float32)

@@ -14,8 +14,9 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from ... import UsageError
-from .cascade import EMBEDDINGS, TEXT, Cascade, OnStep, finite
+from .cascade import Cascade
 from .prompts import checked_times, paired, randomness_of, text_states
+from .steps import EMBEDDINGS, TEXT, OnStep, finite
 
 OnStepEnd: TypeAlias = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
 """Called as in diffusers: (pipeline, step, time, tensors by name); what it returns by name takes their place."""

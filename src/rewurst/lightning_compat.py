@@ -21,6 +21,11 @@ def logged_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def batches_that_stepped(trainer: Trainer) -> int:
+    """Return how many batches stepped, in a validation between two of them, which Lightning counts afterwards."""
+    return min(logged_step(trainer) + 1, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
 def uncount_batch(trainer: Trainer) -> None:
     """Take back the count of a batch: with manual optimization Lightning counts each one as a step."""
     trainer.fit_loop.epoch_loop._batches_that_stepped -= 1

@@ -1,4 +1,4 @@
-"""Every path that saves carries the average, and whatever a project does to its weights, none are lost."""
+"""Every way of saving includes the average, and no weights of a project are lost."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def trainer_of(steps: int, *callbacks: Callback, **options: Any) -> Trainer:
 
 
 def loader(batches: int = 4) -> Any:
-    """Batches that are all alike: where a plain loader resumes does not matter."""
+    """Return equal batches, so that the position of a plain loader does not matter."""
     return DataLoader(torch.ones(batches, 1, 1), batch_size=None)  # type: ignore[arg-type]
 
 
@@ -118,7 +118,7 @@ def test_every_path_saves_the_average(tmp_path: Path, how: str, only_weights: bo
         assert same(weights(whole), weights(resumed))
 
 
-def test_a_second_fit_takes_the_weights_up_again() -> None:
+def test_a_second_fit_continues_with_the_weights() -> None:
     module, plain = Net(), Net()
     trainer_of(4).fit(plain, loader())
     begun: list[dict[str, Tensor]] = []
@@ -138,7 +138,7 @@ def test_a_second_fit_takes_the_weights_up_again() -> None:
     assert same(begun[4], weights(plain)), "it continues with the weights that were trained"
 
 
-def test_weights_of_ones_own_are_not_replaced(tmp_path: Path) -> None:
+def test_weights_changed_by_the_user_are_not_replaced(tmp_path: Path) -> None:
     module = Net()
     trainer = trainer_of(4, WeightAverage(0.8))
     trainer.fit(module, loader())
@@ -151,7 +151,7 @@ def test_weights_of_ones_own_are_not_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("average", [WeightAverage(0.8, every=100), WeightAverage(0.8)])
 def test_an_average_that_was_never_updated_replaces_nothing(tmp_path: Path, average: WeightAverage) -> None:
-    """Steps before the first update, or an optimizer that nobody can see."""
+    """Before the first update, or with an optimizer that is not visible."""
 
     class Unseen(Net):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
@@ -305,3 +305,23 @@ def test_several_averages(tmp_path: Path) -> None:
     assert same(ended, both[0].average), "the first is the one that counts"
     for average in (both[1], resumed[1]):
         assert same(average.average, alone.average)
+
+
+@pytest.mark.parametrize("key", ["same", "changed", "older"])
+def test_the_step_is_found_under_every_key(tmp_path: Path, key: str) -> None:
+    """Also where the settings have been changed, and in checkpoints from before there could be several averages."""
+    save = ModelCheckpoint(tmp_path, "a", every_n_train_steps=4)
+    first = WeightAverage(0.8, start_step=2)
+    trainer_of(4, first, save).fit(Net(), loader())
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    if key == "older":
+        content["callbacks"]["WeightAverage"] = {"step": content["callbacks"].pop(first.state_key)["step"]}
+    torch.save(content, tmp_path / "b.ckpt")
+    average = WeightAverage(0.9 if key == "changed" else 0.8, start_step=2)
+    trainer_of(5, average).fit(Net(), loader(), ckpt_path=tmp_path / "b.ckpt", weights_only=True)
+    assert average.step == 5
+    decay = 0.9 if key == "changed" else 0.8
+    before, after = content["state_dict"]["head.weight"], average.average["head.weight"]
+    assert not torch.equal(before, after)
+    raw = average._ended["head.weight"]
+    torch.testing.assert_close(after, decay * before + (1 - decay) * raw)

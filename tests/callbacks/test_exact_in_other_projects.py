@@ -1,4 +1,4 @@
-"""A project of its own, with torchdata's loader, dropout and validation, resumes bit for bit at every step."""
+"""A foreign project with torchdata's loader, dropout and validation resumes bit for bit at every step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Noise(Dataset[Tensor]):
-    """Augments in the process that reads, from the global generator."""
+    """Dataset that augments in the reading process, from the global generator."""
 
     def __len__(self) -> int:
         return 10

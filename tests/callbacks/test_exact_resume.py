@@ -1,4 +1,4 @@
-"""Random states, checkpoints and signals: a run that is stopped goes on as the one that never was."""
+"""Random states, checkpoints and signals: a stopped run resumes as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*"
 
 
 class Noisy(LightningModule):
-    """Draws from every generator in training, and in validation too."""
+    """Module that draws from every generator in training and validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Noisy(LightningModule):
 
 
 class Do(Callback):
-    """Does something once, after a number of batches."""
+    """Callback that calls a function once, after a number of batches."""
 
     def __init__(self, batches: int, action: Any) -> None:
         self.batches, self.action = batches, action
@@ -117,7 +117,7 @@ def test_states_survive_a_checkpoint(seed: int, draws: int) -> None:
     assert [module.draw() for _ in range(3)] == expected
 
 
-def test_another_number_of_processes_is_refused_or_said(tmp_path: Path) -> None:
+def test_another_number_of_processes_is_refused_or_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     fit(2, Do(2, lambda trainer: trainer.save_checkpoint(path)))
     content = torch.load(path, weights_only=True)
@@ -128,7 +128,7 @@ def test_another_number_of_processes_is_refused_or_said(tmp_path: Path) -> None:
 
 
 class TestAtomicCheckpointIO:
-    def test_a_save_that_is_cut_off_leaves_the_one_before(
+    def test_an_interrupted_save_keeps_the_previous_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "folder" / "last.ckpt"
@@ -146,7 +146,7 @@ class TestAtomicCheckpointIO:
         assert torch.load(path, weights_only=True) == {"step": 1}
         assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
 
-    def test_what_a_killed_save_left_is_removed_by_the_next(self, tmp_path: Path) -> None:
+    def test_leftovers_of_a_killed_save_are_removed_by_the_next(self, tmp_path: Path) -> None:
         path = tmp_path / "last.ckpt"
         (tmp_path / ".last.ckpt.abc.tmp").write_bytes(b"half")
         (tmp_path / ".other.ckpt.abc.tmp").write_bytes(b"somebody else's")
@@ -177,7 +177,9 @@ def _umask() -> int:
 class TestSaveOnSignal:
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
     @pytest.mark.parametrize("accumulate", [1, 4])
-    def test_saves_at_the_end_of_the_global_batch_and_goes_on(self, tmp_path: Path, name: str, accumulate: int) -> None:
+    def test_saves_at_the_end_of_the_global_batch_and_continues(
+        self, tmp_path: Path, name: str, accumulate: int
+    ) -> None:
         before = signal.getsignal(getattr(signal, name))
         send = Do(5, lambda trainer: os.kill(os.getpid(), getattr(signal, name)))
         checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=100)

@@ -1,4 +1,4 @@
-"""Forgetting compares with the exact start of a dataset, also through a restore and with other people's modules."""
+"""Forgetting compares with the exact start of a dataset, also after a restore and with foreign modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rewurst.callbacks import Forgetting
 
 
 class Drifting(LightningModule):
-    """A module of somebody else: its losses are known functions of the step."""
+    """Foreign module whose losses are known functions of the step."""
 
     def __init__(self, name: str = "val/loss/") -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def fit(
 
 
 def loaders() -> tuple[DataLoader[Tensor], list[DataLoader[Tensor]]]:
-    """Training batches, and two validation loaders of three batches."""
+    """Return training batches and two validation loaders of three batches."""
     train: Any = [torch.zeros(1)] * 100
     return DataLoader(train), [DataLoader(train[:3]), DataLoader(train[:3])]
 

@@ -1,4 +1,4 @@
-"""Other callbacks monitor what Forgetting computes, and a corpus that is never validated is noticed at once."""
+"""Other callbacks can monitor Forgetting, and a corpus that is never validated is noticed at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*"
 
 
 class Drifting(LightningModule):
-    """Loses one on the old corpus with every step."""
+    """Module whose loss on the old corpus rises by one per step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Averaged weights: what they are, where they take the weights' place, and that a stopped run goes on with both."""
+"""Averaged weights: their values, where they replace the weights, and that a stopped run resumes with both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Net(LightningModule):
-    """A trained layer with BatchNorm, and a frozen one; with ``optimizers_count`` 2, one optimizer for each part."""
+    """Module with a trained layer with BatchNorm and a frozen one; ``optimizers_count`` 2 gives each an optimizer."""
 
     def __init__(self, optimizers_count: int = 1, accumulation: int = 1) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def copied(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Record(Callback):
-    """Keeps the weights after each completed global batch, before any average takes their place."""
+    """Callback that keeps the weights after each global batch, before an average replaces them."""
 
     def __init__(self, every: int = 1) -> None:
         self.every = every
@@ -90,7 +90,7 @@ def fit(module: Net, steps: int, *callbacks: Callback, ckpt_path: Path | None = 
 
 
 def expected(history: list[dict[str, Tensor]], decay: float, every: int, start: int) -> dict[str, Tensor]:
-    """An independent oracle in float64."""
+    """Compute the average independently in float64."""
     average: dict[str, Tensor] = {}
     for step, weights in enumerate(history, 1):
         for name, tensor in weights.items():

@@ -1,4 +1,4 @@
-"""Class paths of earlier versions, whose files have moved, still name the classes."""
+"""Class paths of earlier versions still name classes whose files have moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a person types it: real data, runs that go on, errors of one line."""
+"""The command line as typed by a user: real data, resumed runs, one-line errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small corpora prepared by the command line, and a config that trains on them."""
+    """Prepare two small corpora by the command line, and a config that trains on them."""
     folder = tmp_path_factory.mktemp("cli")
     for name, word in (("prose", "words"), ("code", "tokens")):
         lines = [{"text": f"{word} of document {number}, " * 12} for number in range(60)]
@@ -44,7 +44,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(workspace: Path, tmp_path: Path) -> Path:
-    """The demo's config at a smaller size, on the workspace's data."""
+    """Write the demo's config at a smaller size, on the workspace's data."""
     content: dict[str, Any] = yaml.safe_load((ROOT / "configs/continual/demo.yaml").read_text())
     sizes = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     content["model"]["init_args"]["model"] |= sizes | {"intermediate_size": 32}
@@ -74,7 +74,7 @@ def step_of(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
-def test_the_same_command_again_goes_on(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_command_again_resumes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--config", str(config)]
     run = tmp_path / "runs" / "start"
     assert main([*fit, "--trainer.max_steps", "3"]) == 0
@@ -94,13 +94,13 @@ def test_the_same_command_again_goes_on(config: Path, tmp_path: Path, capsys: py
     assert not (run / "version_1").exists(), "one folder, one curve"
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(config: Path, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_skipped(config: Path, tmp_path: Path) -> None:
     fit = ["fit", "--config", str(config)]
     run = tmp_path / "runs" / "start"
     assert main([*fit, "--trainer.max_steps", "3"]) == 0
     whole = (run / "version_0/checkpoints/last.ckpt").read_bytes()
     (run / "version_0/checkpoints/newer.ckpt").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"newer.ckpt is cut off: an older checkpoint is taken instead"):
+    with pytest.warns(UserWarning, match=r"newer.ckpt is truncated: an older checkpoint is used instead"):
         assert main(fit) == 0
     assert step_of(run / "version_0/checkpoints/last.ckpt") == 6
 
@@ -165,7 +165,7 @@ def test_help_of_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--out FILE" in capsys.readouterr().out
 
 
-def test_checkpoints_that_cannot_be_gone_on_from(
+def test_checkpoints_that_cannot_be_resumed(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -191,7 +191,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(
         assert message in line
 
 
-def test_auto_does_not_take_somebody_elses_checkpoint(
+def test_auto_does_not_use_a_foreign_checkpoint(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""One argument of one callback is changed by its name, and a hint names what is valid at its place."""
+"""An argument of one callback can be changed by its name, and a hint names the valid ones."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_built_is_one_line(
         (["--trainer.max_steps", "100", "--ckpt_path", "auto:runs/other"], ""),
     ],
 )
-def test_a_schedule_that_the_run_does_not_reach_the_end_of(
+def test_a_schedule_that_is_longer_than_the_run(
     options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["schedule", *DEMO[1:], *options, "--out", str(tmp_path / "lr.png")]) == 0

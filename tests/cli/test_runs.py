@@ -1,4 +1,4 @@
-"""Which checkpoint and which folder belong to a run, whatever logger it has."""
+"""The checkpoint and folder of a run are found with every logger."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROJECT = "project_logger.ProjectLogger"
 
 @pytest.fixture
 def fit(write_corpus: Any, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """Runs `fit` for some steps with a logger, on a corpus of 50 rows."""
+    """Run `fit` for some steps with a logger, on a corpus of 50 rows."""
     monkeypatch.chdir(tmp_path)
     path = write_corpus("prose")
 
@@ -145,19 +145,17 @@ def test_a_shared_folder_of_checkpoints_holds_two_runs(fit: Fit) -> None:
     assert steps_in("shared") == [2, 2, 4], "the second did not resume the first"
 
 
-def test_copies_without_their_times(fit: Fit) -> None:
+def test_copies_with_new_times(fit: Fit) -> None:
     assert fit(6, LOGGERS["tensorboard"]) == 0
     folder = Path("runs/a/version_0/checkpoints")
     for age, path in enumerate(sorted(folder.iterdir(), reverse=True)):
         os.utime(path, (1000 + age, 1000 + age))
-    with pytest.warns(
-        UserWarning, match=r"step=6.ckpt is at step 6 and taken, although .*step=2.ckpt at step 2 is newer"
-    ):
+    with pytest.warns(UserWarning, match=r"step=6.ckpt at step 6 is used, although .*step=2.ckpt at step 2 is newer"):
         assert fit(8, LOGGERS["tensorboard"]) == 0
     assert steps_in("runs") == [2, 4, 6, 8]
 
 
-def test_weights_beside_whole_checkpoints_are_skipped(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_next_to_complete_checkpoints_are_skipped(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(4, LOGGERS["tensorboard"]) == 0
     folder = Path("runs/a/version_0/checkpoints")
     content = torch.load(folder / "step=4.ckpt", weights_only=True)
@@ -173,7 +171,7 @@ def test_weights_beside_whole_checkpoints_are_skipped(fit: Fit, capsys: pytest.C
         assert fit(2, LOGGERS["tensorboard"]) == 0
 
 
-def test_of_equal_steps_the_last_written_is_taken(tmp_path: Path) -> None:
+def test_of_equal_steps_the_last_written_is_used(tmp_path: Path) -> None:
     for age, name in enumerate(("b", "a", "c")):
         torch.save({"global_step": 3}, tmp_path / f"{name}.ckpt")
         os.utime(tmp_path / f"{name}.ckpt", (100 - age, 100 - age))

@@ -1,4 +1,4 @@
-"""Every argument of the Trainer: honoured, or refused in one line, and what the docs say about it."""
+"""Every argument of the Trainer is honored or refused in one line, as the docs say."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rewurst.train import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainer.md"
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:corpus .* is read again",
     "ignore:.*barebones", "ignore:.*exists and is not empty", "ignore:The number of training batches",
     "ignore:.*self.log.*", "ignore:.*Lightning couldn't infer", "ignore:.*Detected KeyboardInterrupt",
     "ignore:Anomaly Detection", "ignore:.*sync_batchnorm",

@@ -1,4 +1,4 @@
-"""The command line's own parser, for recipes."""
+"""Fixtures that parse recipes with the command line's parser."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rewurst.cli import lightning as cli
 
 
 class Built(Exception):  # noqa: N818  # no error
-    """Carries the parser out of the command line."""
+    """Raised to get the parser out of the command line."""
 
 
 @pytest.fixture(scope="module")
 def parser() -> Iterator[LightningArgumentParser]:
-    """The command line's own parser, built once."""
+    """Return the command line's parser, built once."""
 
     def carry_out(self: cli.CLI, parser: LightningArgumentParser, args: Any) -> None:
         raise Built(parser)
@@ -36,7 +36,7 @@ def parser() -> Iterator[LightningArgumentParser]:
 
 @pytest.fixture(scope="module")
 def parse(parser: LightningArgumentParser) -> Parse:
-    """Parses the command of a config."""
+    """Parse the command of a config."""
     known: dict[tuple[str, ...], Config] = {}
 
     def parse(recipe: str, *more: str) -> Config:

@@ -1,4 +1,4 @@
-"""The table of hyper-parameters says what the recipes and the classes' defaults are."""
+"""The table of hyper-parameters matches the recipes and the classes' defaults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = [
 
 
 def in_recipe(where: str, key: str) -> Any:
-    """A value of a YAML file: of its trainer, model or data, of a callback or schedule, or of the part that it is."""
+    """Return a value of a YAML file: of its trainer, model or data, of a callback or schedule, or of a part."""
     config = yaml.safe_load((ROOT / "configs" / f"{where}.yaml").read_text("utf8"))
     place, _, rest = key.partition(".")
     if place == "trainer":
@@ -51,7 +51,7 @@ def in_recipe(where: str, key: str) -> Any:
 
 
 def default_of(where: str, key: str) -> Any:
-    """A default of a class, or a setting of a network's preset or of a stage's named optimizers."""
+    """Return a class's default, or a setting of a network's preset or a stage's named optimizer."""
     name, _, preset = where.partition(".")
     if preset:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Recipes of language models against the papers' numbers."""
+"""Recipes of language models match the papers' numbers."""
 
 from __future__ import annotations
 

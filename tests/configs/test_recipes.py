@@ -1,4 +1,4 @@
-"""Every config parses as the command at its head composes it, and the recipes hold the papers' numbers."""
+"""Every config parses with the command at its head, and the recipes contain the papers' numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts for clusters, with stand-ins for the commands of SLURM and torchrun."""
+"""The scripts for clusters, with stubs for the commands of SLURM and torchrun."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STAND_INS = {
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Stand-ins on the path; what they were asked is in the file ``SAID``."""
+    """Put stubs on the path that write their arguments to the file ``SAID``."""
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -41,7 +41,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("status", "out_of_time"), [(0, False), (1, False), (0, True)])
 def test_slurm(environment: dict[str, str], tmp_path: Path, status: int, out_of_time: bool) -> None:
-    """A run out of time saves, and only then is put into the queue again; one that ends or fails is not."""
+    """A run out of time saves and is then queued again; a finished or failed one is not."""
     script = subprocess.Popen(["bash", str(SCRIPTS / "slurm.sbatch"), "--config=a.yaml"], env=environment)
     started = (tmp_path / "started").read_text()  # waits until the step runs
     (tmp_path / "started.pid").write_text(started)

@@ -1,4 +1,4 @@
-"""Würstchen's recipes: their modules and callbacks can be built, and the paper's hold the paper's numbers."""
+"""Würstchen's recipes can be built, and the paper's contain the paper's numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def made(part: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=names)
-def test_says_how_it_is_run(path: Path) -> None:
+def test_the_head_is_the_command(path: Path) -> None:
     head = path.read_text(encoding="utf8").split("seed_everything")[0]
     assert f"wuerstchen/{names(path)}.yaml" in head or f"{{{path.stem[:-5]},{path.stem}}}.yaml" in head
     for line in head.splitlines():
@@ -48,7 +48,7 @@ def test_says_how_it_is_run(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if not path.stem.endswith("_1024")], ids=names)
-def test_modules_and_callbacks_are_built_as_it_says(path: Path) -> None:
+def test_modules_and_callbacks_are_built_from_the_recipe(path: Path) -> None:
     config = load(names(path))
     arguments = config["model"]["init_args"]
     module = getattr(modules, config["model"]["class_path"])
@@ -89,7 +89,7 @@ def test_the_last_step_is_saved(path: Path) -> None:
 
 
 def width_of(text_encoder: Any) -> int:
-    """Width of the states: a setting of ours, or what the hub's models have."""
+    """Return the width of the states: ours, or that of the hub's models."""
     if isinstance(text_encoder, dict):
         return int(text_encoder["hidden_size"])
     return {"vit-large": 768, "ViT-H": 1024, "ViT-bigG": 1280}[re.search(r"vit-large|ViT-H|ViT-bigG", text_encoder)[0]]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""A data module over two small corpora."""
+"""Fixtures: a data module over two small corpora."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream as a pure function: batches do not depend on how they are cut, nor the cost of one on where it lies."""
+"""The stream is a pure function: batches do not depend on how they are split, nor their cost on the position."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Numbered:
 
 
 def nothing(picks: Picks) -> dict[str, Any]:
-    """A reader that tells what it was to read."""
+    """Reader that returns its requests."""
     assert picks.quantile is not None
     return {"seed": picks.seed, "quantile": picks.quantile}
 
@@ -68,7 +68,7 @@ def dataset(rows: int, old: int, size: int, share: float, slots: range, accumula
     share=st.sampled_from([0.0, 0.05, 0.37]),
     step=st.integers(0, 10**6),
 )
-def test_any_cut_gives_the_same_global_batch(
+def test_any_split_gives_the_same_global_batch(
     rows: int, old: int, world_size: int, micro: int, accumulation: int, share: float, step: int
 ) -> None:
     size = world_size * micro * accumulation
@@ -86,7 +86,7 @@ def test_any_cut_gives_the_same_global_batch(
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 200), size=st.integers(1, 40), epochs=st.integers(1, 3))
-def test_every_row_exactly_once_an_epoch(rows: int, size: int, epochs: int) -> None:
+def test_every_row_exactly_once_per_epoch(rows: int, size: int, epochs: int) -> None:
     steps = -(-rows * epochs // size)
     batches = dataset(rows, 1, size, 0.0, range(size), 1)
     read = np.concatenate([batches[step]["row"] for step in range(steps)])
@@ -120,7 +120,7 @@ def test_any_number_of_workers_gives_the_same_batches(write_corpus: Callable[...
 def test_the_first_batch_after_a_resume_costs_the_same_anywhere(
     monkeypatch: pytest.MonkeyPatch, shuffle: Any, lanes: int
 ) -> None:
-    """Counted in permutations, values of the share asked for and rows read, with a share that changes every step."""
+    """Counts permutations, evaluations of the share and rows read, with a share that changes every step."""
     work: Counter[str] = Counter()
 
     def counted(value: int) -> float:

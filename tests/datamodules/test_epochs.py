@@ -1,4 +1,4 @@
-"""Each corpus's epoch is logged, and new data that is read again is reported once, in one line."""
+"""Each corpus's epoch is logged, and repeated new data is reported once, in one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_small_corpus_that_is_repeated_is_reported_once(
     with pytest.warns(UserWarning, match=REPEATED) as found:
         fit(data, 20)
     assert repetitions(list(found)) == [
-        "corpus 'tiny' is read again from step 1 of 20 on: it has 9 rows, which the whole run reads 35.6 times. "
+        "corpus 'tiny' is read again from step 1 of 20 on: the whole run reads its 9 rows 35.6 times. "
         "Prepare more data, or train for fewer steps"
     ]
 
@@ -47,7 +47,7 @@ def test_the_first_repeated_row_is_what_counts(make: Callable[..., TextDataModul
     assert len(repetitions(found)) == expected
 
 
-def test_replayed_data_and_epochs_that_were_asked_for_are_not_reported(make: Callable[..., TextDataModule]) -> None:
+def test_replayed_data_and_requested_epochs_are_not_reported(make: Callable[..., TextDataModule]) -> None:
     code = make().corpora["code"]
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")

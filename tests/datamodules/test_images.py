@@ -1,4 +1,4 @@
-"""Global batches of ImageTextDataModule under a real Trainer: the same however they are cut, stopped and resumed."""
+"""Global batches of ImageTextDataModule in a real Trainer are the same however they are split, stopped, resumed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def jpeg(width: int, height: int, shade: int = 128) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of a few kilobytes that says it has 50,000 x 50,000 pixels."""
+    """Return a PNG of a few kilobytes whose header says 50,000 x 50,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -56,7 +56,7 @@ def bomb() -> bytes:
 
 @pytest.fixture
 def write_images(tmp_path: Path) -> Callable[..., str]:
-    """Writes shards in the style of the large public sets with webdataset's own writer, and indexes them."""
+    """Write shards like those of the large public sets with webdataset's writer, and index them."""
 
     def write(
         name: str, sizes: Pictures, scores: dict[int, dict[str, Any]] | None = None, corrupt: tuple[int, ...] = ()
@@ -79,7 +79,7 @@ def write_images(tmp_path: Path) -> Callable[..., str]:
 
 
 class Reader(LightningModule):
-    """Writes down what every micro-batch holds."""
+    """Module that records the contents of every micro-batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ SQUARES = [(40, 40)] * 24
 SHAPES = [(40, 40)] * 12 + [(64, 30)] * 16 + [(30, 64)] * 8
 
 
-def test_every_image_once_an_epoch_and_crops_inside(write_images: Callable[..., str]) -> None:
+def test_every_image_once_per_epoch_and_crops_inside(write_images: Callable[..., str]) -> None:
     module = fit(make({"a": Corpus(write_images("a", [(50, 40), (40, 40), (33, 70)] * 8))}), 6)
     rows = [sample[1] for sample in module.samples]
     assert sorted(rows[:24]) == sorted(rows[24:]) == list(range(24))
@@ -147,7 +147,7 @@ def test_every_image_once_an_epoch_and_crops_inside(write_images: Callable[..., 
 
 
 @pytest.mark.parametrize("shapes", [None, [(32, 32), (24, 48), (48, 24)]], ids=["squares", "shapes"])
-def test_batches_do_not_depend_on_how_they_are_cut(write_images: Callable[..., str], shapes: Any) -> None:
+def test_batches_do_not_depend_on_how_they_are_split(write_images: Callable[..., str], shapes: Any) -> None:
     sizes = SHAPES if shapes else SQUARES
     corpora = {"new": Corpus(write_images("new", sizes)), "old": Corpus(write_images("old", sizes), replay=True)}
     whole = fit(make(corpora, shapes=shapes, micro_batch_size=8), 9, ReplayScheduler(0.3))
@@ -190,7 +190,7 @@ class Written:
         return {"seed": picks.seed}
 
 
-def test_resume_with_shapes_and_replay_goes_on_exactly(write_images: Callable[..., str], tmp_path: Path) -> None:
+def test_resume_with_shapes_and_replay_is_exact(write_images: Callable[..., str], tmp_path: Path) -> None:
     corpora = {"new": Corpus(write_images("new", SHAPES)), "old": Corpus(write_images("old", SQUARES), replay=True)}
     options: dict[str, Any] = {"shapes": [(32, 32), (24, 48), (48, 24)]}
     whole = fit(make(corpora, **options), 12, ReplayScheduler(0.4))
@@ -239,7 +239,7 @@ def test_a_corpus_without_a_shape_gives_its_nearest(write_images: Callable[..., 
     assert len(set(old[:24])) == 24
 
 
-def test_filters_are_settled_and_told(write_images: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
+def test_filters_are_applied_and_reported(write_images: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
     scores = {0: {"pwatermark": 0.9}, 1: {"aesthetic": 4.0}, 2: {"punsafe": 1.0}, 3: {"original_width": 20}}
     filters = Filters(min_size=30, max_watermark=0.5, min_aesthetic=5, max_unsafe=0.99)
     with caplog.at_level("INFO"):
@@ -249,7 +249,7 @@ def test_filters_are_settled_and_told(write_images: Callable[..., str], caplog: 
     assert told in caplog.text
 
 
-def test_validation_shows_the_centre_with_every_caption(write_images: Callable[..., str]) -> None:
+def test_validation_crops_the_center_with_every_caption(write_images: Callable[..., str]) -> None:
     data = make({"a": Corpus(write_images("a", [(64, 32)] * 10))}, caption_dropout=1.0, flip=1.0)
     data.setup("fit")
     source = data._sources()[0]
@@ -293,7 +293,7 @@ def test_only_corrupt_images_stop_the_run(write_images: Callable[..., str]) -> N
     assert "\n" not in str(error.value)
 
 
-def test_a_bomb_is_left_out_when_it_is_indexed(tmp_path: Path) -> None:
+def test_a_bomb_is_left_out_of_the_index(tmp_path: Path) -> None:
     with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
         for number in range(12):
             image = {"png": bomb()} if number == 5 else {"jpg": jpeg(40, 40)}
@@ -308,8 +308,8 @@ def test_a_bomb_is_left_out_when_it_is_indexed(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"shapes": [(32, 32), (8, 200)]}, "shapes: no new image is nearest to 8x200; leave it out"),
-        ({"filters": Filters(min_size=1000)}, "no image of 24 is left to train on; left out: min_size 24"),
-        ({"max_upscale": 0.5}, "no image of 24 is left to train on; left out: max_upscale 24"),
+        ({"filters": Filters(min_size=1000)}, "none of its 24 images is left to train on; left out: min_size 24"),
+        ({"max_upscale": 0.5}, "none of its 24 images is left to train on; left out: max_upscale 24"),
         ({"caption_dropout": 1.5}, "caption_dropout 1.5 must lie between 0 and 1"),
         ({"image_size": 0}, "image_size 0 must be at least 1"),
         ({"shapes": []}, "shapes [] must be heights and widths"),
@@ -333,7 +333,7 @@ def test_captions_under_a_key(write_images: Callable[..., str], tmp_path: Path) 
         index_shards([folder], out=tmp_path / "wrong", progress=False, options={"caption_key": "captoin"})
 
 
-def test_text_shards_are_no_images(write_corpus: Callable[..., str]) -> None:
+def test_text_shards_are_refused_as_images(write_corpus: Callable[..., str]) -> None:
     with pytest.raises(UsageError, match="kind is 'text', expected 'images'"):
         fit(make({"a": Corpus(write_corpus("a"))}), 2)
 

@@ -1,4 +1,4 @@
-"""LatentDataModule gives the samples that ImageTextDataModule gives, in the same slots, stopped and resumed."""
+"""LatentDataModule gives the samples of ImageTextDataModule in the same slots, also when stopped and resumed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Corpora = Callable[..., tuple[str, str]]
 
 @pytest.fixture
 def write_corpora(tmp_path: Path) -> Corpora:
-    """Writes images and, in the place of networks, arrays that name their row: z is filled with the row's number."""
+    """Write images and, instead of encoding them, arrays in which z is filled with the row's number."""
 
     def write(
         name: str,
@@ -113,7 +113,7 @@ def described(batches: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.filterwarnings("ignore:corrupt image replaced")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_samples_come_in_the_slots_of_the_images(write_corpora: Corpora, workers: int) -> None:
+def test_samples_are_in_the_slots_of_the_images(write_corpora: Corpora, workers: int) -> None:
     new, old = write_corpora("new", 37, corrupt=(3, 20)), write_corpora("old", 23)
     runs = []
     for kind, (one, other) in ((ImageTextDataModule, (new[0], old[0])), (LatentDataModule, (new[1], old[1]))):
@@ -160,7 +160,7 @@ def test_an_example_is_like_a_batch_of_training(write_corpora: Corpora) -> None:
     assert nowhere.example_batch(2)["image"].shape == (2, 3, 64, 48)
 
 
-def test_a_resumed_run_goes_on(write_corpora: Corpora, tmp_path: Path) -> None:
+def test_a_resumed_run_continues(write_corpora: Corpora, tmp_path: Path) -> None:
     _, path = write_corpora("new", 30)
 
     def data() -> LatentDataModule:

@@ -1,4 +1,4 @@
-"""Replay over a chain of datasets advances through the old rows, and old corpora weigh by what was learnt of them."""
+"""Replay over a chain of datasets advances through the old rows, weighted by the rows learned of each corpus."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def old_rows(rows: list[tuple[int, int]], corpus: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize("learnt", [True, False], ids=["learnt here", "learnt elsewhere"])
-def test_c_replays_what_comes_after_the_rows_that_b_replayed(learnt: bool, chain: Make, tmp_path: Path) -> None:
+def test_c_replays_the_rows_after_those_that_b_replayed(learnt: bool, chain: Make, tmp_path: Path) -> None:
     a, b, c = (tmp_path / f"{name}.ckpt" for name in "abc")
     first = old_rows(fit(chain("a", ""), 5, SaveAt(10, a)).rows, 0)
     in_b = old_rows(fit(chain("b"), 10, SaveAt(20, b), ckpt_path=a if learnt else None, share=0.4).rows)
@@ -63,7 +63,7 @@ def test_a_stopped_run_of_the_chain_replays_as_a_whole_one(chain: Make, tmp_path
     assert part[: 6 * 8] + rest == whole  # 31 micro-batches are 15 steps and a half
 
 
-def test_old_corpora_weigh_by_the_rows_that_were_learnt(chain: Make, tmp_path: Path) -> None:
+def test_old_corpora_are_weighted_by_their_learned_rows(chain: Make, tmp_path: Path) -> None:
     a, b = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     fit(chain("a", ""), 4, SaveAt(8, a))  # 32 rows
     fit(chain("b", ""), 6, SaveAt(12, b), ckpt_path=a)  # 16 rows
@@ -82,7 +82,7 @@ def test_weights_for_some_of_the_old_corpora_are_refused(chain: Make) -> None:
 
 
 def test_a_run_of_an_earlier_version_keeps_its_order(chain: Make, tmp_path: Path) -> None:
-    """Its checkpoint says neither how far corpora were replayed nor how they weigh: equally, from their first rows."""
+    """Its checkpoint has neither replay positions nor weights: replay is equal, from the first rows."""
     a, b, c = (tmp_path / f"{name}.ckpt" for name in "abc")
     fit(chain("a", ""), 4, SaveAt(8, a))
     fit(chain("b"), 9, SaveAt(18, b), ckpt_path=a, share=0.5)

@@ -1,4 +1,4 @@
-"""Global batches of TextDataModule under a real Trainer: the same however they are cut, stopped and resumed."""
+"""Global batches of TextDataModule with a real Trainer are the same however they are split, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_rows_are_those_of_the_shards(make: Callable[..., TextDataModule]) -> No
 def test_replay_repeats_the_first_reading(
     make: Callable[..., TextDataModule], tmp_path: Path, seed: int, shuffle: str, steps: int
 ) -> None:
-    """In its order and as far as it went, whatever seed and shuffle the new dataset has."""
+    """In the same order and as far as it went, for any seed and shuffle of the new dataset."""
     path = tmp_path / "a.ckpt"
     prose = {"prose": Corpus(make().corpora["prose"].path)}
     first = fit(make(dataset="prose", corpora=prose, seed=seed, shuffle=shuffle), steps, SaveAt(2 * steps, path))
@@ -55,7 +55,7 @@ def test_replay_repeats_the_first_reading(
     assert replayed == [read[counter % len(read)] for counter in range(len(replayed))]
 
 
-def test_the_ledger_goes_through_several_datasets(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+def test_the_ledger_covers_several_datasets(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
     one, two = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
     prose, code = (make().corpora[name].path for name in ("prose", "code"))
     first = fit(make(dataset="prose", corpora={"prose": Corpus(prose)}, seed=5), 2, SaveAt(4, one)).rows
@@ -73,14 +73,14 @@ def test_the_ledger_goes_through_several_datasets(make: Callable[..., TextDataMo
     assert len(json.dumps({key: value for key, value in state.items() if key != "tokenizer"})) < 1024
 
 
-def test_a_corpus_that_changed_since_it_was_learnt_is_not_replayed(
+def test_a_corpus_that_changed_since_it_was_learned_is_not_replayed(
     make: Callable[..., TextDataModule], write_corpus: Callable[..., str], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.ckpt"
     prose = {"prose": Corpus(make().corpora["prose"].path)}
     fit(make(dataset="prose", corpora=prose), 2, SaveAt(4, path))
     changed = {"prose": Corpus(write_corpus("changed", 21, seed=8), replay=True), "code": make().corpora["code"]}
-    with pytest.raises(UsageError, match="corpus 'prose' is not the one that was learnt: its shards have changed"):
+    with pytest.raises(UsageError, match="corpus 'prose' is not the one that was learned: its shards have changed"):
         fit(make(corpora=changed), 4, ckpt_path=path)
 
 
@@ -92,7 +92,7 @@ def test_without_max_steps_an_epoch_is_a_pass_over_the_new_corpora(make: Callabl
     assert rows[:30] != rows[30:]
 
 
-def test_replay_share_read_is_the_share_asked_for(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+def test_replay_share_read_is_the_requested_share(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     data, logger = make(), CSVLogger(tmp_path)
@@ -173,7 +173,7 @@ def test_lengths_in_tokens_are_those_of_the_data(make: Callable[..., TextDataMod
 
     rewarming = LRRewarming(WarmupCosine(0.1, 0.01), length="650 tokens")
     fit(make(), 3, rewarming)
-    assert rewarming.run.length == 11  # 64 tokens a step
+    assert rewarming.run.length == 11  # 64 tokens per step
 
 
 def test_two_data_modules_in_one_trainer(make: Callable[..., TextDataModule]) -> None:

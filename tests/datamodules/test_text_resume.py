@@ -1,4 +1,4 @@
-"""Runs over TextDataModule that stop and resume, also with another number of processes."""
+"""Runs with TextDataModule stop and resume, also with another number of processes."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ Path(f"{settings['out']}-{trainer.global_rank}.json").write_text(json.dumps([mod
 
 
 def test_global_batches_survive_other_numbers_of_processes(write_corpus: Callable[..., str], tmp_path: Path) -> None:
-    """1 -> 2 -> 1 processes, other micro-batches and workers, stopped within a global batch too."""
+    """1 -> 2 -> 1 processes, other micro-batches and workers, also stopped within a global batch."""
     folders = {name: write_corpus(name, 21 + 9 * seed, seed) for seed, name in enumerate(("prose", "code"))}
     (tmp_path / "world.py").write_text(WORLD)
 
@@ -176,7 +176,7 @@ def test_global_batches_survive_other_numbers_of_processes(write_corpus: Callabl
     assert total_of_three == total == [96 - int(0.3 * 96), int(0.3 * 96)]
 
 
-def test_the_same_objects_in_a_fresh_trainer_begin_anew(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
+def test_the_same_objects_in_a_fresh_trainer_start_over(make: Callable[..., TextDataModule], tmp_path: Path) -> None:
     from rewurst.callbacks import LRRewarming, WarmupCosine
 
     data, rewarming = make(), LRRewarming(WarmupCosine(0.1, 0.01), length=20)

@@ -1,4 +1,4 @@
-"""The Trainer's limits on batches, epochs and steps: honoured, also by runs that are stopped anywhere and resume."""
+"""The Trainer's limits on batches, epochs and steps are honored, also by runs that stop anywhere and resume."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rewurst.datamodules.base import Corpus
 from rewurst.datamodules.sampling.trainer_limits import Epochs
 
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:corpus .* is read again",
     "ignore:.*exists and is not empty",
     "ignore:.*`training_step` returned `None`.*",
     "ignore:.*number of training batches",
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Notes(LightningModule):
-    """Notes the rows of every global batch, and the step of every validation."""
+    """Callback that records the rows of every global batch and the step of every validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ Fit = Callable[..., tuple[Notes, Trainer]]
 
 @pytest.fixture
 def fit(write_corpus: Any) -> Fit:
-    """Fits on 50 rows in global batches of 5: ten steps are a pass."""
+    """Fit on 50 rows in global batches of 5: ten steps are one pass."""
     path = write_corpus("prose")
 
     def run(accumulation: int = 1, ckpt_path: Any = None, size: int = 4, **options: Any) -> tuple[Notes, Trainer]:
@@ -170,7 +171,7 @@ def test_a_fraction_stays_one_for_the_next_fit(fit: Fit, write_corpus: Any) -> N
         ),
     ],
 )
-def test_what_cannot_be_met_is_refused(fit: Fit, options: dict[str, Any], message: str) -> None:
+def test_limits_that_cannot_be_met_are_refused(fit: Fit, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fit(2, max_epochs=1, **options)
 

@@ -1,4 +1,4 @@
-"""Evaluations of exported models: perplexity, lm-eval's tasks on local files, pictures against a corpus."""
+"""Evaluation of exported models: perplexity, lm-eval's tasks on local files, pictures compared with a corpus."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from rewurst.train import main
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported language model, and a corpus for it and one for another tokenizer."""
+    """Export a language model, and prepare a corpus for it and one for another tokenizer."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "text.txt").write_text("\n\n".join(f"the number after {i} is {i + 1}" for i in range(200)))
     for name, size in (("tokenizer", 270), ("other", 280)):
@@ -79,7 +79,7 @@ def test_perplexity_is_transformers_own(text_folder: Path, tmp_path: Path, capsy
 def test_another_tokenizer_is_refused(text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = str(text_folder / "of_other" / "train")
     assert main(["evaluate", str(text_folder / "model"), "--corpus", other, "--out", str(tmp_path)]) == 2
-    assert "was prepared with another tokenizer than that of" in capsys.readouterr().err
+    assert "was not prepared with the tokenizer of" in capsys.readouterr().err
 
 
 TASK = """
@@ -104,7 +104,7 @@ metadata:
 
 @pytest.fixture
 def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A task of lm-eval whose questions lie in a local file."""
+    """Write a task of lm-eval with questions in a local file."""
     import datasets
 
     folder = tmp_path / "tasks"
@@ -139,7 +139,7 @@ def test_a_task_of_local_files(
 
 
 def own_accuracy(folder: Path, questions: Path, limit: int) -> float:
-    """The choice whose tokens are likelier, in sum."""
+    """Compute the accuracy from the summed log-likelihoods of the choices."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     right = 0
@@ -155,7 +155,7 @@ def own_accuracy(folder: Path, questions: Path, limit: int) -> float:
     return right / limit
 
 
-def test_without_lm_eval_one_line_says_so(
+def test_a_missing_lm_eval_is_one_line(
     text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
@@ -165,7 +165,7 @@ def test_without_lm_eval_one_line_says_so(
 
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Path) -> Path:
-    """An exported cascade of random weights, 16 pixels a latent."""
+    """Export a cascade with random weights, 16 pixels per latent."""
     folder = tmp_path_factory.mktemp("cascade")
     torch.manual_seed(1)
     parts = {"a": {"vqgan": VQGAN.from_preset("tiny")}, "c": {"prior": Prior.from_preset("tiny")}}
@@ -183,7 +183,7 @@ def cascade(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Path)
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five captioned pictures of 64 pixels in shards."""
+    """Write five captioned pictures of 64 pixels in shards."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "source").mkdir()
     for index in range(5):
@@ -223,7 +223,7 @@ def test_psnr_of_reconstructions(
 
 
 class Mean(nn.Module):
-    """Features whose Gaussian a person can work out: the mean of each channel."""
+    """Features with a simple Gaussian: the mean of each channel."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.double().mean((2, 3))
@@ -264,7 +264,7 @@ def test_results_of_a_model_gather(tmp_path: Path) -> None:
     Results(tmp_path, "m").add("tasks", {"t": {"acc": 0.5, "version": "x"}})
     corpora = {"a": {"loss": 1.0}, "b": {"loss": 2.0}}
     assert results(tmp_path) == {"model": "m", "corpora": corpora, "tasks": {"t": {"acc": 0.5, "version": "x"}}}
-    with pytest.raises(UsageError, match="holds results of m: choose another --out"):
+    with pytest.raises(UsageError, match="contains results of m: choose another --out"):
         Results(tmp_path, "n")
 
 

@@ -1,4 +1,4 @@
-"""Modules and data of somebody else's project, which `rewurst plan` has never seen."""
+"""Modules and data of a foreign project that `rewurst plan` does not know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Pictures(LightningDataModule):
-    """Labelled pictures, of which one batch can be described."""
+    """Labeled pictures with an example batch."""
 
     def __init__(self, batch_size: int = 64, side: int = 64) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Pictures(LightningDataModule):
 
 
 class Undescribed(LightningDataModule):
-    """Data that do not say what a batch is."""
+    """Data without an example batch."""
 
     def __init__(self, batch_size: int = 4) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Undescribed(LightningDataModule):
 
 
 class Classifier(LightningModule):
-    """Automatic optimization: convolutions, and an encoder whose layers torch copies."""
+    """Module with automatic optimization, convolutions, and an encoder whose layers torch copies."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Classifier(LightningModule):
 
 
 class Adversaries(LightningModule):
-    """Manual optimization: two losses, two optimizers, two steps."""
+    """Module with manual optimization: two losses, two optimizers, two steps."""
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Adversaries(LightningModule):
 
 
 class Curious(Classifier):
-    """A step that looks at values, in line with no plan."""
+    """Module whose step needs values, which cannot be planned."""
 
     def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -97,7 +97,7 @@ class Curious(Classifier):
 
 
 class Broken(Classifier):
-    """A step that does not fit its data."""
+    """Module whose step does not fit its data."""
 
     def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
         return super().training_step((batch[0][:, :2], batch[1]), batch_idx)

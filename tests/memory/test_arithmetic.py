@@ -1,4 +1,4 @@
-"""The plan's arithmetic."""
+"""Arithmetic of the memory plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from rewurst.memory.arithmetic import RESERVE, Layout, StepBytes, Weight, extrapolate, largest_micro_batch, plan
 
-STEP = StepBytes(forward=500, kept=400, backward=450, with_gradients=600, gradients=100, beside=30)
+STEP = StepBytes(forward=500, kept=400, backward=450, with_gradients=600, gradients=100, extra=30)
 WEIGHTS = [
     Weight((10, 5), 4, states=400),  # outside of blocks: 200 bytes
     Weight((7, 5), 4, states=280, block=0),  # 140
@@ -45,7 +45,7 @@ def test_parts_of_a_plan(layout: Layout, expected: dict[str, Any]) -> None:
     assert found.total == sum(getattr(found, key) for key in vars(found) if key != "peak_in")
 
 
-def test_gradients_that_accumulate_are_there_in_the_backward_pass() -> None:
+def test_accumulated_gradients_count_in_the_backward_pass() -> None:
     step = StepBytes(forward=100, kept=100, backward=300, with_gradients=310, gradients=20)
     cleared = plan(WEIGHTS, step, Layout())
     assert (cleared.gradients, cleared.activations, cleared.peak_in) == (480, 100, "forward")
@@ -68,7 +68,7 @@ def test_the_largest_micro_batch(slope: int, fixed: int, limit: int) -> None:
     assert found == max((limit - fixed) // slope, 0)
 
 
-def test_larger_micro_batches_lie_on_a_line() -> None:
+def test_larger_micro_batches_are_extrapolated() -> None:
     known = {4: StepBytes(100, 90, 80, 110, 20, 8, 5), 8: StepBytes(180, 170, 150, 190, 20, 16, 5)}
     assert extrapolate(known, 16) == StepBytes(340, 330, 290, 350, 20, 32, 5)
     assert extrapolate(known, 4) == known[4]

@@ -1,4 +1,4 @@
-"""A training step without memory: against one with memory, and against torch's tracker of sharded training."""
+"""A training step on fake tensors compared with a real one, and with torch's tracker of sharded training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def language_model(rows: int, every: int | None = None, **arguments: Any) -> Mea
 
 
 @pytest.mark.parametrize("rows", [4, 16])
-def test_a_step_without_memory_takes_what_one_with_memory_does(rows: int) -> None:
+def test_a_step_on_fake_tensors_counts_the_memory_of_a_real_one(rows: int) -> None:
     expected = language_model(rows).step
     data = TextDataModule("d", {"c": Corpus("nowhere")}, {}, 64, rows, rows)
     with LiveBytes() as live:
@@ -60,13 +60,13 @@ def test_recomputed_blocks_keep_less_and_larger_batches_are_in_proportion() -> N
         assert value == pytest.approx(getattr(larger, name), rel=0.02), name
 
 
-def test_documents_that_are_kept_apart_are_planned_with_their_mask() -> None:
+def test_document_masks_are_part_of_the_plan() -> None:
     plain, apart = (language_model(16, document_masks=masks).step for masks in (False, True))
-    assert apart.forward >= plain.forward + 16 * 64 * 64  # a byte for each pair of positions of a row
+    assert apart.forward >= plain.forward + 16 * 64 * 64  # a byte per pair of positions in a row
 
 
 class Chain(LightningModule):
-    """Three layers in a row."""
+    """Network of three layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,8 +120,8 @@ def test_frozen_networks_count_if_the_step_uses_them() -> None:
     assert "z 2x16x3x3" in latents.batch
     assert "text 2x77x32" in latents.batch
     assert images.batch == "image 2x3x128x128"
-    assert latents.step.beside < 1e4
-    assert images.step.beside > 80e6  # 20 million parameters of the compressor, and the text encoder's
+    assert latents.step.extra < 1e4
+    assert images.step.extra > 80e6  # 20 million parameters of the compressor, and the text encoder's
     assert sum(weight.elements for weight in images.weights) == sum(weight.elements for weight in latents.weights)
     assert [note.split(":")[0] for note in images.notes] == [
         "nowhere.ckpt is missing",
@@ -130,7 +130,7 @@ def test_frozen_networks_count_if_the_step_uses_them() -> None:
 
 
 class NeoX(LightningModule):
-    """A language model whose loss is computed in ``forward``, as torch's tracker wants it."""
+    """Language model that computes its loss in ``forward``, as torch's tracker requires."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def test_sharded_training_as_torch_counts_it(four_fake_processes: Any) -> None:
 
 
 def tracked_under_fsdp(mesh: Any) -> int:
-    """What torch's tracker says that a process of four takes in two steps, in Lightning's order."""
+    """Return torch's tracked peak of one of four processes in two steps, in Lightning's order."""
     with without_memory():
         module = NeoX()
         for block in (*find_blocks(module), module):
@@ -200,11 +200,11 @@ def tracked_under_fsdp(mesh: Any) -> int:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                tracker.reset_mod_stats()  # it takes a second call for a mistake
+                tracker.reset_mod_stats()  # it takes a second call for an error
         return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
 
 
-def test_a_file_that_is_there_says_which_network_it_holds(tmp_path: Path) -> None:
+def test_an_existing_file_sets_the_network(tmp_path: Path) -> None:
     from rewurst.modules.networks import VQGAN
 
     VQGAN.from_preset("tiny").save(tmp_path / "stage_a")
@@ -218,4 +218,4 @@ def test_a_file_that_is_there_says_which_network_it_holds(tmp_path: Path) -> Non
     found = measure(config, 2, "32-true", on_cpu=False)
     assert found.notes == []
     tiny = sum(tensor.nbytes for tensor in VQGAN.from_preset("tiny").state_dict().values())
-    assert tiny <= found.step.beside < tiny + 1e5  # and buffers of the compressor
+    assert tiny <= found.step.extra < tiny + 1e5  # and buffers of the compressor

@@ -24,7 +24,7 @@ def project(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def config(folder: Path, module: str, data: str = "Pictures", **arguments: Any) -> list[str]:
-    """A config that names classes by their paths."""
+    """Return a config that names classes by their paths."""
     content = {
         "model": {"class_path": f"own_project.{module}"},
         "data": {"class_path": f"own_project.{data}", "init_args": arguments},
@@ -35,13 +35,13 @@ def config(folder: Path, module: str, data: str = "Pictures", **arguments: Any) 
 
 
 def peak(text: str) -> float:
-    """Bytes at the peak, without recomputation."""
+    """Return the peak in bytes, without recomputation."""
     [value] = re.findall(r"^at the peak +([\d.]+)", text, re.MULTILINE)
     return 1e9 * float(value)
 
 
 def tracked(project: Any, name: str, batch_size: int, steps: Any) -> int:
-    """What torch's tracker says that two steps take."""
+    """Return torch's tracked peak of two steps."""
     device = torch.device("cpu")
     with without_memory():  # in which torch's tracker counts by itself
         module = getattr(project, name)()
@@ -52,7 +52,7 @@ def tracked(project: Any, name: str, batch_size: int, steps: Any) -> int:
         tracker.track_external(module, *optimizers, *batch)
         with tracker:
             for _ in range(2):
-                steps(module, batch, optimizers, tracker.reset_mod_stats)  # it takes a second call for a mistake
+                steps(module, batch, optimizers, tracker.reset_mod_stats)  # it takes a second call for an error
         return int(tracker.get_tracker_snapshot("peak")[device]["Total"])
 
 
@@ -76,7 +76,7 @@ def manual(module: Any, batch: Any, optimizers: list[torch.optim.Optimizer], bef
 @pytest.mark.parametrize(
     ("name", "batch_size", "steps"), [("Classifier", 4096, automatic), ("Adversaries", 16384, manual)]
 )
-def test_as_torch_counts_it(
+def test_the_plan_agrees_with_torchs_tracker(
     name: str, batch_size: int, steps: Any, project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(config(tmp_path, name, batch_size=batch_size)) == 0
@@ -96,7 +96,7 @@ def test_as_torch_counts_it(
         ("Classifier", "Undescribed", "Undescribed does not describe a batch: add a method example_batch(micro_batch"),
     ],
 )
-def test_what_cannot_be_planned(
+def test_modules_that_cannot_be_planned(
     module: str, data: str, message: str, project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(config(tmp_path, module, data)) == 2

@@ -14,7 +14,7 @@ DEMO = ["plan", "--config", str(CONFIGS / "continual" / "demo.yaml")]
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    """What is printed, by the first words of each line."""
+    """Return the printed lines by their first words."""
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line]
     return {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
 
@@ -22,7 +22,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
 def test_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*DEMO, "--memory", "1GiB"]) == 0
     found = lines(capsys)
-    assert "CausalLM, 1.3M parameters, adamw, fp32; 16 samples per device (input_ids 16x129), 16 in all" in found
+    assert "CausalLM, 1.3M parameters, adamw, fp32; 16 samples per device (input_ids 16x129), 16 in total" in found
     plain, recomputed = (float(value) for value in found["at the peak"])
     assert 0.02 < recomputed < plain < 0.5
     assert found["fits 1 GiB with 10% left"] == ["yes", "yes"]
@@ -49,7 +49,7 @@ def test_stages(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = ["plan", "--config", str(CONFIGS / "wuerstchen" / "one_gpu" / f"{stage}.yaml"), "--memory", "24GiB"]
     if stage == "stage_c":
         assert main(config) == 2
-        assert "does not say how large images are: give --image_size" in capsys.readouterr().err
+        assert "the image size is unknown: give --image_size" in capsys.readouterr().err
         config += ["--image_size", "256"]
     assert main([*config, *(f"--model.init_args.{option}" for option in tiny)]) == 0
     found = lines(capsys)
@@ -71,15 +71,18 @@ def test_text_encoders_that_are_trained(
     assert "give --image_size, such as 512" in capsys.readouterr().err
     assert main([*config, tokenizer, "--image_size", "64"]) == 0
     text = capsys.readouterr().out
-    assert f"Muon, fp32; 32 samples per device ({latents}), 32 in all" in text
+    assert f"Muon, fp32; 32 samples per device ({latents}), 32 in total" in text
     assert "latents are assumed to be prepared\n" in text
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--memory", "80 apples"], "--memory 80 apples is not a size: give one such as 80GiB"),
-        (["--trainer.precision=bf16-true"], "plan knows precision 32-true, 32, None, bf16-mixed, 16-mixed, not bf16"),
+        (["--memory", "80 apples"], "--memory 80 apples is not a size: use one such as 80GiB"),
+        (
+            ["--trainer.precision=bf16-true"],
+            "plan supports precision 32-true, 32, None, bf16-mixed, 16-mixed, not bf16",
+        ),
         (["--trainer.max_stepz=3"], "there is no option"),
     ],
 )

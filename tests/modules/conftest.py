@@ -1,4 +1,4 @@
-"""A data module for language models."""
+"""Fixtures: a data module for language models."""
 
 from __future__ import annotations
 

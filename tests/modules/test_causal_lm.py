@@ -1,4 +1,4 @@
-"""CausalLM against transformers' own losses, and what it logs, counts, keeps and refuses."""
+"""CausalLM gives transformers' losses, and logs, counts, saves and refuses the right things."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rewurst.modules import CausalLM
 
 
 class TestDocumentMasks:
-    """Rows of several documents against each document by itself."""
+    """Rows of several documents compared with each document alone."""
 
     CONFIGS: ClassVar[dict[str, dict[str, Any]]] = {
         "gpt_neox": {},
@@ -32,7 +32,7 @@ class TestDocumentMasks:
     }
 
     @pytest.mark.parametrize("architecture", CONFIGS)
-    def test_losses_and_gradients_equal_the_documents_run_apart(
+    def test_losses_and_gradients_equal_those_of_single_documents(
         self, tiny_config: dict[str, Any], architecture: str
     ) -> None:
         torch.manual_seed(0)
@@ -61,7 +61,7 @@ class TestDocumentMasks:
             if name in gradients:
                 torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11)
 
-    def test_the_mean_counts_what_is_predicted(self, tiny_config: dict[str, Any]) -> None:
+    def test_the_mean_is_over_predicted_tokens(self, tiny_config: dict[str, Any]) -> None:
         module = CausalLM({**tiny_config, "eos_token_id": 0}, document_masks=True)
         ids = torch.tensor([[5, 9, 0, 7, 0, 3]])
         torch.testing.assert_close(module.loss(ids), module.token_losses(ids).sum() / 3)
@@ -131,7 +131,7 @@ def test_only_matrices_decay(tiny_config: dict[str, Any]) -> None:
     assert (matrices["betas"], matrices["eps"], matrices["lr"]) == ((0.9, 0.95), 1e-8, 3e-4)
 
 
-def test_a_vocabulary_that_is_too_small_and_a_norm_that_is_none(
+def test_a_small_vocabulary_and_an_invalid_norm(
     tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="the tokenizer has 64 tokens and the model's vocab_size is 32"):
@@ -141,7 +141,7 @@ def test_a_vocabulary_that_is_too_small_and_a_norm_that_is_none(
 
 
 class TestInitFrom:
-    """Weights from any layout, and the names of what does not fit."""
+    """Weights in any layout, and the names of tensors that do not fit."""
 
     @pytest.fixture
     def source(self, tiny_config: dict[str, Any]) -> CausalLM:
@@ -167,7 +167,9 @@ class TestInitFrom:
         assert self.same(CausalLM(str(tmp_path / "hf")), source)
         assert CausalLM(str(tmp_path / "hf")).model.training, "from_pretrained leaves dropout off"
 
-    def test_what_does_not_fit_is_named(self, source: CausalLM, tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    def test_tensors_that_do_not_fit_are_named(
+        self, source: CausalLM, tiny_config: dict[str, Any], tmp_path: Path
+    ) -> None:
         source.model.save_pretrained(tmp_path / "hf")  # type: ignore[operator]
         hf = str(tmp_path / "hf")
         with pytest.raises(UsageError, match=r"missing gpt_neox.layers.2.\S+, .* and \d+ more, unexpected none"):

@@ -1,4 +1,4 @@
-"""Steps of CausalLM: clipping, losses that are not finite, compiled and recomputed blocks, two processes."""
+"""Steps of CausalLM: clipping, non-finite losses, compiled and recomputed blocks, two processes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_logged_loss_is_that_of_the_global_batch(
 @pytest.mark.parametrize(
     ("setting", "limit"), [({}, 0.01), ({"gradient_clip_val": 0.002}, 0.002), ({"gradient_clip_val": 0.0}, None)]
 )
-def test_gradients_are_clipped_to_the_norm_asked_for(
+def test_gradients_are_clipped_to_the_requested_norm(
     tiny_config: dict[str, Any],
     data: Callable[..., TextDataModule],
     tmp_path: Path,
@@ -128,7 +128,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(
 
 
 class Breaks(LRRewarming):
-    """Spoils the weights before the third step."""
+    """Callback that makes weights non-finite before the third step."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -138,7 +138,7 @@ class Breaks(LRRewarming):
 
 
 class TestNotFinite:
-    """Whatever is looked at when, the message names the first step and its rows."""
+    """The message names the first step and its rows, whenever losses are checked."""
 
     MESSAGE = r"^loss is nan at optimizer step 2 at prose: prose-00000\d.tar, member"
 
@@ -165,7 +165,7 @@ class TestNotFinite:
             run.fit(CausalLM(tiny_config), data())
         assert run.global_step == steps_done
 
-    def test_none_is_saved(
+    def test_no_checkpoint_is_saved(
         self, tiny_config: dict[str, Any], data: Callable[..., TextDataModule], tmp_path: Path
     ) -> None:
         save = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=2, save_top_k=-1, save_last=True,
@@ -190,7 +190,7 @@ class TestNotFinite:
 
 
 class OnHost(Tensor):
-    """What has been copied from the device: reading it waits for nothing."""
+    """Tensor that has been copied from the device, so that reading it does not wait."""
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -211,7 +211,7 @@ def test_no_step_waits_for_the_device_between_logging_intervals(
         original = getattr(torch.Tensor, name)
 
         def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            # Integers of the host (token ids in NumPy, random states) are no values of the device.
+            # Integers on the host (token ids in NumPy, random states) are not values on the device.
             if run.training and self.is_floating_point() and not isinstance(self, OnHost):
                 waits.append((run.global_step, name))
             result = original(self, *args, **kwargs)

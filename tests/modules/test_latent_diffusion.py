@@ -1,4 +1,4 @@
-"""Latent diffusion in one stage: it learns, its loss is the paper's, it resumes bit for bit, and what it refuses."""
+"""Latent diffusion in one stage learns, has the paper's loss, resumes bit for bit, and refuses bad arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Build = Callable[..., LatentDiffusion]
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A small Stage A and a tokenizer."""
+    """Write a small Stage A and a tokenizer."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(1)
     VQGAN.from_preset("tiny", embed_dim=16, num_vq_embeddings=16, scale_factor=0.8).save(folder / "a")
@@ -63,7 +63,7 @@ def test_it_learns_a_few_pictures(picture_data: Data, single: Build, tmp_path: P
 
 
 def test_the_loss_is_the_papers(single: Build) -> None:
-    """An independent oracle, a sample at a time: t, noise, eps = (x - a) / b, p2 = 1 / (1 + snr)."""
+    """Computed independently, one sample at a time: t, noise, eps = (x - a) / b, p2 = 1 / (1 + snr)."""
     module = single(max_loss_weight=20.0, high_noise_share=0.5)
     module.unet.get_parameter("clf.1.weight").data.normal_(std=0.05)
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
@@ -132,7 +132,7 @@ def test_samples_do_not_depend_on_their_neighbours(picture_data: Data, single: B
         torch.testing.assert_close(picture[1:2], alone[name], rtol=1e-4, atol=1e-4)
 
 
-def test_the_unet_needs_no_embedding_where_no_level_sees_any() -> None:
+def test_the_unet_needs_no_embedding_if_no_level_uses_it() -> None:
     torch.manual_seed(0)
     blind = StageBUNet.from_preset("tiny", inject_effnet=[False, False])
     x, t, text = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 5, 32)

@@ -1,4 +1,4 @@
-"""Stage A trains: both optimizers, accumulation, resuming, what is measured and what is kept."""
+"""Stage A trains: both optimizers, accumulation, resuming, metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_accumulation_is_the_larger_batch_and_seeds_decide_what_is_dropped(pictu
 
 
 def test_each_network_gets_the_gradients_of_its_own_loss(picture_data: Data, tmp_path: Path) -> None:
-    """An independent oracle: two backward passes as the papers write them."""
+    """Computed independently by two backward passes as in the papers."""
     batch = picture_data(4, 4)
     module = stage_a(drop_quantisation=0.0, max_grad_norm=None)
     gradients: dict[str, Tensor] = {}
@@ -271,7 +271,7 @@ def test_dead_codes_are_revived(picture_data: Data, tmp_path: Path) -> None:
     assert max(column(run.logger, "train/revived_codes")) >= 8
 
 
-def test_what_is_not_finite_stops_the_run(picture_data: Data, tmp_path: Path) -> None:
+def test_non_finite_losses_stop_the_run(picture_data: Data, tmp_path: Path) -> None:
     module = stage_a()
     with torch.no_grad():
         module.vqgan.get_parameter("in_block.1.weight").fill_(float("nan"))
@@ -295,7 +295,7 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
         stage_a(**changes)
 
 
-def test_the_absence_of_perceptual_weights_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_perceptual_weights_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.warns(UserWarning, match="training goes without the perceptual loss; give vgg16, or set") as said:
         module = stage_a(perceptual_weight=0.1)
@@ -341,7 +341,7 @@ if trainer.is_global_zero:
 
 
 def test_two_processes_train_and_validate_as_one(tmp_path: Path) -> None:
-    """Under plain DDP, with a discriminator that starts at the third step, and with accumulation."""
+    """With plain DDP, a discriminator that starts at the third step, and accumulation."""
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     conftest = Path(__file__).parents[1] / "conftest.py"
     results = []

@@ -76,7 +76,7 @@ def test_it_learns_a_few_pictures(picture_data: Data, stage_a_folder: str, tmp_p
 
 
 def test_accumulation_is_the_larger_batch(picture_data: Data, stage_a_folder: str, tmp_path: Path) -> None:
-    """Time, noise, and what happens to the embedding belong to the sample: no micro-batch changes them."""
+    """Time, noise and the treatment of the embedding belong to the sample: micro-batches do not change them."""
     results = []
     for micro_batch_size in (1, 2, 4):
         module = fixed_norm(stage_b(stage_a_folder, optimizer=sgd, zero_share=0.3, noise_share=0.5))
@@ -93,7 +93,7 @@ def test_accumulation_is_the_larger_batch(picture_data: Data, stage_a_folder: st
 def test_the_loss_is_the_papers(
     picture_data: Data, stage_a_folder: str, tmp_path: Path, smallest: float, largest: float
 ) -> None:
-    """An independent oracle, a sample at a time; and the weight 1 / snr that may be added."""
+    """Computed independently, one sample at a time, with and without the added weight 1 / snr."""
     options: dict[str, Any] = {"max_loss_weight": largest, "min_loss_weight": smallest}
     module = fixed_norm(stage_b(stage_a_folder, zero_share=0.4, noise_share=0.5, noise_until=0.5, **options))
     for parameter in module.unet.parameters():
@@ -190,7 +190,7 @@ def test_frozen_parts_stay_out_of_the_checkpoint_which_knows_them(
         )
 
 
-def test_without_a_text_encoder_no_text_matters(stage_a_folder: str) -> None:
+def test_without_a_text_encoder_texts_do_not_matter(stage_a_folder: str) -> None:
     module = stage_b(stage_a_folder).eval()
     for parameter in module.unet.parameters():
         if parameter.requires_grad:
@@ -279,7 +279,7 @@ def test_mixed_precision_keeps_float32_weights(picture_data: Data, stage_a_folde
     assert moments == {torch.float32}
 
 
-def test_captions_that_are_cut_are_counted(
+def test_truncated_captions_are_counted(
     picture_data: Data, stage_a_folder: str, text_encoder_folder: Path, tmp_path: Path
 ) -> None:
     module = stage_b(stage_a_folder, text_encoder=str(text_encoder_folder))

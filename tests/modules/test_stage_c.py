@@ -1,4 +1,4 @@
-"""Stage C trains on what a frozen compressor makes: losses, scale, text encoders, resuming, frozen parts, export."""
+"""Stage C trains on a frozen compressor's embeddings: losses, scale, text encoders, resuming, frozen parts, export."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Data = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Checkpoints of small stages A and B, and a tokenizer, as training and preparation write them."""
+    """Write checkpoints of small Stages A and B and a tokenizer, as training and preparation do."""
     folder = tmp_path_factory.mktemp("stages")
     torch.manual_seed(1)
     VQGAN.from_preset("tiny", embed_dim=16, num_vq_embeddings=16, scale_factor=0.8).save(folder / "a")
@@ -84,7 +84,7 @@ def test_it_learns_a_few_pictures(picture_data: Data, stage_c: Callable[..., Sta
 
 
 def test_accumulation_is_the_larger_batch(picture_data: Data, stage_c: Callable[..., StageC], tmp_path: Path) -> None:
-    """With a text encoder that is trained along; time and noise belong to the sample."""
+    """With a trained text encoder; time and noise belong to the sample."""
     results = []
     for micro_batch_size in (1, 2, 4):
         module = stage_c(optimizer=sgd)
@@ -101,9 +101,9 @@ def test_accumulation_is_the_larger_batch(picture_data: Data, stage_c: Callable[
 def test_the_loss_is_the_papers(
     picture_data: Data, stage_c: Callable[..., StageC], tmp_path: Path, largest: float, high: float, first: int
 ) -> None:
-    """An independent oracle, a sample at a time: t, noise, eps = (x - a) / (|1 - b| + 1e-5), p2 = 1 / (1 + snr).
+    """Computed independently, one sample at a time: t, noise, eps = (x - a) / (|1 - b| + 1e-5), p2 = 1 / (1 + snr).
 
-    And what may be added to the paper's: the weight 1 / snr near t = 1, and more samples there.
+    Also with the optional weight 1 / snr near t = 1, and more samples there.
     """
     noise: dict[str, Any] = {"max_loss_weight": largest, "high_noise_share": high, "high_noise_steps": first}
     module = stage_c(latent_mean=3.0, latent_std=0.5, **noise)
@@ -140,7 +140,7 @@ def test_the_loss_is_the_papers(
     assert column(run.logger, "train/loss") == pytest.approx([np.mean(losses)], rel=1e-4)
 
 
-def test_the_own_scale_standardises(picture_data: Data, stage_c: Callable[..., StageC]) -> None:
+def test_the_own_scale_standardizes(picture_data: Data, stage_c: Callable[..., StageC]) -> None:
     module = stage_c()
     images = torch.rand(64, 3, 32, 32)
     compressor = module.compressor.module
@@ -210,7 +210,7 @@ def test_frozen_parts_are_checked(
         fit(stage_c(latent_mean=2.0, latent_std=0.0, **clip), 4, path)
 
 
-def test_a_text_encoder_that_was_trained_along_lies_in_the_checkpoint(
+def test_a_trained_text_encoder_is_in_the_checkpoint(
     picture_data: Data, stage_c: Callable[..., StageC], tmp_path: Path
 ) -> None:
     module = stage_c()
@@ -268,14 +268,14 @@ def test_samples_are_original_b_and_c(picture_data: Data, stage_c: Callable[...,
     torch.testing.assert_close(from_cached["C"], pictures["C"])
 
 
-def test_an_export_draws_what_diffusers_draws(
+def test_an_export_draws_diffusers_pictures(
     picture_data: Data,
     stage_c: Callable[..., StageC],
     stages: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A Stage C with its own text encoder and scale, a Stage B that is blind to text, 4 pixels a latent."""
+    """A Stage C with its own text encoder and scale, a Stage B that ignores text, 4 pixels per latent."""
     from diffusers import DiffusionPipeline
 
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -1,4 +1,4 @@
-"""A folder of pictures in several formats."""
+"""Fixtures: a folder of pictures in several formats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prepared_images import FORMATS, content
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve pictures in folders, three of each format, with captions."""
+    """Write twelve pictures in folders, three of each format, with captions."""
     root = tmp_path / "my pictures.d"
     for number in range(12):
         kind = FORMATS[number % 4]

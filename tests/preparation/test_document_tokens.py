@@ -107,7 +107,7 @@ def test_the_token_after_documents(
     assert f"end token {SPECIALS[expected]!r} ({expected}), no begin token" in capsys.readouterr().err
 
 
-def test_an_end_token_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_end_token(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path / "tokenizer", {})
     with pytest.raises(UsageError, match=r"end_token '<\|endoftexts\|>' is not in its vocabulary; did you mean"):
         load_tokenizer(str(folder), "<|endoftexts|>")

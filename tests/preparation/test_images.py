@@ -1,4 +1,4 @@
-"""Preparation of pictures: the same tars whoever works on them; webdataset reads them; faults are counted, bounded."""
+"""Pictures are prepared to the same tars by any number of workers; faults are counted and bounded."""
 
 import io
 import itertools
@@ -69,7 +69,7 @@ def test_the_number_of_workers_changes_no_byte(folder: Path, tmp_path: Path, mon
     assert {name.split("/")[0] for name in files(tmp_path / "0")} == {"train", "val"}
 
 
-def test_held_out_pictures_are_those_whose_files_say_so(folder: Path, tmp_path: Path) -> None:
+def test_held_out_pictures_follow_from_their_files(folder: Path, tmp_path: Path) -> None:
     for number in range(12):  # every picture comes twice
         image = next(path for path in folder.rglob(f"{number:02d}.*") if path.suffix != ".txt")
         shutil.copy(image, folder / f"copy{number}{image.suffix}")
@@ -108,7 +108,7 @@ def test_tables_name_files_and_captions(folder: Path, tmp_path: Path, kind: str,
 
 
 def test_images_inside_a_parquet_file(tmp_path: Path) -> None:
-    """As the datasets library stores its Image feature."""
+    """As stored by the Image feature of the datasets library."""
     rows = [{"image": {"bytes": content(i), "path": None}, "caption": f"words {i}"} for i in range(3)]
     write_table(tmp_path / "a.parquet", rows)
     prepare(tmp_path / "a.parquet", tmp_path / "out")
@@ -117,7 +117,7 @@ def test_images_inside_a_parquet_file(tmp_path: Path) -> None:
     ]
 
 
-def test_json_beside_a_picture_is_kept(folder: Path, tmp_path: Path) -> None:
+def test_json_next_to_a_picture_is_kept(folder: Path, tmp_path: Path) -> None:
     (folder / "part0/00.json").write_text('{"aesthetic": 6.5, "caption": "more"}')
     prepare(folder, tmp_path / "out")
     found = samples(tmp_path / "out/train")

@@ -1,4 +1,4 @@
-"""Preparation of pictures that are corrupt, missing or in the way, and commands that make no sense."""
+"""Preparation of corrupt or missing pictures, existing folders, and invalid commands."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_tables_that_do_not_fit(
         (".", {"samples_per_shard": 0}, "samples_per_shard is 0, expected 1 or more"),
     ],
 )
-def test_wrong_use_makes_nothing(
+def test_wrong_use_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

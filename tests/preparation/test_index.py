@@ -1,4 +1,4 @@
-"""Shards that others wrote: indexed by one scan, read as they are, refused where webdataset would lose something."""
+"""Foreign shards are indexed in one scan, read as they are, and refused if webdataset would lose something."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = np.random.default_rng(0).integers(0, 500, size=(24, 9))
 
 
 def write_rows(folder: Path, name: str, pieces: list[Any], mtime: float | None = None) -> Path:
-    """A shard as webdataset's own writer makes it: with the time, in an extended header, unless one is given."""
+    """Write a shard with webdataset's writer, with the current time in an extended header unless one is given."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     with wds.TarWriter(str(path), mtime=mtime) as writer:
@@ -58,7 +58,7 @@ def test_rows_of_webdatasets_writer(tmp_path: Path, dtype: str, rows: int | None
     assert (tmp_path / "a-000000.tar").read_bytes() == before
 
 
-def test_an_index_of_its_own_folder_names_where_the_shards_lie(tmp_path: Path) -> None:
+def test_an_index_in_another_folder_contains_the_shards_places(tmp_path: Path) -> None:
     tar = write_rows(tmp_path / "shards", "a.tar", list(TOKENS))
     index(tmp_path, tar, out=tmp_path / "index")
     assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["a.tar"]
@@ -106,7 +106,7 @@ def test_a_scan_groups_as_webdataset_does(
             info.size = size
             file.addfile(info, io.BytesIO(bytes(size)))
     if not names:
-        with pytest.raises(UsageError, match="holds no sample"):
+        with pytest.raises(UsageError, match="contains no samples"):
             list(scan(open_bytes(str(path)), "x.tar"))
         return
     with path.open("rb") as stream:
@@ -160,8 +160,8 @@ def append(*names: str, kind: bytes = tarfile.REGTYPE) -> Callable[[Path], None]
     [
         (cut(0), "a.tar: empty, expected a tar"),
         (cut(200), "a.tar: not a readable tar at byte 0"),
-        (cut(2048 + 300), "a.tar: cut in a header at byte 2048"),
-        (cut(3072 + 600), "a.tar: cut in the data of 'a/0001.npy' at byte 3072: 58 bytes are missing"),
+        (cut(2048 + 300), "a.tar: truncated in a header at byte 2048"),
+        (cut(3072 + 600), "a.tar: truncated in 'a/0001.npy' at byte 3072: 58 bytes are missing"),
         (cut(2048 + 600), "a.tar: not a readable tar at byte 3072 (unexpected end of data)"),
         (cut(24 * 2048), "a.tar: ends at byte 49152 without the two zero blocks"),
         (cut(24 * 2048 + 600), "a.tar: ends at byte 49752 without the two zero blocks"),
@@ -169,7 +169,7 @@ def append(*names: str, kind: bytes = tarfile.REGTYPE) -> Callable[[Path], None]
         (append("a/0000.npy"), "a.tar: key 'a/0000' at byte "),
         (append("new.npy", "new.npy"), "a.tar: member 'new.npy' at byte "),
         (append("README"), "a.tar: member 'README' at byte "),
-        (append("link.npy", kind=tarfile.SYMTYPE), "is no plain file"),
+        (append("link.npy", kind=tarfile.SYMTYPE), "is not a regular file"),
         (append("z.npy"), "a.tar: sample 'z' at byte "),
         (append("z.txt"), "holds txt, expected one .npy"),
     ],
@@ -214,7 +214,7 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Writes a file when it is unpickled."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -257,13 +257,13 @@ def test_a_token_changed_after_indexing_is_refused_with_its_place(tmp_path: Path
     tar = good_tar(tmp_path)
     index(tmp_path)
     overwrite(3072 + 512 + 128 + 4, b"\xff\xff")(tar)
-    with pytest.raises(UsageError, match=r"a.tar, member a/0001.npy, row 0 holds token 65535, the vocabulary has \d+"):
+    with pytest.raises(UsageError, match=r"a.tar, member a/0001.npy, row 0 contains token 65535, but the vocab"):
         TokenShards(tmp_path).read(np.array([0, 1]))
     assert any("SHA-256" in line for line in verify(tmp_path))
 
 
-def test_a_tar_written_anew_beside_an_old_sidecar(tmp_path: Path) -> None:
-    """Of the same size, so that only its headers give it away."""
+def test_a_rewritten_tar_with_an_old_sidecar(tmp_path: Path) -> None:
+    """It has the same size, so that only its headers differ."""
     tar = good_tar(tmp_path)
     index(tmp_path)
     size = tar.stat().st_size
@@ -301,7 +301,7 @@ def test_wrong_use(
     assert "\n" not in str(error.value)
 
 
-def test_neighbouring_shards_that_share_a_key(tmp_path: Path) -> None:
+def test_neighboring_shards_that_share_a_key(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         with wds.TarWriter(str(tmp_path / name)) as writer:
             writer.write({"__key__": "same", "npy": TOKENS[0]})

@@ -1,4 +1,4 @@
-"""A preparation on this machine, killed over and over, resumes and comes to the bytes of an undisturbed one."""
+"""A local preparation that is killed repeatedly resumes and gives the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def images(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["text", "images"])
-def test_killed_preparations_come_to_the_same_bytes(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_killed_preparations_give_the_same_bytes(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     command = request.getfixturevalue(kind)
     assert main([*command, "--out", str(tmp_path / "undisturbed")]) == 0
     draw = random.Random(kind)

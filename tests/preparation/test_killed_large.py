@@ -26,7 +26,7 @@ TEXT_BYTES, PICTURES, KILLS = 200_000_000, 2000, 5
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 MB of documents in lines and in plain files, and captioned pictures of several sizes."""
+    """Write 200 MB of documents in lines and in plain files, and captioned pictures of several sizes."""
     folder = tmp_path_factory.mktemp("sources")
     draw = np.random.default_rng(0)
     words = ["".join(chr(97 + c) for c in draw.integers(26, size=draw.integers(2, 10))) for _ in range(20_000)]
@@ -46,7 +46,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(sources: Path) -> dict[str, list[str]]:
-    """A command for each kind, but for its output and its workers."""
+    """Return a command for each kind, without output and workers."""
     torch.manual_seed(0)
     SemanticCompressor.from_preset("tiny", widths=[8, 16, 16], c_latent=4).save(sources / "compressor")
     of_latents = ["--image_size", "64", "--stage_b", str(sources / "compressor"), "--samples_per_shard", "50"]
@@ -65,7 +65,7 @@ def start(command: list[str], out: Path, workers: int) -> subprocess.Popen[bytes
 
 
 def progress(process: subprocess.Popen[bytes], out: Path) -> Iterator[int]:
-    """The number of units that are done, as often as it is looked at, until the process ends."""
+    """Yield the number of finished units until the process ends."""
     pause = threading.Event()
     while process.poll() is None:
         # os.walk, unlike rglob, passes over folders that are deleted while it looks.
@@ -78,7 +78,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def ended(session: int) -> bool:
-    """Whether no process of a session is left within some seconds: workers see that their parent was killed."""
+    """Return whether all processes of a session end within some seconds of their parent's death."""
     pause = threading.Event()
     for _ in range(300):
         try:

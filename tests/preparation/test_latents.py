@@ -1,4 +1,4 @@
-"""Latents that were made beforehand: the losses that pixels give, the same bytes whoever makes them, refusals."""
+"""Prepared latents give the losses of pixels and the same bytes from any number of processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def write_images(tmp_path: Path) -> Write:
-    """Writes captioned images of three shapes, some of them cut short."""
+    """Write captioned images of three shapes, some of them truncated."""
 
     def write(name: str = "images", count: int = 40, corrupt: tuple[int, ...] = ()) -> str:
         folder = tmp_path / name
@@ -140,8 +140,8 @@ def test_processes_share_the_work_and_make_the_same_bytes(
     assert prepare_latents(images, tmp_path / "alone", compressor, 32, **options).endswith("complete already")
 
 
-def test_a_preparation_that_was_killed_goes_on(write_images: Write, compressor: str, tmp_path: Path) -> None:
-    """Killed while it writes the third shard; what is whole is kept, and the bytes are those of an unbroken one."""
+def test_a_killed_preparation_of_latents_resumes(write_images: Write, compressor: str, tmp_path: Path) -> None:
+    """Killed while writing the third shard; complete shards are kept, and the bytes are those of an undisturbed one."""
     images = write_images()
     arguments = [
         "prepare",

@@ -1,4 +1,4 @@
-"""Latents are complete only as what is asked for now, and too many corrupt images never get an index."""
+"""Latents are complete only if they match the request, and too many corrupt images never get an index."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pictures(folder: Path, captions: str = "no {}", count: int = 6, corrupt: int
 
 
 def _break(tar: Path, corrupt: int) -> None:
-    """Change bytes of the pixels, which no header tells."""
+    """Change bytes of the pixels, which no header shows."""
     data = bytearray(tar.read_bytes())
     at = 0
     for _ in range(corrupt):

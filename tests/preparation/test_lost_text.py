@@ -1,4 +1,4 @@
-"""Text that a preparation cannot use is counted, named and bounded: bad documents, damaged files, unknown text."""
+"""Unusable text is counted, named and bounded: bad documents, damaged files, unknown characters."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def saved(tokenizer: Tokenizer, folder: Path, model: str = "bpe") -> str:
 
 
 def vanishing() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())  # no unknown token: what it does not know vanishes
+    tokenizer = Tokenizer(models.BPE())  # without an unknown token, unknown characters vanish
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
 
@@ -145,7 +145,7 @@ def wordpiece() -> Tokenizer:
 
 
 def lowered() -> Tokenizer:
-    """What a normalizer takes away is meant to go."""
+    """Text removed by a normalizer is not counted as lost."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -222,7 +222,7 @@ def test_a_separator_on_a_line_of_its_own(tmp_path: Path, bytewise: str) -> None
     assert documents(tmp_path / "out/train", bytewise)[:2] == ["one", "two"]
 
 
-def test_help_says_what_a_document_is_and_which_files_may_be_compressed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_documents_and_compressed_files(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["prepare", "text", "--help"])
     text = " ".join(capsys.readouterr().out.split())

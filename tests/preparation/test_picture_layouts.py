@@ -1,4 +1,4 @@
-"""Folders and tables of pictures as other tools write them: every layout of the table in docs/data.md."""
+"""Folders and tables of pictures from other tools: every layout of the table in docs/data.md."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def hub_rows(*numbers: int) -> Rows:
     return [{"image": {"bytes": encoded(i), "path": f"{i}.png"}, "text": CAPTIONS[i]} for i in numbers]
 
 
-def beside(root: Path, suffix: str, kind: str = "PNG", image: str = ".png") -> Path:
+def with_texts(root: Path, suffix: str, kind: str = "PNG", image: str = ".png") -> Path:
     for i, caption in enumerate(CAPTIONS):
         put(root / f"{i}{image}", encoded(i, kind))
         put(root / f"{i}{suffix}", json.dumps({"caption": caption}) if suffix == ".json" else caption)
@@ -131,10 +131,39 @@ def img2dataset_parquet(root: Path) -> Path:
     return parquet(root / "00000.parquet", rows)
 
 
+def one_trainer(root: Path) -> Path:
+    for i in range(3):
+        put(root / f"{i}-masklabel.png", encoded(9))
+    return with_texts(root, ".txt")
+
+
+def after_the_suffix(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.png", encoded(i))
+        put(root / f"{i}.png.json", json.dumps({"text": caption}))
+    return root
+
+
+def in_capitals(root: Path) -> Path:
+    for i, caption in enumerate(CAPTIONS):
+        put(root / f"{i}.PNG", encoded(i))
+        put(root / f"{i}.TXT", caption)
+    return root
+
+
+def two_configurations(root: Path) -> Path:
+    for name in ("de", "en"):
+        parquet(root / name / "train-00000-of-00001.parquet", hub_rows(0))
+    return root
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
-    "text files": lambda root: beside(root, ".txt"),
-    "kohya": lambda root: beside(root, ".caption"),
-    "json only": lambda root: beside(root, ".json"),
+    "text files": lambda root: with_texts(root, ".txt"),
+    "kohya": lambda root: with_texts(root, ".caption"),
+    "OneTrainer": one_trainer,
+    "after the suffix": after_the_suffix,
+    "in capitals": in_capitals,
+    "json only": lambda root: with_texts(root, ".json"),
     "lists of captions": lists,
     "metadata.jsonl": with_table("metadata.jsonl", json_lines),
     "metadata.csv": with_table("metadata.csv", csv_file),
@@ -149,10 +178,10 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "hub file": lambda root: parquet(root / "0000.parquet", hub_rows(0, 1, 2)),
     "img2dataset files": img2dataset_files,
     "img2dataset parquet": img2dataset_parquet,
-    "jfif": lambda root: beside(root, ".txt", "JPEG", ".jfif"),
-    "bmp": lambda root: beside(root, ".txt", "BMP", ".bmp"),
-    "tiff": lambda root: beside(root, ".txt", "TIFF", ".TIF"),
-    "avif": lambda root: beside(root, ".txt", "AVIF", ".avif"),
+    "jfif": lambda root: with_texts(root, ".txt", "JPEG", ".jfif"),
+    "bmp": lambda root: with_texts(root, ".txt", "BMP", ".bmp"),
+    "tiff": lambda root: with_texts(root, ".txt", "TIFF", ".TIF"),
+    "avif": lambda root: with_texts(root, ".txt", "AVIF", ".avif"),
 }
 SIDES = {"splits with tables": ("train", "val"), "splits with text files": ("train", "test"), "hub": ("train", "test")}
 
@@ -178,7 +207,7 @@ def test_layouts_of_other_tools(name: str, tmp_path: Path) -> None:
 
 
 def test_several_sources_in_one_command(tmp_path: Path) -> None:
-    first, second = beside(tmp_path / "first", ".txt"), LAYOUTS["hub file"](tmp_path / "second")
+    first, second = with_texts(tmp_path / "first", ".txt"), LAYOUTS["hub file"](tmp_path / "second")
     out = tmp_path / "out"
     assert main(["prepare", "images", str(first), str(second), "--out", str(out), "--held_out", "0.4"]) == 0
     assert sum(len(ImageShards(out / side)) for side in ("train", "val")) == 6
@@ -186,14 +215,14 @@ def test_several_sources_in_one_command(tmp_path: Path) -> None:
 
 
 def test_a_source_with_splits_next_to_one_without(tmp_path: Path) -> None:
-    sources = [str(splits(tmp_path / "first")), str(beside(tmp_path / "second", ".txt"))]
+    sources = [str(splits(tmp_path / "first")), str(with_texts(tmp_path / "second", ".txt"))]
     assert prepare_images(sources, tmp_path / "out", progress=False) == {"train": 5, "val": 1}
     with pytest.raises(UsageError, match=r"held_out is 0\.1, expected none for .*: it has held-out pictures itself"):
         prepare_images(sources, tmp_path / "other", held_out=0.1, progress=False)
 
 
 def test_a_caption_field_goes_before_text_files(tmp_path: Path) -> None:
-    beside(tmp_path / "in", ".txt")
+    with_texts(tmp_path / "in", ".txt")
     for i in range(3):
         put(tmp_path / "in" / f"{i}.json", json.dumps({"long": f"long {i}", "tags": ["one", "two"]}))
     for field, expected in (("long", ["long 0"]), ("tags", ["one", "two"])):
@@ -234,7 +263,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         "split 'train_sft' is unknown, expected one of train",
     ),
     "a field that is not there": (
-        lambda root: put(beside(root, ".json") / "0.json", '{"title": "a", "n": 1}').parent,
+        lambda root: put(with_texts(root, ".json") / "0.json", '{"title": "a", "n": 1}').parent,
         r"0\.json: no field 'text' or 'caption'; --caption_field can be one of: title",
     ),
     "a broken csv": (
@@ -245,12 +274,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda root: put(root / "a.csv", "file_name,text\na.png,caf\xe9\n".encode("latin-1")),
         r"a\.csv: byte 24 \(0xe9\) is not valid UTF-8; convert it to UTF-8",
     ),
+    "two configurations": (
+        two_configurations,
+        "it has tables in the folders de, en; name the one to read, or several",
+    ),
+    "phones": (lambda root: put(root / "0.heic", b"").parent, "convert its HEIC files to JPEG"),
     "tars": (lambda root: put(root / "0.tar", b"").parent, "its tars are for rewurst prepare index"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_layouts_that_are_not_clear_are_refused(name: str, tmp_path: Path) -> None:
+def test_ambiguous_layouts_are_refused(name: str, tmp_path: Path) -> None:
     build, message = REFUSED[name]
     with pytest.raises(UsageError, match=message) as error:
         prepare_images([str(build(tmp_path / "in"))], tmp_path / "out", progress=False)
@@ -287,7 +321,7 @@ ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with mark", "utf-16-be w
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_byte_order_marks_of_captions_are_honoured(encoding: str, tmp_path: Path) -> None:
+def test_byte_order_marks_of_captions_are_honored(encoding: str, tmp_path: Path) -> None:
     name, _, mark = encoding.partition(" with ")
     put(tmp_path / "in" / "0.png", encoded(0))
     put(tmp_path / "in" / "0.txt", (("\ufeff" if mark else "") + CAPTIONS[2]).encode(name))
@@ -310,7 +344,7 @@ FOREIGN = {
 def test_captions_of_other_encodings_are_counted_and_named(
     encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beside(tmp_path / "in", ".txt")
+    with_texts(tmp_path / "in", ".txt")
     put(tmp_path / "in" / "1.txt", FOREIGN[encoding].encode(encoding))
     with pytest.raises(UsageError, match=r"1 of 3 images are corrupt, .*1\.png \(\S+1\.txt: .*convert it to UTF-8\)"):
         prepare_images([str(tmp_path / "in")], tmp_path / "out", progress=False)
@@ -334,3 +368,10 @@ def test_the_docs_list_every_layout() -> None:
         *(".jfif", "BMP", "TIFF", "AVIF", "UTF-8", "prepare index"),
     ):
         assert word in table, word
+
+
+def test_images_outside_of_folders_with_tables_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = splits(tmp_path / "in")
+    put(source / "more" / "0.png", encoded(0))
+    prepare_images([str(source)], tmp_path / "out", progress=False)
+    assert f"1 images in folders without a table left out (the first: {source}/more/0.png)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every kind of image file times every reader: all see what Pillow's ``exif_transpose`` gives, over white."""
+"""Every kind of image file in every reader gives the pixels of Pillow's ``exif_transpose``, over white."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
 from rewurst.datamodules import Corpus, ImageTextDataModule
-from rewurst.datamodules.corpora.images import ImageShards
-from rewurst.datamodules.imaging.decoding import read_image
-from rewurst.datamodules.sampling.micro_batches import EvaluationRows
+from rewurst.datamodules.corpora.images import ImageRows, ImageShards
+from rewurst.datamodules.image_reader import ImageReader, Showing
+from rewurst.datamodules.imaging.decoding import DecodeError, read_image
+from rewurst.datamodules.imaging.filters import Filters
+from rewurst.datamodules.sampling.micro_batches import EvaluationRows, Picks
 from rewurst.modules.networks import SemanticCompressor
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.index import index_shards
@@ -104,7 +106,7 @@ def reference(data: bytes) -> NDArray[np.uint8]:
 
 
 def foreign_tar(folder: Path) -> str:
-    """A tar that holds the files as they are, indexed."""
+    """Write and index a tar of the unchanged files."""
     folder.mkdir()
     with tarfile.open(folder / "a.tar", "w") as tar:
         for row, (name, data) in enumerate(KINDS.items()):
@@ -117,7 +119,7 @@ def foreign_tar(folder: Path) -> str:
 
 
 def prepared(folder: Path) -> str:
-    """The files of a folder, in shards."""
+    """Prepare the files of a folder as shards."""
     (folder / "in").mkdir(parents=True)
     for name, data in KINDS.items():
         (folder / "in" / name).write_bytes(data)
@@ -173,7 +175,7 @@ def test_reconstruction_sees_what_pillow_sees(name: str, tmp_path: Path) -> None
 
 
 def close(found: NDArray[np.uint8], expected: NDArray[np.uint8], name: str) -> None:
-    """Equal up to how a blend with white is rounded."""
+    """Check equality up to rounding of the blend with white."""
     np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=1, err_msg=name)
     if "rgba" not in name and "la." not in name and "alphas" not in name:
         np.testing.assert_array_equal(found, expected, err_msg=name)
@@ -183,7 +185,7 @@ def close(found: NDArray[np.uint8], expected: NDArray[np.uint8], name: str) -> N
     ("kind", "options"),
     [("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("AVIF", {}), ("TIFF", {}), ("BMP", {})],
 )
-def test_the_index_says_upright_sizes(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_index_contains_upright_sizes(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     wide = RGB.resize((48, 32))
@@ -198,3 +200,21 @@ def test_the_index_says_upright_sizes(kind: str, options: dict[str, Any], tmp_pa
     expected = reference(data).shape[:2]
     assert (facts["height"], facts["width"]) == expected
     assert expected == ((32, 48) if kind == "BMP" else (48, 32))
+
+
+def test_a_size_that_the_index_does_not_say_is_corrupt(tmp_path: Path) -> None:
+    """An index of a release that did not read the orientation of the file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(4):
+        turned_ = {"exif": exif} if number == 0 else {}
+        (tmp_path / f"{number}.jpg").write_bytes(saved(RGB.resize((48, 32)), "JPEG", **turned_))
+        (tmp_path / f"{number}.txt").write_text("a")
+    prepare_images([str(tmp_path)], tmp_path / "out", progress=False)
+    shards = ImageShards(tmp_path / "out" / "train")
+    shards.facts = shards.facts.copy()
+    shards.facts[0]["height"], shards.facts[0]["width"] = 32, 48
+    reader = ImageReader([ImageRows(shards, Filters(), [(32, 32)])], Showing([(32, 32)]))
+    none = np.zeros(0, dtype=np.int64)
+    with pytest.raises(DecodeError, match="32 x 48 pixels upright, but its index says 48 x 32: index or prepare"):
+        reader.show(reader.sources[0], 0, 0, Picks(none, none, none, 0, training=False))

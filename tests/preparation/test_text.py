@@ -1,4 +1,4 @@
-"""Preparation: tokenizers that lose nothing, and the same shards from the same text whoever tokenizes it."""
+"""Preparation of text: tokenizers lose nothing, and any number of workers gives the same shards."""
 
 import errno
 import itertools
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def stream(folder: Path) -> list[int]:
-    """The stream of tokens that the rows of a corpus came from, without its dropped tail."""
+    """Return the stream of tokens of a corpus, without its dropped tail."""
     rows = TokenShards(folder).read(np.arange(len(TokenShards(folder))))
     return [int(rows[0, 0]), *rows[:, 1:].ravel().tolist()]
 
@@ -87,7 +87,7 @@ def test_a_text_with_too_few_pairs_is_reported(corpus: str, tmp_path: Path, caps
     assert "(1000 asked for; the text has no more pairs to merge)" in capsys.readouterr().err
 
 
-def test_documents_stand_in_order_each_before_an_end_token(corpus: str, tokenizer: str, tmp_path: Path) -> None:
+def test_documents_are_in_order_each_before_an_end_token(corpus: str, tokenizer: str, tmp_path: Path) -> None:
     index = prepare_text([corpus], tokenizer, tmp_path, sequence_length=LENGTH, progress=False)["train"]
     encoder = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
     encoder.encode_special_tokens = True
@@ -161,7 +161,7 @@ def test_a_document_in_pieces_is_one_document_on_one_side(tokenizer: str, tmp_pa
     assert all(stream(tmp_path / "out" / side).count(0) <= 1 for side in indices)
 
 
-def test_a_saved_limit_of_length_cuts_nothing(tokenizer: str, tmp_path: Path) -> None:
+def test_a_saved_limit_of_length_truncates_nothing(tokenizer: str, tmp_path: Path) -> None:
     limited = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
     limited.enable_truncation(4)
     limited.enable_padding(length=50)
@@ -184,7 +184,7 @@ def test_tokenizers_come_from_the_hub_through_transformers(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hub/train/tokenizer").eos_token_id == 0
 
 
-def test_a_hub_that_has_no_such_tokenizer(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_missing_from_the_hub(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise OSError(
             f"{name} is not a local folder and is not a valid model identifier\nIf this is a private one, ..."
@@ -198,7 +198,7 @@ def test_a_hub_that_has_no_such_tokenizer(corpus: str, tmp_path: Path, monkeypat
     assert "\n" not in str(error.value)
 
 
-def test_summary_tells_what_was_made_and_what_was_skipped(
+def test_summary_lists_the_corpora_and_skipped_files(
     tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i, document in enumerate(["", *DOCUMENTS[:20]]):
@@ -218,7 +218,7 @@ def edit_settings(folder: Path, **changes: Any) -> None:
 
 
 def damaged_tokenizers(tokenizer: str, folder: Path) -> dict[str, str]:
-    """Folders with a fault each, by the message that it deserves."""
+    """Return folders with one fault each and the expected message."""
     names = ("none", "broken", "endless", "stranger")
     none, broken, endless, stranger = (Path(shutil.copytree(tokenizer, folder / name)) for name in names)
     (none / "tokenizer.json").unlink()
@@ -259,7 +259,7 @@ def test_tokenizers_that_cannot_be_used(corpus: str, tokenizer: str, tmp_path: P
         ({"text_field": "body"}, "no field 'body'; --text_field can be one of: text"),
     ],
 )
-def test_what_cannot_be_prepared_leaves_no_corpus(
+def test_a_failed_preparation_leaves_no_corpus(
     corpus: str, tokenizer: str, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):

@@ -1,4 +1,4 @@
-"""Train, save, resume, export and reload a step of published models, and put what came of it into a table."""
+"""Train, save, resume, export and reload published models for one step, and write the results to a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewurst.modules.language.initial_weights import fill, lightning_state
 
 
 class Row(NamedTuple):
-    """What a model can do: empty where everything is fine, else the reason in one line."""
+    """Abilities of a model: empty if a test passes, else the reason in one line."""
 
     name: str
     model_type: str
@@ -38,7 +38,7 @@ def _exact(module: CausalLM) -> CausalLM:
 
 
 def transformers_loss(module: CausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """Return the loss that the model itself computes of the tokens that training predicts, all terms included."""
+    """Return the model's own loss of the tokens that training predicts, including all terms."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     model: Any = module.model
@@ -58,7 +58,7 @@ def transformers_loss(module: CausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 def save(module: CausalLM, path: Path, tokenizer: Path) -> None:
-    """Write what a checkpoint of a run holds of a model."""
+    """Write a model as a checkpoint of a run does."""
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     data = {"tokenizer": str(tokenizer), "end_token": 0, "begin_tokens": []}

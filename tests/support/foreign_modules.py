@@ -1,4 +1,4 @@
-"""Modules of other projects, and the learning rates that their optimizers step with."""
+"""Modules of other projects, and the learning rates of their optimizers' steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INFINITE = InfiniteCosine(1e-2, 5e-3, 1e-3, 0.1, 0.5, 0.8)
 
 
 class Recording(torch.optim.AdamW):
-    """AdamW that writes down the learning rates it steps with."""
+    """AdamW that records the learning rates of its steps."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,7 +37,7 @@ class Recording(torch.optim.AdamW):
 
 
 class Foreign(LightningModule):
-    """Somebody else's module: automatic optimization."""
+    """Foreign module with automatic optimization."""
 
     def __init__(self, scheduler: bool = False, tensor_lr: bool = False, second_lr: float = 1e-3) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Foreign(LightningModule):
 
 
 class ManualGAN(LightningModule):
-    """Two optimizers by hand, with an accumulation of its own."""
+    """Foreign module with two manual optimizers and its own accumulation."""
 
     def __init__(self, accumulate: int = 1) -> None:
         super().__init__()

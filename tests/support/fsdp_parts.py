@@ -30,7 +30,7 @@ NEOX = {
 
 
 class Foreign(LightningModule):
-    """No ``configure_model``, blocks of torch, a frozen encoder, parameters of its own."""
+    """Foreign module without ``configure_model``, with torch's blocks, a frozen encoder and its own parameters."""
 
     def __init__(self, frozen: bool = True) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Foreign(LightningModule):
 
 
 class Beside:
-    """As modules hold networks that are no part of them."""
+    """Holder of a network that is not a submodule."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -88,7 +88,7 @@ class Rows:
 
 
 class RowData(LightningDataModule):
-    """Global batches of 8 rows, each a function of its number, from the step on that a checkpoint says."""
+    """Global batches of 8 rows, each a function of its number, starting at the checkpoint's step."""
 
     def __init__(self, micro_batch_size: int) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def make_trainer(kind: str, steps: int, callbacks: list[Callback], folder: str =
 
 
 def stage_c(folder: str) -> StageC:
-    """A prior with a text encoder that is trained along, on what a frozen compressor makes of images."""
+    """Return a prior with a trained text encoder, on a frozen compressor's embeddings."""
     prior = {"preset": "tiny", "c_in": 4, "c": 32, "c_cond": 16, "nhead": 2}
     text = {"tokenizer": f"{folder}/tokenizer", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 6}
@@ -169,7 +169,7 @@ def stage_c(folder: str) -> StageC:
 
 
 def stage_b(folder: str) -> StageB:
-    """A U-Net and a compressor, with BatchNorm, in a frozen Stage A's latents."""
+    """Return a U-Net and a compressor with BatchNorm, in a frozen Stage A's latents."""
     return StageB(f"{folder}/vqgan", {"preset": "tiny", "dropout": [0.0, 0.0]}, "tiny", text_length=4)
 
 

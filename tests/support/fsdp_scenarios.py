@@ -52,7 +52,7 @@ def losses(
     resume: str | None = None,
     **options: Any,
 ) -> Any:
-    """Losses of a run with accumulation and clipping; saved in a folder every 3 steps if asked for."""
+    """Return the losses of a run with accumulation and clipping; save every 3 steps if a folder is given."""
     world_size = int(os.environ["WORLD_SIZE"])
     torch._dynamo.utils.counters.clear()
     recorder = Losses()
@@ -99,7 +99,7 @@ def run(
     gather: str | None = None,
     **options: Any,
 ) -> Any:
-    """A run with everything of ours: re-warming, replay, exact resume, forgetting, averaged weights, checkpoints."""
+    """Run with all callbacks: re-warming, replay, exact resume, forgetting, averaged weights, checkpoints."""
     recorder = Losses()
     model = make_module("neox", settings=settings or {}, optimizer=optimizer)
     data = text_data(folder, int(os.environ["WORLD_SIZE"]), dataset=dataset, replay=True)
@@ -140,7 +140,7 @@ def run(
 
 @scenario
 def pictures(folder: str, **options: Any) -> Any:
-    """Validation that draws, between steps."""
+    """Validate and draw pictures between steps."""
     recorder = Losses()
     callbacks: list[Callback] = [recorder, LogSamples(samples=3)]
     options = {"val_check_interval": 2, "limit_val_batches": 4, "num_sanity_val_steps": 0} | options
@@ -150,7 +150,7 @@ def pictures(folder: str, **options: Any) -> Any:
 
 @scenario
 def built_on_rank_zero(nobody: bool = False, hybrid: bool = False) -> Any:
-    """Whether weights and buffers are those of a module that every process built whole."""
+    """Return whether weights and buffers equal those of a module that every process built whole."""
     whole = make_module("neox")
     seed_everything(0)
     with torch.device("meta") if nobody else construct_on_rank_zero():
@@ -167,7 +167,7 @@ def built_on_rank_zero(nobody: bool = False, hybrid: bool = False) -> Any:
 
 @scenario
 def refused(what: str, folder: str = "") -> Any:
-    """Wrong use, which has to raise in every process."""
+    """Return the error of wrong use, which every process has to raise."""
     model, options = make_module("foreign"), {}
     if what == "blocks":
         options["blocks"] = ["TransformerEncoderLayers"]
@@ -194,14 +194,14 @@ def pid() -> int:
 
 @scenario
 def script(path: str, args: list[str]) -> str:
-    """What a script prints, run as if it were called."""
+    """Run a script as a program and return its output."""
     with redirect_stdout(io.StringIO()) as said, patch.object(sys, "argv", [path, *args]):
         runpy.run_path(path, run_name="__main__")
     return said.getvalue()
 
 
 class StepLog(Callback):
-    """A line for each batch: the step and its loss, to the bit."""
+    """Callback that writes a line per batch with the step and its exact loss."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -214,5 +214,5 @@ class StepLog(Callback):
 
 @scenario
 def command_line(args: list[str]) -> int:
-    """The exit status of a command."""
+    """Run a command and return its exit status."""
     return main(args)

@@ -1,4 +1,4 @@
-"""One process of the pool that tests of FSDP run their scenarios in.
+"""One process of the pool in which tests of FSDP run their scenarios.
 
 Reads a line of JSON for each scenario ({"name", "world_size", "port", "arguments"}), runs the function of that name in
 a process group of so many, and answers with a line of JSON.
@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore")
 
 
 def serve(rank: int, tasks: int, answers: int) -> None:
-    """Runs what comes through one pipe and answers through another."""
+    """Run the tasks from one pipe and answer through another."""
     while task := read_task(tasks):
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
@@ -45,7 +45,7 @@ def serve(rank: int, tasks: int, answers: int) -> None:
 
 
 def read_task(tasks: int) -> Any:
-    """The next line, and nothing of the one after it: another process may come to read that."""
+    """Read exactly one line: another process may read the next one."""
     line = b""
     while not line.endswith(b"\n"):
         if not (byte := os.read(tasks, 1)):

@@ -1,4 +1,4 @@
-"""Measures of pictures by their definitions, without the library that is tested."""
+"""Measures of pictures by their definitions, without the tested library."""
 
 from __future__ import annotations
 

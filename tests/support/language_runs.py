@@ -1,4 +1,4 @@
-"""A small Llama, and what a run of a language model logged."""
+"""A small Llama, and the values that a run of a language model logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server on loopback that holds shards, http with ranges."""
+"""An http server with ranges on loopback that serves shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass
 class Behaviour:
-    """What the server does next; ``failures`` are statuses of the next answers, 0 resets the connection."""
+    """Behavior of the server; ``failures`` are the statuses of the next answers, 0 resets the connection."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     failures: list[int] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server:
-    """A server on loopback."""
+    """Server on loopback."""
 
     def __init__(self) -> None:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

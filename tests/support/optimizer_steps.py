@@ -1,4 +1,4 @@
-"""Steps of optimizers alone, and of a small language model with something to learn."""
+"""Steps of optimizers, and of a small language model with something to learn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewurst.modules import CausalLM
 
 
 def steps(optimizer: torch.optim.Optimizer, count: int, seed: int = 0) -> None:
-    """Steps with gradients that depend on the seed and the parameters' order alone."""
+    """Step with gradients that depend only on the seed and the parameters' order."""
     draw = torch.Generator().manual_seed(seed)
     for _ in range(count):
         for group in optimizer.param_groups:
@@ -21,7 +21,7 @@ def steps(optimizer: torch.optim.Optimizer, count: int, seed: int = 0) -> None:
 
 
 def text(rows: int, length: int, vocabulary: int) -> Tensor:
-    """Tokens of which each follows from the one before, with some noise: something that can be learnt."""
+    """Return tokens that follow from the previous one with some noise, so that they can be learned."""
     draw = torch.Generator().manual_seed(0)
     follows = torch.randint(vocabulary, (vocabulary, 2), generator=draw)
     tokens = [torch.randint(vocabulary, (rows,), generator=draw)]
@@ -32,7 +32,7 @@ def text(rows: int, length: int, vocabulary: int) -> Tensor:
 
 
 def train(config: dict[str, Any], name: Any, count: int) -> tuple[list[float], torch.optim.Optimizer]:
-    """Losses of a language model's steps, and its optimizer, at the learning rate that suits its kind."""
+    """Return the losses of a language model's steps and its optimizer, at a learning rate for its kind."""
     torch.manual_seed(0)
     module = CausalLM(config | {"hidden_size": 64, "intermediate_size": 128}, optimizer=name)
     optimizer = module.configure_optimizers()

@@ -1,4 +1,4 @@
-"""Pictures for tests of preparation, and what a prepared folder holds."""
+"""Pictures for tests of preparation, and the samples of a prepared folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:
-    """As webdataset reads them, from files that are closed again."""
+    """Return the samples as webdataset reads them, and close the files."""
     found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.tar")):
         with path.open("rb") as stream:

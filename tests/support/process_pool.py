@@ -17,7 +17,7 @@ DEADLINE_SECONDS = 300
 
 
 class Pool:
-    """Four processes that stay, as importing torch takes longer than most scenarios. One that is killed is replaced."""
+    """Pool of four lasting processes, because importing torch takes long; killed ones are replaced."""
 
     def __init__(self) -> None:
         theirs: list[int] = []
@@ -43,14 +43,14 @@ class Pool:
             os.close(descriptor)
 
     def run(self, scenario: str, world_size: int = 4, /, **arguments: Any) -> Any:
-        """The first process's answer; any failure is the test's."""
+        """Return the first process's answer; any failure fails the test."""
         self.start(scenario, world_size, **arguments)
         answers = self.answers(world_size)
         assert len({frozenset(answer) for answer in answers}) == 1, answers
         return answers[0].get("ok", answers[0])
 
     def start(self, scenario: str, world_size: int, /, **arguments: Any) -> None:
-        """Begins a scenario."""
+        """Start a scenario."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -59,19 +59,19 @@ class Pool:
             os.write(tasks, json.dumps(task).encode() + b"\n")
 
     def answers(self, world_size: int) -> list[Any]:
-        """What every process of the scenario that was begun says at its end."""
+        """Return the answers of all processes of the scenario."""
         answers = [self._answer(answers) for answers in self._answers[:world_size]]
         for answer in answers:
             assert "failed" not in answer, answer["failed"]
         return answers
 
     def pids(self, world_size: int) -> list[int]:
-        """The first processes' own numbers."""
+        """Return the ids of the first processes."""
         self.start("pid", world_size)
         return [answer["ok"] for answer in self.answers(world_size)]
 
     def has_answered(self, seconds: float) -> bool:
-        """Whether the first process answers within so many seconds."""
+        """Return whether the first process answers within the given seconds."""
         return bool(select.select([self._answers[0]], [], [], seconds)[0])
 
     def _answer(self, answers: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What processes that are spawned import by name: other packages install folders named ``tests`` over ours."""
+"""Class that spawned processes import by name: other packages install folders named ``tests`` over ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped recipes of language models, and what their callbacks and data modules are given."""
+"""The recipes of language models, and the arguments of their callbacks and data modules."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def name(path: Path) -> str:
 
 
 def command(path: Path) -> list[str]:
-    """The words behind ``rewurst``, with braces expanded as bash does."""
+    """Return the words after ``rewurst``, with braces expanded as in bash."""
     match = COMMAND.search(path.read_text(encoding="utf8"))
     assert match is not None, f"{path} names no command in its head"
     words = []
@@ -50,21 +50,21 @@ def command(path: Path) -> list[str]:
 PARTS = [path for path in CONFIGS if PART.match(path.read_text(encoding="utf8"))]
 
 
-OF_IMAGES = [path for path in CONFIGS if "wuerstchen" in path.parts]  # tested beside their modules
+OF_IMAGES = [path for path in CONFIGS if "wuerstchen" in path.parts]  # tested with their modules
 
 
 RECIPES = [path for path in CONFIGS if path not in PARTS and path not in OF_IMAGES]
 
 
 def only(config: Config, class_name: str) -> Config | None:
-    """Arguments of the callback of a class."""
+    """Return the arguments of the only callback of a class."""
     found = [c["init_args"] for c in config["trainer"]["callbacks"] if c["class_path"].endswith(f".{class_name}")]
     assert len(found) <= 1
     return found[0] if found else None
 
 
 def schedule(config: Config) -> tuple[Schedule, int]:
-    """The learning rate's schedule and length, as the callback gets them."""
+    """Return the learning rate's schedule and length, as the callback gets them."""
     arguments = only(config, "LRRewarming")
     assert arguments is not None
     bound = arguments["schedule"]
@@ -94,7 +94,7 @@ def run_folder(config: Config) -> str:
 
 
 def assert_divides(config: Config, devices: int) -> int:
-    """Shards over so many devices, whose micro-batches make up the global batch; how many each takes for it."""
+    """Check that micro-batches on all devices make up the global batch; return how many each device takes."""
     trainer, source = config["trainer"], config["data"]["init_args"]
     assert trainer["devices"] * trainer["num_nodes"] == devices
     strategy = trainer["strategy"]

@@ -1,4 +1,4 @@
-"""Content of the objects that tests of storage serve, and the blocks that a cache holds of them."""
+"""Contents of the objects that tests of storage serve, and the blocks in a cache."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 
 class SaveAt(Callback):
-    """Saves a checkpoint after a number of batches, and stops there."""
+    """Callback that saves a checkpoint after a number of batches and stops."""
 
     def __init__(self, batches: int, path: Path) -> None:
         self.batches, self.path = batches, path

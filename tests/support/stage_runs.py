@@ -1,4 +1,4 @@
-"""Trainers for tests of the stages, and what their runs logged."""
+"""Trainers for tests of the stages, and the values that their runs logged."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def logged_trainer(folder: Path, **options: Any) -> Trainer:
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
-    """A trainer that does not validate."""
+    """Return a trainer that does not validate."""
     return logged_trainer(folder, **{"val_check_interval": 10_000, "limit_val_batches": 0, **options})
 
 
 def fit_six_steps(folder: Path, name: str, module: Any, data: Any, ckpt_path: Path | None) -> tuple[Any, list[float]]:
-    """Six steps with averaged weights and a checkpoint each; the last checkpoint, and the losses."""
+    """Run six steps with averaged weights and checkpoints; return the last checkpoint and the losses."""
     callbacks = [
         LRRewarming(WarmupCosine(1e-2, 1e-3, 0.1), 6),
         WeightAverage(0.5, every=2, start_step=3),
@@ -53,7 +53,7 @@ def column(logger: Any, key: str) -> list[float]:
 
 
 def time_of(quantile: float, high_noise_share: float) -> float:
-    """Training time by its quantile: 0.85 to 0.99 below the share, else 0.001 to 1, of which 7.4 % lie at 1."""
+    """Return a training time by its quantile: 0.85 to 0.99 below the share, else 0.001 to 1, of which 7.4 % are 1."""
     if quantile < high_noise_share:
         return 0.85 + 0.14 * quantile / high_noise_share
     return min((1 - (quantile - high_noise_share) / (1 - high_noise_share)) * 1.08 + 0.001, 1.0)

@@ -19,7 +19,7 @@ _QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_m
 
 
 class Reader(LightningModule):
-    """Writes down the rows of every micro-batch."""
+    """Module that records the rows of every micro-batch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from rewurst.preparation.writing.token_writer import TokenWriter
 
 
 def write_tokens(folder: Path, name: str, tokens: Any) -> None:
-    """Rows of 8 tokens out of 64, four a sample and 16 a shard, in ``folder/corpora/name``."""
+    """Write rows of 8 tokens out of 64, four per sample and 16 per shard, to ``folder/corpora/name``."""
     with TokenWriter(
         folder / "corpora" / name,
         name=name,

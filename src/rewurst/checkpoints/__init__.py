@@ -1,1 +1,1 @@
-"""Checkpoints on disk: written atomically, whole or sharded, and the newest one of a run."""
+"""Checkpoints on disk: atomic and sharded writing, reading, and finding the newest one of a run."""

@@ -1,4 +1,4 @@
-"""Save checkpoints whole or not at all, also if the machine crashes."""
+"""Save checkpoints completely or not at all, even if the machine crashes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,38 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from .. import UsageError
 from ..files import replacing
+from .checksums import check_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write unsharded checkpoints next to their final place, sync, and rename.
+    """Checkpoint plugin that writes an unsharded file next to its final place, syncs and renames it.
 
-    Lightning stages them in ``$TMPDIR``, which on another file system ends in a copy, and syncs neither way. A run
-    killed while it saves leaves the checkpoint before as it was, and perhaps a hidden temporary file, which the next
-    save of that name removes. Remote paths (``s3://...``) are Lightning's, whose uploads are atomic.
+    Lightning stages checkpoints in ``$TMPDIR``, which means a copy if that is another file system, and never syncs. A
+    run killed while saving leaves the previous checkpoint unchanged, and perhaps a hidden temporary file, which the
+    next save of that name removes. Lightning handles remote paths (``s3://...``), whose uploads are atomic.
 
-    Use: ``Trainer(plugins=[AtomicCheckpointIO()])``; the command line has it built in.
+    Use ``Trainer(plugins=[AtomicCheckpointIO()])``; the command line does so already.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint, whole or not at all.
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint after checking its checksums.
 
         Raises:
-            UsageError: The folder cannot be written, or its disk is full; the checkpoint before is still there.
+            UsageError: The file has changed since it was saved, or is not complete.
+        """
+        if not Path(path).is_file():
+            return super().load_checkpoint(path, *args, **kwargs)
+        check_file(Path(path))
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint completely or not at all.
+
+        Raises:
+            UsageError: The folder cannot be written or its disk is full; the previous checkpoint is kept.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)

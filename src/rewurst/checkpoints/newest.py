@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run resumes from."""
+"""Find the checkpoint to resume a run from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from .. import UsageError
+from .checksums import check_file
 from .sharded_files import LEFTOVERS, is_whole, tidy
 from .sharded_reading import describe_checkpoint
 
@@ -21,15 +22,15 @@ Content = Mapping[str, Any]
 def newest_checkpoint(
     folders: Iterable[str | Path], belongs: Callable[[Content], bool] | None = None, resumable: bool = False
 ) -> Path | None:
-    """Return the whole ``.ckpt`` with the latest step under any of the folders: a file, or a folder of shards.
+    """Return the complete ``.ckpt`` file or folder of shards with the latest step under any of the folders.
 
-    The step stored in a checkpoint decides, because copies lose their times; of several with the same step the one
-    written last is taken. A checkpoint that was cut off is skipped with a warning.
+    The step stored in a checkpoint decides, because copies lose their times. Of several with the same step, the one
+    written last is taken. A truncated or damaged checkpoint is skipped with a warning.
 
     Args:
-        folders: Folders to search, over all ``version_N``.
-        belongs: Whether a checkpoint with these contents may be taken; tensors have no values.
-        resumable: Skip checkpoints that contain only weights, which no run can resume from.
+        folders: Folders to search, including all ``version_N``.
+        belongs: Predicate on a checkpoint's contents (with tensors without values) that accepts or skips it.
+        resumable: Whether to skip checkpoints that contain only weights, from which no run can resume.
     """
     found = {path for folder in folders for path in Path(folder).rglob("*.ckpt") if _time(path)}
     steps: dict[Path, int] = {}
@@ -38,7 +39,7 @@ def newest_checkpoint(
     for path in sorted(found, key=lambda path: (_time(path), path.is_symlink(), str(path)), reverse=True):
         content = describe(path)
         if content is None:
-            rank_zero_warn(f"{path} is cut off: an older checkpoint is taken instead")
+            rank_zero_warn(f"{path} is truncated: an older checkpoint is used instead")
         elif resumable and "global_step" in content and "optimizer_states" not in content:
             only_weights.append(path)
         elif resumable and content and "global_step" not in content:
@@ -48,24 +49,38 @@ def newest_checkpoint(
     if only_weights:
         say = rank_zero_info if steps else rank_zero_warn
         say(f"{only_weights[0]} contains only weights, so there is no run to resume: skipped")
-    if not steps:
-        return None
-    latest = next(iter(steps))
-    best = max(steps, key=lambda path: steps[path])  # of equal ones the first, which was written last
-    if steps[best] > steps[latest]:
-        rank_zero_warn(f"{best} is at step {steps[best]} and taken, although {latest} at step {steps[latest]} is newer")
-    return best
+    while steps:
+        latest = next(iter(steps))
+        best = max(steps, key=lambda path: steps[path])  # of equal ones the first, which was written last
+        if damage := _damage(best):
+            rank_zero_warn(f"{damage}: an older checkpoint is used instead")
+            del steps[best]
+            continue
+        if steps[best] > steps[latest]:
+            rank_zero_warn(f"{best} at step {steps[best]} is used, although {latest} at step {steps[latest]} is newer")
+        return best
+    return None
+
+
+def _damage(path: Path) -> str:
+    """Return what is wrong with a checkpoint's file, empty if nothing is."""
+    try:
+        for file in [path] if path.is_file() else sorted(path.glob("*.pt")):
+            check_file(file)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def describe(path: Path) -> Content | None:
-    """Return a checkpoint's contents, its tensors without values, or None if it is not whole.
+    """Return a checkpoint's contents with tensors without values, or None if it is incomplete.
 
-    A file that would need unpickling to be read has no contents that are known.
+    The contents of a file that would need unpickling are unknown, so an empty dict is returned.
     """
     try:
         if path.is_dir():
             return describe_checkpoint(path) if is_whole(path) else None
-        # torch writes a zip archive, whose directory comes last: without it the file is not whole.
+        # torch writes a zip archive, whose directory comes last: without it the file is incomplete.
         if not zipfile.is_zipfile(path):
             return None
         content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
@@ -77,12 +92,12 @@ def describe(path: Path) -> Content | None:
 
 
 def remove_leftovers(folders: Iterable[str | Path]) -> None:
-    """Remove what saves that were killed have left under a run's folders, for which no other run saves."""
+    """Remove leftovers of killed saves under a run's folders, in which no other run saves."""
     for leftover in [path for folder in folders for path in Path(folder).rglob(LEFTOVERS)]:
-        rank_zero_warn(f"{leftover} is what a save that was cut off has left: it is {tidy(leftover)}")
+        rank_zero_warn(f"{leftover} was left by an interrupted save: {tidy(leftover)}")
 
 
 def _time(path: Path) -> int:
-    """Return when a checkpoint was written, 0 if it is none. Of a folder its last file counts, not what was removed."""
+    """Return the time at which a checkpoint was written, 0 if it is not one. Of a folder, the last file counts."""
     written = path / "meta.pt" if path.is_dir() else path
     return written.stat().st_mtime_ns if written.is_file() else 0

@@ -1,4 +1,4 @@
-"""Optimizer states by the names of parameters: they outlive the number of processes and the order of groups."""
+"""Store optimizer states by parameter name, independent of the number of processes and the order of groups."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ State = dict[str, Any]
 
 
 def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Refuses optimizers that read a parameter's memory as if it were all there.
+    """Refuse optimizers that cannot step on shards of parameters.
 
     Raises:
-        UsageError: Names the first.
+        UsageError: One of the optimizers cannot; the message names the first.
     """
     for optimizer in optimizers:
         kind = type(optimizer)
@@ -29,9 +29,9 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
 
 
 def named_state(optimizer: Optimizer, module: nn.Module) -> State:
-    """``state`` by parameter name, and ``param_groups`` with names in ``params``.
+    """Return ``state`` by parameter name, and ``param_groups`` with names in ``params``.
 
-    Of what the optimizer says its state is: one that keeps it in some form of its own does not need to be known here.
+    The state is what ``Optimizer.state_dict`` returns, so optimizers with their own storage work too.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -39,10 +39,10 @@ def named_state(optimizer: Optimizer, module: nn.Module) -> State:
 
 
 def restore_named_state(optimizer: Optimizer, saved: Mapping[str, Any], module: nn.Module) -> None:
-    """Gives an optimizer a state of :func:`named_state` back.
+    """Load a state from :func:`named_state` into an optimizer.
 
     Raises:
-        UsageError: The optimizer holds other parameters, or groups them otherwise.
+        UsageError: The optimizer has other parameters, or other groups of them.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -50,8 +50,8 @@ def restore_named_state(optimizer: Optimizer, saved: Mapping[str, Any], module: 
     if own != kept:
         raise UsageError(
             f"the checkpoint's optimizer has groups of {[len(group) for group in kept]} parameters and this run's "
-            f"{type(optimizer).__name__} of {[len(group) for group in own]}, or other ones: keep the optimizer, or "
-            "begin with the weights alone (init_from)"
+            f"{type(optimizer).__name__} of {[len(group) for group in own]}, or others: keep the optimizer, or "
+            "start from the weights only (init_from)"
         )
     numbers = {name: number for number, name in enumerate(name for group in kept for name in group)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in saved["param_groups"]]
@@ -60,21 +60,21 @@ def restore_named_state(optimizer: Optimizer, saved: Mapping[str, Any], module: 
 
 
 def by_names(saved: Mapping[str, Any], names: list[list[str]]) -> State:
-    """A state as PyTorch keeps it, by the parameters' numbers, turned into one by names.
+    """Turn a state by parameter number, as PyTorch stores it, into one by name.
 
     Args:
-        saved: From ``Optimizer.state_dict``.
+        saved: State from ``Optimizer.state_dict``.
         names: Names of the parameters of each group, in order.
 
     Raises:
-        UsageError: Groups of other sizes.
+        UsageError: The groups have other sizes.
     """
     groups = saved["param_groups"]
     sizes = [len(group["params"]) for group in groups]
     if sizes != [len(group) for group in names]:
         raise UsageError(
             f"the checkpoint's optimizer has groups of {sizes} parameters and this run's of "
-            f"{[len(group) for group in names]}: keep the optimizer, or begin with the weights alone (init_from)"
+            f"{[len(group) for group in names]}: keep the optimizer, or start from the weights only (init_from)"
         )
     of_number = {
         number: name
@@ -88,7 +88,7 @@ def by_names(saved: Mapping[str, Any], names: list[list[str]]) -> State:
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state, as ``name/key``."""
+    """Return the tensors of a state as ``name/key``."""
     return {
         f"{name}/{key}": value
         for name, of_one in state["state"].items()

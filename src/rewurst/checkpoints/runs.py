@@ -1,4 +1,4 @@
-"""Which run a Trainer belongs to: its name, its dataset, its folders."""
+"""Identify the run of a Trainer by its name, dataset and folders."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..lightning_compat import chosen_name, chosen_version, continue_version
 
 CSV = "metrics.csv"
 KEY = "run"
-"""Where a checkpoint says which run saved it."""
+"""Key under which a checkpoint stores the run that saved it."""
 
 
 class RunIdentity(Callback):
-    """Store the run's name and dataset in its checkpoints, so that runs that share a folder are told apart.
+    """Callback that stores the run's name and dataset in checkpoints, to tell apart runs that share a folder.
 
-    A resumed run also learns where its last checkpoint is: a periodic one does not know, and Lightning would call the
-    next one ``last-v1.ckpt``.
+    A resumed run also learns the path of its last checkpoint: periodic checkpoints do not store it, and Lightning would
+    call the next one ``last-v1.ckpt``.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add name and dataset."""
+        """Add the run's name and dataset."""
         checkpoint[KEY] = {"name": run_name(trainer), "dataset": dataset_of(trainer)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Complete what the checkpoint says of the last one."""
+        """Add the path of the last checkpoint if it is missing."""
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.dirpath:
                 continue
@@ -42,18 +42,18 @@ class RunIdentity(Callback):
 
 
 def run_name(trainer: Trainer) -> str | None:
-    """Return what the user calls the run, None if no logger says."""
+    """Return the user's name of the run; None if no logger has one."""
     return next((name for logger in trainer.loggers if (name := chosen_name(logger))), None)
 
 
 def dataset_of(trainer: Trainer) -> str | None:
-    """Return the name of what the data module trains on, None if it has none."""
+    """Return the name of the data module's dataset; None if it has none."""
     dataset = getattr(getattr(trainer, "datamodule", None), "dataset", None)
     return dataset if isinstance(dataset, str) else None
 
 
 def stored_dataset(content: Mapping[str, Any]) -> str | None:
-    """Return the dataset that a checkpoint was saved in, None if it does not say."""
+    """Return the dataset with which a checkpoint was saved; None if unknown."""
     states = [content.get(KEY), *(state for name, state in content.items() if name.endswith("DataModule"))]
     states += (content.get("callbacks") or {}).values()
     for state in states:
@@ -63,15 +63,15 @@ def stored_dataset(content: Mapping[str, Any]) -> str | None:
 
 
 def stored_name(content: Mapping[str, Any]) -> str | None:
-    """Return the name of the run that saved a checkpoint, None if it does not say."""
+    """Return the name of the run that saved a checkpoint; None if unknown."""
     return (content.get(KEY) or {}).get("name")
 
 
 def run_folder(trainer: Trainer) -> Path | None:
-    """Return the folder for files of this run that no other run writes to, None if nothing is to be written.
+    """Return the folder that only this run writes to; None if nothing is to be written.
 
-    It is where ``ModelCheckpoint`` puts its own: ``save_dir/name/version`` of the first logger. Every process has to
-    call this.
+    ``ModelCheckpoint`` uses the same one: ``save_dir/name/version`` of the first logger. Every process has to call
+    this function.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
@@ -88,9 +88,9 @@ def version_folder(logger: Logger, trainer: Trainer) -> Path:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Return where this run's checkpoints are: the loggers' folders over all versions, and folders of callbacks.
+    """Return the folders of this run's checkpoints: the loggers', over all versions, and the callbacks'.
 
-    A version that the user has chosen is a run of its own.
+    A version chosen by the user counts as a separate run.
     """
     folders = [_logger_folder(logger, trainer) for logger in trainer.loggers]
     explicit = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
@@ -106,12 +106,12 @@ def _logger_folder(logger: Logger, trainer: Trainer) -> Path:
 
 
 def resume_version(trainer: Trainer, checkpoint: Path, step: int) -> None:
-    """Have loggers continue the version that a checkpoint is from, so that a run stays one curve.
+    """Make loggers continue the version of a checkpoint, so that the run stays one curve.
 
     Args:
         trainer: Trainer before ``fit``.
-        checkpoint: Checkpoint that it resumes from.
-        step: Completed global batches at the checkpoint.
+        checkpoint: Checkpoint to resume from.
+        step: Number of completed global batches at the checkpoint.
     """
     for logger in trainer.loggers:
         folder, version = _logger_folder(logger, trainer), chosen_version(logger)

@@ -1,4 +1,4 @@
-"""The files of sharded checkpoints: read without unpickling more than descriptions of tensors, put in place at once."""
+"""Files of sharded checkpoints: read with restricted unpickling, and moved into place atomically."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from .. import UsageError
+from .checksums import check_file
 
 Shapes = dict[str, dict[str, Tensor]]
-"""Tensors without values, by the checkpoint's keys and by their names."""
+"""Tensors without values, by key of the checkpoint and name."""
 
 LEFTOVERS = ".*.ckpt.*.tmp"
-"""Names of checkpoints that are being written, replaced or removed."""
+"""Pattern of the names of checkpoints that are being written, replaced or removed."""
 ASIDE = ".old.tmp"
-"""End of the name of what is being replaced, behind the name of what replaces it."""
+"""Suffix of a checkpoint that is being replaced, after the name of its replacement."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -46,11 +47,11 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes that describe tensors, and no others."""
+    """Unpickler that accepts only the classes that describe tensors."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if module_name.split(".")[0] == "pathlib" and global_name in ("PosixPath", "WindowsPath"):
-            return PurePosixPath  # where it was first written, which does not matter
+            return PurePosixPath  # only the path at which it was first written
         value = getattr(torch, global_name, None) if module_name == "torch" else None
         if (module_name, global_name) in _ALLOWED or isinstance(value, torch.dtype):
             return super().find_class(module_name, global_name)
@@ -58,13 +59,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """Torch's reader, which would unpickle ``.metadata`` whatever it holds."""
+    """Torch's reader with restricted unpickling of ``.metadata``."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The description of all tensors.
+        """Return the description of all tensors.
 
         Raises:
-            UsageError: It is none, or holds other objects.
+            UsageError: The file is not valid or contains other objects.
         """
         metadata = read_metadata(Path(self.path))
         if getattr(metadata, "storage_meta", None) is None:
@@ -74,33 +75,34 @@ class SafeReader(FileSystemReader):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The description of all tensors of a folder.
+    """Return the description of all tensors in a folder.
 
     Raises:
-        UsageError: It is missing, broken, or holds other objects.
+        UsageError: The file is missing, damaged or contains other objects.
     """
     try:
         with (folder / ".metadata").open("rb") as file:
             metadata = _Unpickler(file).load()
     except FileNotFoundError:
-        raise UsageError(f"{folder} is no sharded checkpoint: it holds no .metadata") from None
+        raise UsageError(f"{folder} is not a sharded checkpoint: it has no .metadata") from None
     except pickle.UnpicklingError as error:
-        raise UsageError(f"{folder}/.metadata holds a pickled {error}, which is not loaded") from None
+        raise UsageError(f"{folder}/.metadata contains a pickled {error}, which is not loaded") from None
     except (EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise UsageError(f"{folder}/.metadata cannot be read ({error}): copy the folder again") from None
     if not isinstance(metadata, Metadata):
-        raise UsageError(f"{folder}/.metadata holds a {type(metadata).__name__}: copy the folder again")
+        raise UsageError(f"{folder}/.metadata contains a {type(metadata).__name__}: copy the folder again")
     return metadata
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What a folder holds beside tensors of the module and of optimizers.
+    """Return the content of a folder besides the tensors of the module and the optimizers.
 
     Raises:
-        UsageError: It is missing, broken, or would need unpickling.
+        UsageError: The file is missing, damaged or would need unpickling.
     """
     if not is_sharded(folder):
-        raise UsageError(f"{folder} is no sharded checkpoint: meta.pt or .metadata is missing")
+        raise UsageError(f"{folder} is not a sharded checkpoint: meta.pt or .metadata is missing")
+    check_file(folder / "meta.pt")
     try:
         meta: dict[str, Any] = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -109,7 +111,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def shapes(folder: Path) -> Shapes:
-    """Names, shapes and types of all tensors in a folder.
+    """Return the names, shapes and types of all tensors in a folder.
 
     Raises:
         UsageError: See :func:`read_metadata`.
@@ -123,7 +125,7 @@ def shapes(folder: Path) -> Shapes:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Files of tensors that a folder should hold and does not, or that end too early.
+    """Return the names of tensor files that are missing from a folder or truncated.
 
     Raises:
         UsageError: See :func:`read_metadata`.
@@ -136,17 +138,17 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def require_files(folder: Path) -> None:
-    """Refuses a folder that lost files.
+    """Refuse a folder with missing or truncated files.
 
     Raises:
-        UsageError: Names the first.
+        UsageError: A file is missing; the message names the first.
     """
     if missing := missing_files(folder):
-        raise UsageError(f"{folder} lacks {missing[0]}, or a part of it: copy the checkpoint again, or take another")
+        raise UsageError(f"{folder} lacks {missing[0]} or part of it: copy the checkpoint again, or use another")
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a folder is a sharded checkpoint that nothing is missing of."""
+    """Return whether a folder is a complete sharded checkpoint."""
     try:
         return is_sharded(path) and zipfile.is_zipfile(path / "meta.pt") and not missing_files(path)
     except UsageError:
@@ -154,10 +156,10 @@ def is_whole(path: Path) -> bool:
 
 
 def exchange(new: Path, target: Path) -> None:
-    """Puts a folder in its place. What was there is then where the new one was, with nothing in between.
+    """Swap a new folder with the one at its target, atomically if the file system can.
 
-    File systems that cannot exchange names (NFS) get two renames: killed between them, neither is there until
-    :func:`tidy`.
+    Other file systems (NFS) need two renames: if the process is killed between them, the target is missing until
+    :func:`tidy` runs.
     """
     if not os.path.lexists(target):
         os.rename(new, target)
@@ -171,11 +173,11 @@ def exchange(new: Path, target: Path) -> None:
 
 
 def tidy(leftover: Path) -> str:
-    """Removes what a killed save has left, or puts back what :func:`exchange` had put aside; says which it was."""
+    """Remove a leftover of a killed save, or restore what :func:`exchange` had moved; return which was done."""
     name = leftover.name.removeprefix(".").removesuffix(f".tmp{ASIDE}").rpartition(".")[0]
     if leftover.name.endswith(ASIDE) and not os.path.lexists(leftover.with_name(name)):
         os.rename(leftover, leftover.with_name(name))
-        return "put back"
+        return "restored"
     if leftover.is_dir():
         shutil.rmtree(leftover, ignore_errors=True)
     else:
@@ -184,7 +186,7 @@ def tidy(leftover: Path) -> str:
 
 
 def _renameat2(new: Path, target: Path) -> bool:
-    """Linux's exchange of two names; whether it could."""
+    """Swap two names with a Linux system call; return whether it is supported."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False
@@ -202,5 +204,5 @@ def _holds(folder: Path, name: str, size: int) -> bool:
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path is a folder of shards that :class:`~rewurst.callbacks.FSDP` wrote, whole or not."""
+    """Return whether a path is a folder of shards written by :class:`~rewurst.callbacks.FSDP`, complete or not."""
     return (path / ".metadata").is_file() and (path / "meta.pt").is_file()

@@ -1,4 +1,4 @@
-"""Reading sharded checkpoints: into a sharded module, or whole, in one process."""
+"""Read sharded checkpoints into a sharded module, or completely in one process."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from torch.optim import Optimizer
 
 from .. import UsageError
 from ..dtensor import like_parameter, local_part
+from .checksums import check_file
 from .optimizer_names import by_names
 from .sharded_files import SafeReader, Shapes, read_meta, require_files, shapes
 
 Checkpoint = dict[str, Any]
 SHARDED = "sharded"
-"""Key in ``meta.pt``: which keys of the checkpoint are tensors by name, and optimizers' groups."""
+"""Key in ``meta.pt`` of the names of keys with tensors by name, and of the optimizers' groups."""
 
 
 def load_checkpoint(path: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> Checkpoint:
-    """Reads a checkpoint into a sharded module; every process has to call it.
+    """Read a checkpoint into a sharded module; every process has to call this.
 
     Args:
-        path: A folder, of any number of processes, or an unsharded file.
-        module: Whose tensors are read in place.
-        optimizers: Whose states are asked for, none where nothing is to be trained.
+        path: Folder written by any number of processes, or an unsharded file.
+        module: Module whose tensors are read in place.
+        optimizers: Optimizers whose states to read; empty if nothing is trained.
 
     Returns:
-        Lightning's checkpoint. ``optimizer_states`` are by parameter name; tensors that go with a parameter are sharded
-        as it is.
+        Lightning's checkpoint, with ``optimizer_states`` by parameter name; tensors that belong to a parameter are
+        sharded like it.
 
     Raises:
-        UsageError: Not whole, of another model, or without the states of the optimizers.
+        UsageError: The checkpoint is incomplete, of another model, or lacks the optimizers' states.
     """
     if path.is_file():
         return _load_file(path, module, optimizers)
@@ -61,14 +62,14 @@ def load_checkpoint(path: Path, module: nn.Module, optimizers: Sequence[Optimize
 
 
 def read_checkpoint(path: Path, optimizers: bool = False) -> Checkpoint:
-    """A sharded checkpoint with whole tensors, in one process that need not belong to any others.
+    """Return a sharded checkpoint with whole tensors, in a single process.
 
     Args:
-        path: The folder.
-        optimizers: Whether optimizers' states are read too.
+        path: Folder of the checkpoint.
+        optimizers: Whether to read the optimizers' states too.
 
     Raises:
-        UsageError: It is not whole.
+        UsageError: The checkpoint is incomplete.
     """
     meta, there = read_meta(path), shapes(path)
     require_files(path)
@@ -83,16 +84,16 @@ def read_checkpoint(path: Path, optimizers: bool = False) -> Checkpoint:
         result["optimizer_states"] = [state for state, _ in states]
         wanted |= {name: tensor for _, tensors in states for name, tensor in tensors.items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
         load(wanted, storage_reader=SafeReader(str(path)), no_dist=True)
     return meta | result
 
 
 def describe_checkpoint(path: Path) -> Checkpoint:
-    """A sharded checkpoint without the values of its tensors, which lie on the meta device.
+    """Return a sharded checkpoint with tensors on the meta device, without values.
 
     Raises:
-        UsageError: It is not whole.
+        UsageError: The checkpoint is incomplete.
     """
     meta, there = read_meta(path), shapes(path)
     require_files(path)
@@ -102,23 +103,23 @@ def describe_checkpoint(path: Path) -> Checkpoint:
 
 
 def require_same(own: Mapping[str, Tensor], there: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses a checkpoint of another model.
+    """Refuse a checkpoint of another model.
 
     Raises:
-        UsageError: Names tensors that are missing, unexpected or of another shape.
+        UsageError: Tensors are missing, unexpected or of another shape.
     """
     shared = {id(tensor.untyped_storage()) for name, tensor in own.items() if name in there and not _sharded(tensor)}
     missing = [n for n, t in own.items() if n not in there and (_sharded(t) or id(t.untyped_storage()) not in shared)]
     unexpected = [name for name in there if name not in own]
     if missing or unexpected:
-        first = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}"
+        first = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}"
         raise UsageError(
             f"{path} is of another model: it {first}; {len(missing)} tensors are missing, {len(unexpected)} unexpected"
         )
     for name, tensor in there.items():
         if tensor.shape != own[name].shape:
             raise UsageError(
-                f"{path} is of another model: {name} has shape {tuple(tensor.shape)}, the model's is "
+                f"{path} is of another model: {name} has shape {tuple(tensor.shape)}, but the model's is "
                 f"{tuple(own[name].shape)}"
             )
 
@@ -126,9 +127,9 @@ def require_same(own: Mapping[str, Tensor], there: Mapping[str, Tensor], path: P
 def _optimizer_templates(
     kept: Sequence[Checkpoint], there: Shapes, parameters: Mapping[str, Tensor], path: Path
 ) -> list[tuple[Checkpoint, dict[str, Tensor]]]:
-    """Each optimizer's state with room for its tensors, and these by their names in the checkpoint."""
+    """Return each optimizer's state with empty tensors, and these by their names in the checkpoint."""
     if not kept:
-        raise UsageError(f"{path} holds weights only, no run to go on: begin with them by init_from")
+        raise UsageError(f"{path} contains only weights, so there is no run to resume: pass it to init_from")
     result = []
     for index, of_one in enumerate(kept):
         states = {name: dict(state) for name, state in of_one["state"].items()}
@@ -143,7 +144,8 @@ def _optimizer_templates(
 
 @torch.no_grad()
 def _load_file(path: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> Checkpoint:
-    """An unsharded checkpoint: every process maps the file and takes its parts."""
+    """Read an unsharded checkpoint: every process maps the file and takes its parts."""
+    check_file(path)
     content: Checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     own, whole = module.state_dict(), content["state_dict"]
     require_same(own, whole, path)
@@ -155,7 +157,7 @@ def _load_file(path: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -
             content[key] = {name: like_parameter(own.get(name), tensor, fill=True) for name, tensor in value.items()}
     content["state_dict"] = own
     if optimizers and "optimizer_states" not in content:
-        raise UsageError(f"{path} holds weights only, no run to go on: begin with them by init_from")
+        raise UsageError(f"{path} contains only weights, so there is no run to resume: pass it to init_from")
     parameters = dict(module.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     for index, (optimizer, state) in enumerate(zip(optimizers, content.get("optimizer_states", []), strict=False)):

@@ -1,9 +1,8 @@
-"""Checkpoints as folders that processes write and read together: whole or not at all, and nothing in them is executed.
+"""Write checkpoints as folders, all processes together: completely or not at all, and safe to load.
 
-A folder holds what ``torch.distributed.checkpoint`` writes (a file of tensors from each process, and ``.metadata``,
-which says where each part of each tensor lies), and ``meta.pt`` with everything that is no tensor of the module or of
-an optimizer, as Lightning's own sharded checkpoints do. It is written beside its final place under a hidden name,
-synced, and renamed when every process has finished.
+A folder contains the files of ``torch.distributed.checkpoint`` (one with tensors per process, and ``.metadata`` with
+the place of each part of each tensor) and ``meta.pt`` with everything else, as in Lightning's own sharded checkpoints.
+It is written next to its final place under a hidden name, synced, and renamed when every process has finished.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from .sharded_reading import SHARDED, Checkpoint, read_checkpoint
 
 
 def save_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
-    """Writes a checkpoint; every process has to call it.
+    """Write a checkpoint; every process has to call this.
 
     Args:
-        checkpoint: Lightning's, with DTensors where tensors are sharded.
-        target: The folder that appears; what was there before is replaced in one step.
+        checkpoint: Lightning's checkpoint, in which sharded tensors are DTensors.
+        target: Folder to write; an existing one is replaced in one step.
 
     Raises:
-        UsageError: It cannot be written; what was there before still is.
+        UsageError: The folder cannot be written; an existing one is kept.
     """
     tensors, meta = split(checkpoint)
     first = not distributed.is_initialized() or distributed.get_rank() == 0
-    if not first:  # of what every process has whole the first one's counts: BatchNorm's statistics differ
+    if not first:  # of unsharded tensors the first process's are saved: BatchNorm's statistics differ
         tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     temporary = target.parent / f".{target.name}.{_same_everywhere(secrets.token_hex(4))}.tmp"
     problem = ""
@@ -59,7 +58,7 @@ def save_checkpoint(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def split(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
-    """What processes write together, by names within the checkpoint, and the rest, without any shard in it."""
+    """Split a checkpoint into the tensors written by all processes, by name, and the rest without shards."""
     meta, keys = dict(checkpoint), []
     tensors: dict[str, Tensor] = {}
     for key, value in checkpoint.items():
@@ -78,27 +77,27 @@ def split(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
 
 
 def consolidate(path: Path, out: Path, prefix: str = "") -> int:
-    """Write the module's tensors of a checkpoint, sharded or not, as one safetensors file.
+    """Write the module's tensors of a checkpoint, sharded or not, to one safetensors file.
 
     Args:
         path: Checkpoint, a file or a folder of shards.
-        out: Safetensors file to write; it appears whole or not at all.
-        prefix: Prefix of the names to keep, which they lose: ``model.`` for what ``CausalLM(init_from=...)`` reads.
+        out: Safetensors file to write, completely or not at all.
+        prefix: Prefix of the names to keep, which is removed: ``model.`` for ``CausalLM(init_from=...)``.
 
     Returns:
-        How many tensors.
+        The number of tensors.
 
     Raises:
-        UsageError: There is no tensor of such a name, or ``out`` exists.
+        UsageError: No tensor has the prefix, or ``out`` exists.
     """
     if out.exists():
         raise UsageError(f"{out} exists already: choose another name")
     content = read_checkpoint(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
     state = content["state_dict"].items()
-    # Tied tensors are one memory in a file of Lightning's, which safetensors refuses.
+    # Tied tensors share memory in Lightning's files, which safetensors refuses.
     kept = {name.removeprefix(prefix): tensor.clone() for name, tensor in state if name.startswith(prefix)}
     if not kept:
-        raise UsageError(f"{path} holds no tensor that begins with {prefix!r}")
+        raise UsageError(f"{path} has no tensor whose name begins with {prefix!r}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as file:
         save_file(kept, file.name, metadata={"format": "pt"})
@@ -106,7 +105,7 @@ def consolidate(path: Path, out: Path, prefix: str = "") -> int:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Takes a folder or file away: hidden first, so that a part of it is never taken for a checkpoint."""
+    """Remove a folder or file; a folder is hidden first, so that part of it is never taken for a checkpoint."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
@@ -116,7 +115,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def _is_sharded_state(value: Any) -> bool:
-    """A dict of nothing but tensors, some of them shards."""
+    """Return whether a value is a dict of tensors, some of them sharded."""
     if not isinstance(value, dict) or not value or not all(isinstance(entry, Tensor) for entry in value.values()):
         return False
     return any(isinstance(entry, DTensor) for entry in value.values())
@@ -155,7 +154,7 @@ def _same_everywhere(value: str) -> str:
 
 
 def _raise_everywhere(problem: str, target: Path) -> None:
-    """Raises in all processes what the first one met: none is left waiting for the others."""
+    """Raise the first process's problem in all processes, so that none keeps waiting for the others."""
     problem = _same_everywhere(problem)
     if problem:
         raise UsageError(f"checkpoint {target} cannot be written: {problem}")

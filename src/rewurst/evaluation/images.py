@@ -1,4 +1,4 @@
-"""How good a cascade is on captioned images: reconstructions by PSNR and SSIM, drawn pictures by FID and CLIP score."""
+"""Evaluate a cascade on captioned images: PSNR and SSIM of reconstructions, FID and CLIP score of drawn pictures."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim":
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn.
+    """Settings for drawing pictures.
 
     Args:
-        prior_steps: Of Stage C.
-        guidance: Of Stage C.
-        steps: Of Stage B.
+        prior_steps: Sampling steps of Stage C.
+        guidance: Guidance scale of Stage C.
+        steps: Sampling steps of Stage B.
     """
 
     prior_steps: int = 60
@@ -57,25 +57,25 @@ def evaluate_images(
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare an exported cascade's pictures with a corpus of captioned images.
 
-    What is drawn for an image depends on its place in the corpus alone.
+    The picture drawn for an image depends only on its place in the corpus.
 
     Args:
-        folder: Of ``rewurst export diffusers``.
+        folder: Folder written by ``rewurst export diffusers``.
         corpus: Folder of images, with ``index.json``.
-        image_size: Side in pixels, to which images are resized and cropped in the middle.
-        prior: The prior's folder, where it lies apart.
-        limit: Images, by default all.
-        batch_size: Images at once.
+        image_size: Side in pixels to which images are resized and center-cropped.
+        prior: Folder of the prior, if it is separate.
+        limit: Number of images; all by default.
+        batch_size: Number of images at a time.
         inception: File of torch-fidelity's Inception weights (``pt_inception-2015-12-05-6726825d.pth``), for FID.
         clip: Folder or hub name of a CLIP model with its processor, for the CLIP score.
-        drawing: How pictures are drawn.
-        device: Such as "cuda".
-        dtype: Of the networks.
+        drawing: Settings for drawing pictures.
+        device: Device to run on, such as "cuda".
+        dtype: Data type of the networks.
 
     Returns:
         ``images``; ``A`` and ``B`` with the mean ``psnr`` (dB, mean over images) and ``ssim`` of reconstructions
         through Stage A, and through the compressor and Stage B; ``C`` with ``fid`` and ``clip_score`` of pictures drawn
-        for the captions. And lines that say what was left out, and why.
+        for the captions. Also lines that say what was left out and why.
 
     Raises:
         UsageError: The folder, corpus or a file of weights cannot be read, or the size does not fit.
@@ -87,7 +87,7 @@ def evaluate_images(
     means: dict[tuple[str, str], MeanMetric] = {}
     names = ["A"] if pipeline.compressor is None else ["A", "B"]
     if pipeline.compressor is None:
-        missing.append(f"B: {folder} has no compressor, export Stage B with it")
+        missing.append(f"B: {folder} has no compressor; export Stage B with it")
     count = 0
     for batch in tqdm(validation_images(corpus, image_size, batch_size, limit), desc=corpus, unit=" batches"):
         images = pixels(batch).to(device)
@@ -110,7 +110,7 @@ def evaluate_images(
 
 @torch.no_grad()
 def reconstruct(pipeline: TextToImage, images: Tensor, batch: Batch, steps: int) -> dict[str, Tensor]:
-    """Images (n, 3, h, w) in [0, 1] through Stage A and, where there is a compressor, drawn by B from z."""
+    """Return images (n, 3, h, w) in [0, 1] passed through Stage A and, if there is a compressor, drawn by B from z."""
     vqgan = pipeline.vqgan
     dtype = next(vqgan.parameters()).dtype
     through = {"A": vqgan.to_images(vqgan.to_latents(images.to(dtype))).float()}
@@ -123,7 +123,7 @@ def reconstruct(pipeline: TextToImage, images: Tensor, batch: Batch, steps: int)
 
 
 def draw(pipeline: TextToImage, batch: Batch, side: int, drawing: Drawing) -> Tensor:
-    """Pictures (n, 3, side, side) in [0, 1] for a batch's captions."""
+    """Return pictures (n, 3, side, side) in [0, 1] drawn for a batch's captions."""
     randomness: list[Generator] | None = generators(batch)
     drawn: Any = pipeline(
         batch["caption"],
@@ -140,7 +140,7 @@ def draw(pipeline: TextToImage, batch: Batch, side: int, drawing: Drawing) -> Te
 
 
 def _judge(inception: str | None, clip: str | None, device: str) -> tuple[ImageJudge, list[str]]:
-    """A judge of drawn pictures, and what is missing for its measures."""
+    """Return a judge of drawn pictures, and lines about measures that lack weights."""
     missing = [] if inception else [f"FID: give --inception, the file {INCEPTION_FILE} of torch-fidelity"]
     missing += [] if clip else ["CLIP score: give --clip, a folder or hub name of a CLIP model"]
     network = load_inception(inception) if inception else None
@@ -148,7 +148,7 @@ def _judge(inception: str | None, clip: str | None, device: str) -> tuple[ImageJ
 
 
 def validation_images(corpus: str, side: int, batch_size: int, limit: int | None) -> Iterator[Batch]:
-    """Batches of images that can be read, without rows that only fill up."""
+    """Yield batches of readable images, without padding rows."""
     rows = ImageRows(ImageShards(corpus), Filters(), [(side, side)])
     reader = ImageReader([rows], Showing([(side, side)], random_crop=False))
     left = len(rows.shards) if limit is None else limit
@@ -167,7 +167,7 @@ def validation_images(corpus: str, side: int, batch_size: int, limit: int | None
 
 
 def table(found: dict[str, Any]) -> str:
-    """Lines of a table of what ``evaluate_images`` found."""
+    """Return the results of ``evaluate_images`` as a table."""
     lines = ["| | PSNR (dB) | SSIM | FID | CLIP score |", "|---|---|---|---|---|"]
     for name in ("A", "B", "C"):
         if name in found:

@@ -1,4 +1,4 @@
-"""What evaluations found: one file for a folder, and TensorBoard."""
+"""Store results of evaluations in one file per folder and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ Found = Mapping[str, Any]
 
 
 class Results:
-    """A folder with ``results.json``, ``{"model", "tasks", "corpora", "images"}``, and TensorBoard's events beside it.
+    """Folder with ``results.json``, ``{"model", "tasks", "corpora", "images"}``, and TensorBoard's events.
 
-    What one evaluation finds is kept when another one of the same model comes later.
+    Results of earlier evaluations of the same model are kept.
 
     Args:
-        out: The folder.
-        model: What was evaluated.
+        out: Output folder.
+        model: Name of the evaluated model.
 
     Raises:
-        UsageError: The folder holds results of another model, or a file that is no results.
+        UsageError: The folder contains results of another model, or a file that is not results.
     """
 
     def __init__(self, out: str | Path, model: str) -> None:
         self.path = Path(out) / FILE
         self._found: dict[str, Any] = read_json(self.path) if self.path.is_file() else {"model": model}
         if self._found.get("model") != model:
-            raise UsageError(f"{self.path} holds results of {self._found.get('model')}: choose another --out")
+            raise UsageError(f"{self.path} contains results of {self._found.get('model')}: choose another --out")
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, section: str, found: Found) -> None:
-        """Takes in results by name, such as ``{"prose": {"loss": 4.2}}``, writes them and logs ``eval/prose/loss``."""
+        """Add and write results by name, such as ``{"prose": {"loss": 4.2}}``, and log ``eval/prose/loss``."""
         self._found[section] = {**self._found.get(section, {}), **found}
         write_atomically(self.path, json.dumps(self._found, indent=1, sort_keys=True) + "\n")
         logger = TensorBoardLogger(self.path.parent, name="", version="")

@@ -1,4 +1,4 @@
-"""How good an exported language model is: benchmark tasks through lm-eval, and its perplexity on corpora."""
+"""Evaluate an exported language model: benchmark tasks with lm-eval, and perplexity on corpora."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def evaluate_tasks(
 ) -> Scores:
     """Run tasks of EleutherAI's lm-eval on a Hugging Face folder.
 
-    Tasks bring their data from the hub, or from local files where their YAML says so. A task is a program: a YAML in
-    ``task_folder`` may call functions of Python files beside it.
+    Tasks load their data from the hub, or from local files if their YAML says so. A task is a program: a YAML in
+    ``task_folder`` may call functions of Python files next to it.
 
     Args:
         folder: Hugging Face folder or hub name.
-        tasks: Names, groups included.
+        tasks: Names of tasks or groups.
         task_folder: Folder with more tasks, in lm-eval's format.
-        num_fewshot: Examples before each question, by default the task's own number.
-        limit: Questions of each task, by default all; for trying.
-        batch_size: Questions at once.
-        device: Such as "cuda".
-        dtype: Of the weights.
+        num_fewshot: Number of examples before each question; the task's own by default.
+        limit: Number of questions per task, for quick tries; all by default.
+        batch_size: Number of questions at a time.
+        device: Device to run on, such as "cuda".
+        dtype: Data type of the weights.
 
     Returns:
-        By task its metrics, each ``<metric>`` or ``<metric>/<filter>``, with ``<metric>_stderr``, and ``samples`` and
+        Metrics by task, each ``<metric>`` or ``<metric>/<filter>`` with ``<metric>_stderr``, and ``samples`` and
         ``version``.
 
     Raises:
@@ -69,14 +69,14 @@ def evaluate_tasks(
         if not known.match_tasks([task]):
             raise UsageError(f"tasks: lm-eval has no {task!r}{closest(task, known.all_tasks)}")
     if not Path(folder).is_dir() and Path(folder).is_absolute():
-        raise UsageError(f"{folder} is no folder: give an export of `rewurst export hf`, or a hub name")
+        raise UsageError(f"{folder} is not a folder: give an export of `rewurst export hf`, or a hub name")
     begin = bool(load_tokenizer(folder).begin_tokens) if Path(folder).is_dir() else None
     options: dict[str, Any] = {"batch_size": batch_size, "trust_remote_code": False, "add_bos_token": begin}
     model = HFLM(pretrained=folder, device=device, dtype=dtype, **options)
     found = simple_evaluate(
         model=model, tasks=list(tasks), task_manager=known, num_fewshot=num_fewshot, limit=limit, log_samples=False
     )
-    assert found is not None, "lm-eval gives results to the first process"
+    assert found is not None, "lm-eval returns results only in the first process"
     return {task: _scores(metrics, found) for task, metrics in found["results"].items()}
 
 
@@ -94,20 +94,20 @@ def _scores(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, A
 def evaluate_corpora(
     folder: str, corpora: Mapping[str, str], batch_size: int = 8, device: str = "cpu", dtype: str = "float32"
 ) -> Scores:
-    """Mean loss a token, in nats, and perplexity of a language model on prepared corpora.
+    """Return the mean loss per token, in nats, and the perplexity of a language model on prepared corpora.
 
     Args:
         folder: Hugging Face folder or hub name.
         corpora: Folders of ``rewurst prepare text``, by name.
-        batch_size: Rows at once.
-        device: Such as "cuda".
-        dtype: Of the weights.
+        batch_size: Number of rows at a time.
+        device: Device to run on, such as "cuda".
+        dtype: Data type of the weights.
 
     Returns:
-        By corpus its ``loss``, ``perplexity`` and ``tokens``.
+        ``loss``, ``perplexity`` and ``tokens`` by corpus.
 
     Raises:
-        UsageError: No model or corpus there, or the corpus was prepared with another tokenizer.
+        UsageError: A model or corpus is missing, or a corpus was prepared with another tokenizer.
     """
     module = CausalLM(folder).to(device, getattr(torch, dtype)).eval()
     found = {}
@@ -120,18 +120,20 @@ def evaluate_corpora(
         total, tokens = 0.0, 0
         for batch in tqdm(loader, desc=name, unit=" batches"):
             with torch.inference_mode():
-                losses = module.token_losses(batch["input_ids"].to(device).long())[batch["valid"].to(device)]
-            total, tokens = total + float(losses.double().sum()), tokens + losses.numel()
+                batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+                mask = batch.get("mask", torch.ones_like(batch["input_ids"], dtype=torch.bool))
+                losses = module.token_losses(batch["input_ids"].long(), mask)[batch["valid"]]
+            total, tokens = total + float(losses.double().sum()), tokens + int(mask[batch["valid"]][:, 1:].sum())
         found[name] = {"loss": total / tokens, "perplexity": math.exp(min(total / tokens, 700)), "tokens": tokens}
     return found
 
 
 def _check_tokenizer(folder: str, shards: TokenShards, module: CausalLM) -> None:
-    """The same text must be the same numbers: a loss over other numbers means nothing."""
+    """Refuse a corpus with another tokenizer: losses over other token numbers are meaningless."""
     known = module.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if shards.index.vocab_size > known:
         raise UsageError(
-            f"{shards.path} has {shards.index.vocab_size} tokens, {folder} knows {known}: another tokenizer"
+            f"{shards.path} has a vocabulary of {shards.index.vocab_size} and {folder} of {known}: another tokenizer"
         )
     ours = Path(folder) / "tokenizer.json"
     if not ours.is_file():
@@ -141,10 +143,10 @@ def _check_tokenizer(folder: str, shards: TokenShards, module: CausalLM) -> None
     except FileNotFoundError:
         return
     if not same_tokenizer(theirs, ours.read_text(encoding="utf-8")):
-        raise UsageError(f"{shards.path} was prepared with another tokenizer than that of {folder}: prepare it again")
+        raise UsageError(f"{shards.path} was not prepared with the tokenizer of {folder}: prepare it again")
     begin = load_tokenizer(folder).begin_tokens
     if begin != shards.index.begin_tokens:
         rank_zero_warn(
-            f"{shards.path} has documents that begin with tokens {list(shards.index.begin_tokens)}, the tokenizer of "
+            f"documents of {shards.path} begin with tokens {list(shards.index.begin_tokens)}, but the tokenizer of "
             f"{folder} begins texts with {list(begin)}: prepare the corpus again with it"
         )

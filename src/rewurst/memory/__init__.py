@@ -1,1 +1,1 @@
-"""The memory plan: what a training step of a config has to hold on each device."""
+"""Plan the memory that a config's training step needs on each device."""

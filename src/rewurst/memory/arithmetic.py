@@ -1,6 +1,6 @@
-"""Add up what weights, optimizer states and a step's activations take of a device's memory, in bytes.
+"""Add up a device's memory for weights, optimizer states and a step's activations, in bytes.
 
-Everything here is pure. What a step itself holds is measured by :mod:`.simulation`.
+All functions are pure. :mod:`.simulation` measures the memory of the step itself.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from math import ceil, prod
 from typing import Literal
 
 RESERVE = 0.1
-"""Share of the memory to leave free for allocators' losses, kernels' workspaces and a GPU's own context."""
+"""Share of the memory to leave free for fragmentation, kernels' workspaces and the GPU's context."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter.
+    """Size and placement of a parameter.
 
     Attributes:
         shape: Shape before it is sharded.
-        itemsize: Bytes of an element.
+        itemsize: Bytes per element.
         trained: Whether it has a gradient and states.
         states: Bytes of its optimizer states.
-        block: Number of its block, None outside of blocks.
+        block: Number of its block; None outside of blocks.
         whole: Whether every process holds all of it, even under FSDP.
     """
 
@@ -48,16 +48,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes that a forward and backward pass hold besides weights, optimizer states and what was there before.
+    """Memory of a forward and backward pass in bytes, without weights, optimizer states and earlier tensors.
 
     Attributes:
         forward: Peak of the forward pass.
-        kept: What is left at its end.
+        kept: Bytes left at the end of the forward pass.
         backward: Peak of the backward pass, without gradients.
         with_gradients: Peak of the backward pass with gradients, if there were none before it.
         gradients: Gradients within ``with_gradients``.
-        largest: The largest tensor that the step makes.
-        beside: Buffers, and frozen networks that the step reads: what it needs that is not a parameter.
+        largest: Size of the largest tensor that the step makes.
+        extra: Buffers, and frozen networks that the step reads, which are not parameters.
     """
 
     forward: int
@@ -66,19 +66,19 @@ class StepBytes:
     with_gradients: int
     gradients: int
     largest: int = 0
-    beside: int = 0
+    extra: int = 0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How training is laid out over devices.
+    """Layout of training over devices.
 
     Attributes:
         devices: Number of devices.
         strategy: Kind of distribution.
         replicas: Whole copies under FSDP; each is sharded over ``devices / replicas``.
-        gathered_itemsize: Bytes of an element that FSDP gathers; by default the weights' own.
-        reduced_itemsize: Bytes of an element in which FSDP sums gradients.
+        gathered_itemsize: Bytes per element that FSDP gathers; the weights' own by default.
+        reduced_itemsize: Bytes per element in which FSDP sums gradients.
         reshard: Whether a block's weights are freed after its forward pass.
         offload: Whether shards, gradients and states are in the host's memory.
         accumulates: Whether a global batch has several micro-batches.
@@ -105,7 +105,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on a device at its peak.
+    """Peak memory of a device, in bytes.
 
     Attributes:
         parameters: The device's shards of the weights.
@@ -131,7 +131,7 @@ class MemoryPlan:
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "peak_in")
 
     def fits(self, memory: int) -> bool:
-        """Return whether it fits with :data:`RESERVE` left."""
+        """Return whether the plan fits with :data:`RESERVE` left free."""
         return self.total <= memory * (1 - RESERVE)
 
 
@@ -143,14 +143,14 @@ def plan(
 ) -> MemoryPlan:
     """Return the peak of the device with the largest shards.
 
-    The peak is in the forward pass, when gradients of the step before are still there (Lightning clears them between
-    the two passes), in the backward pass or in the optimizer's step.
+    The peak is in the forward pass, where gradients of the previous step still exist (Lightning clears them between the
+    two passes), in the backward pass or in the optimizer's step.
 
     Args:
         weights: All parameters of the module.
         step: Bytes of one micro-batch, measured with the weights as they are gathered.
         layout: Layout over the devices.
-        workspace: Bytes that the optimizer's step holds for a moment.
+        workspace: Bytes that the optimizer's step holds temporarily.
     """
     own = _held(weights, layout)
     parameters, gradients, states = (0, 0, 0) if layout.offload else own
@@ -158,9 +158,9 @@ def plan(
     average = own[0] - frozen if layout.averaged else 0
     if layout.offload:
         parameters = frozen
-    copies = step.beside + average
+    copies = step.extra + average
     forward_buffers, backward_buffers = _buffers(weights, layout)
-    # Under FSDP a gradient is reduced when its block is done, into a shard that is there or soon will be.
+    # Under FSDP a gradient is reduced when its block is done, into a shard that exists or soon will.
     full = layout.accumulates or layout.strategy == "fsdp"
     held, of_step = (gradients, step.backward) if full else (step.gradients, step.with_gradients - step.gradients)
     moments = [
@@ -193,9 +193,9 @@ def _at_rest(weights: Sequence[Weight], layout: Layout) -> int:
 def _buffers(weights: Sequence[Weight], layout: Layout) -> tuple[int, int]:
     """Return the bytes of a strategy's buffers in the forward and in the backward pass.
 
-    FSDP gathers what is outside of blocks for the whole step, and keeps its gradients whole until the end. It holds the
-    block that computes, and the next one twice: gathered into one flat tensor, and copied out of it. In backward it
-    also holds the gradients of one block, and the flat tensor in which they are reduced.
+    FSDP gathers the parameters outside of blocks for the whole step and keeps their gradients whole until the end. It
+    holds the current block, and the next one twice: gathered into one flat tensor and copied out of it. In the backward
+    pass it also holds the gradients of one block and the flat tensor in which they are reduced.
     """
     if layout.strategy != "fsdp":
         return (_at_rest(weights, layout),) * 2
@@ -214,7 +214,7 @@ def _buffers(weights: Sequence[Weight], layout: Layout) -> tuple[int, int]:
 
 
 def extrapolate(at: Mapping[int, StepBytes], micro_batch_size: int) -> StepBytes:
-    """Return a step's bytes at another micro-batch, on the straight line through two known ones."""
+    """Return a step's bytes at another micro-batch by linear extrapolation from two known ones."""
     (a, first), (b, second) = sorted(at.items())
     share = (micro_batch_size - a) / (b - a)
     pairs = ((getattr(first, field.name), getattr(second, field.name)) for field in fields(StepBytes))
@@ -222,10 +222,10 @@ def extrapolate(at: Mapping[int, StepBytes], micro_batch_size: int) -> StepBytes
 
 
 def largest_micro_batch(total: Callable[[int], int], limit: float) -> int:
-    """Return the largest micro-batch whose total stays within a limit, 0 if no micro-batch does.
+    """Return the largest micro-batch whose total stays within a limit; 0 if none does.
 
     Args:
-        total: Function from a micro-batch to bytes, which grows.
+        total: Increasing function from a micro-batch to bytes.
         limit: Limit in bytes.
     """
     if total(1) > limit:

@@ -1,4 +1,4 @@
-"""Say whether a config fits a device's memory, before anything is trained."""
+"""Tell before training whether a config fits a device's memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .arithmetic import RESERVE, Layout, MemoryPlan, StepBytes, extrapolate, lar
 from .module import Measured, measure
 
 Config = Mapping[str, Any]
-DESCRIPTION = "Say what a config takes of a device's memory, whether it fits, and the largest micro-batch that does."
+DESCRIPTION = "Show how much device memory a config needs, whether it fits, and the largest micro-batch that does."
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-GLIBC = "glibc may take twice that and more in holes between tensors; under MALLOC_MMAP_THRESHOLD_=1048576 it does not"
+GLIBC = "fragmentation in glibc may more than double this; set MALLOC_MMAP_THRESHOLD_=1048576 to avoid it"
 PRECISIONS = {"32-true": "32-true", "32": "32-true", "None": "32-true", "bf16-mixed": "bf16-mixed"}
 PRECISIONS["16-mixed"] = "bf16-mixed"  # as many bytes, and a CPU can run it
 ROWS = {
@@ -34,20 +34,20 @@ ROWS = {
     "activations and temporary tensors": "activations",
     "at the peak": "total",
 }
-"""What the table calls each part of a plan."""
+"""Name in the table of each part of a plan."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The plan of one layout.
+    """Plan of one layout.
 
     Attributes:
-        layout: The devices.
-        recomputed: Every n-th block, None if no block is recomputed.
-        plan: The plan at the config's micro-batch.
+        layout: Layout over devices.
+        recomputed: Interval of recomputed blocks, 1 for all; None if no block is recomputed.
+        plan: Plan at the config's micro-batch.
         largest_tensor: Bytes of the largest tensor that a step makes.
-        largest: The largest micro-batch that fits.
-        dividing: The largest micro-batch that fits and divides the global batch.
+        largest: Largest micro-batch that fits.
+        dividing: Largest micro-batch that fits and divides the global batch.
     """
 
     layout: Layout
@@ -77,19 +77,21 @@ def _parser() -> Parser:
         epilog="Other options are those of `rewurst fit`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--devices", type=int, nargs="+", metavar="N", help="in all; by default the config's")
-    parser.add_argument("--memory", metavar="80GiB", help="of a device; by default this machine's, or 80GiB of a GPU")
-    parser.add_argument("--image_size", type=int, metavar="512", help="of the images that latents were made of")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", metavar="N", help="number of devices in total (default: the config's)"
+    )
+    parser.add_argument("--memory", metavar="80GiB", help="memory per device (default: this machine's, or 80GiB)")
+    parser.add_argument("--image_size", type=int, metavar="512", help="side of the images that latents are made from")
     return parser
 
 
 class Configured:
-    """A config whose memory can be planned.
+    """A config whose memory use can be planned.
 
     Args:
         config: Config as ``fit`` parses it.
         image_size: Side of the images in pixels, if the config does not say.
-        memory: Bytes of a device; by default this machine's.
+        memory: Bytes per device; by default this machine's.
 
     Raises:
         UsageError: The precision is unknown, or the step cannot be measured.
@@ -98,10 +100,10 @@ class Configured:
     def __init__(self, config: Config, image_size: int | None = None, memory: int | None = None) -> None:
         trainer = config["trainer"]
         if not config.get("data"):
-            raise UsageError("the config has no data, whose micro-batch memory depends on")
+            raise UsageError("the config has no data section, but memory depends on its micro-batch: add one")
         precision = str(trainer.get("precision"))
         if precision not in PRECISIONS:
-            raise UsageError(f"plan knows precision {', '.join(PRECISIONS)}, not {precision}")
+            raise UsageError(f"plan supports precision {', '.join(PRECISIONS)}, not {precision}")
         self.config, self.trainer, self.image_size = config, trainer, image_size
         self.precision, self.on_cpu = PRECISIONS[precision], trainer.get("accelerator") == "cpu"
         self.memory = memory or _own_memory(self.on_cpu)
@@ -118,12 +120,12 @@ class Configured:
 
     @property
     def mixed(self) -> bool:
-        """Whether products are in bfloat16."""
+        """Whether matrix products are in bfloat16."""
         return self.precision == "bf16-mixed"
 
     @property
     def facts(self) -> Measured:
-        """Measurement at the config's micro-batch, with parameters as they are."""
+        """Measurement at the config's micro-batch with unchanged parameters."""
         return self.measured(self.micro_batch_size, None, False)
 
     def _batch_sizes(self) -> tuple[int, int]:
@@ -131,7 +133,7 @@ class Configured:
         data = instantiate(LightningDataModule, self.config["data"])
         micro = getattr(data, "micro_batch_size", None) or getattr(data, "batch_size", None)
         if not isinstance(micro, int):
-            raise UsageError(f"{type(data).__name__} has no attribute micro_batch_size or batch_size: add one")
+            raise UsageError(f"{type(data).__name__} has neither micro_batch_size nor batch_size: add one of them")
         accumulated = int(self.trainer.get("accumulate_grad_batches") or 1)
         return micro, int(getattr(data, "global_batch_size", micro * self.devices * accumulated))
 
@@ -140,7 +142,7 @@ class Configured:
         return measure(self.config, micro_batch_size, self.precision, self.on_cpu, **sizes)  # type: ignore[arg-type]
 
     def step_bytes(self, micro_batch_size: int, every: int | None, narrow: bool) -> StepBytes:
-        """Return those of the config's micro-batch, or of another on the line through that and its double."""
+        """Return the step's bytes at a micro-batch, extrapolated from the config's and its double if it is another."""
         first = self.micro_batch_size
         if micro_batch_size == first:
             return self.measured(first, every, narrow).step
@@ -154,7 +156,7 @@ class Configured:
         if not isinstance(replicas, int):
             replicas = int(self.trainer.get("num_nodes") or 1)
         if devices % replicas:
-            raise UsageError(f"replicas {replicas} do not divide {devices} devices")
+            raise UsageError(f"replicas is {replicas}, which does not divide {devices} devices")
         dtype = self.options.get("param_dtype") or ("bfloat16" if self.mixed else None)
         callbacks = [item["class_path"].rsplit(".", 1)[-1] for item in self.trainer.get("callbacks") or []]
         return Layout(
@@ -177,7 +179,7 @@ class Configured:
         return plan(self.facts.weights, step, replace(layout, accumulates=accumulates), workspace)
 
     def answers(self, devices: int) -> list[Answer]:
-        """Return the answers without and, if the module has blocks, with recomputed ones."""
+        """Return the answers without and, if the module has blocks, with recomputed blocks."""
         layout, found = self.layout(devices), []
         has_blocks = any(weight.block is not None for weight in self.facts.weights)
         for every in (None, self.recomputed or 1) if has_blocks else (None,):
@@ -190,7 +192,7 @@ class Configured:
         return found
 
     def describe(self) -> list[str]:
-        """Return lines that say what is planned, and what had to be assumed."""
+        """Return lines that describe what is planned and which assumptions were made."""
         facts, model = self.facts, self.config["model"]
         trained = sum(weight.elements for weight in facts.weights if weight.trained)
         every = sum(weight.elements for weight in facts.weights)
@@ -199,7 +201,7 @@ class Configured:
         optimizer = chosen if isinstance(chosen, str) else ", ".join(facts.optimizers)
         precision = "bf16-mixed" if self.mixed else "fp32"
         name = model["class_path"].rsplit(".", 1)[-1]
-        batch = f"{self.micro_batch_size} samples per device ({facts.batch}), {self.global_batch_size} in all"
+        batch = f"{self.micro_batch_size} samples per device ({facts.batch}), {self.global_batch_size} in total"
         first = f"{name}, {every / 1e6:,.1f}M parameters{of}, {optimizer}, {precision}; {batch}"
         return [first, *(f"note: {note}" for note in [*facts.notes, *([GLIBC] if self.on_cpu else [])])]
 
@@ -209,7 +211,7 @@ class Configured:
 
 
 def table(answers: list[Answer], memory: int) -> str:
-    """Return lines of text for one number of devices."""
+    """Return the table for one number of devices as text."""
     layout = answers[0].layout
     kind = {"single": "no strategy", "ddp": "DDP", "fsdp": f"FSDP over {layout.shards}"}[layout.strategy]
     names = ["as it is" if a.recomputed is None else _recomputed(a.recomputed) for a in answers]
@@ -235,7 +237,7 @@ def _recomputed(every: int) -> str:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in UNITS:
-        raise UsageError(f"--memory {text} is not a size: give one such as 80GiB, 24GB or 16384MiB")
+        raise UsageError(f"--memory {text} is not a size: use one such as 80GiB, 24GB or 16384MiB")
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 

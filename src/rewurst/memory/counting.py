@@ -1,4 +1,4 @@
-"""Count what tensors without memory would take: of operations as they come, and of optimizers' states."""
+"""Count the memory that fake tensors would take: tensors made by operations, and optimizer states."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..modules.optimizers.eight_bit import EightBitOptimizer
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the memory of the tensors that operations make, for as long as anything refers to them.
+    """Dispatch mode that counts the memory of tensors made by operations, for as long as they are referenced.
 
     Attributes:
         now: Bytes that are alive.
-        gradients: Bytes among them that :meth:`mark_gradient` was called for.
+        gradients: Bytes of them marked by :meth:`mark_gradient`.
         read: Storages that operations read while ``recording``.
-        recording: Whether to keep track of them.
+        recording: Whether to record ``read``.
         on_growth: Function to call with the size of each new tensor.
     """
 
@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gradients: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it makes."""
+        """Run an operation and count the tensors it makes."""
         result = func(*args, **(kwargs or {}))
         if self.recording:
             self.read.update(value.untyped_storage()._cdata for value in tree_iter(args) if isinstance(value, Tensor))
@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return dict(self._sizes)
 
     def mark_gradient(self, parameter: Tensor) -> None:
-        """Count a parameter's gradient as such until it is freed."""
+        """Count a parameter's gradient under ``gradients`` until it is freed."""
         assert parameter.grad is not None
         key = parameter.grad.untyped_storage()._cdata
         if key in self._sizes and key not in self._gradients:
@@ -80,24 +80,24 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def without_memory() -> Iterator[LiveBytes]:
-    """Make tensors with shapes and no memory; yield the count of what they would take."""
+    """Make fake tensors, with shapes but no memory; yield the count of the memory they would take."""
     copies = patch.object(FakeTensor, "__deepcopy__", _copy, create=True)
     with copies, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         yield live
 
 
 def _copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """Copy a tensor without memory, which torch's own deepcopy cannot; layers and averages of weights are made so."""
+    """Copy a fake tensor, which torch's deepcopy cannot do; used to copy layers and average weights."""
     copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
     return memo[id(tensor)]  # type: ignore[no-any-return]
 
 
 def optimizer_bytes(optimizer: Optimizer, live: LiveBytes) -> tuple[dict[Tensor, int], int]:
-    """Return the bytes of each parameter's states, and of what a step holds for a moment, under ``without_memory``.
+    """Return the bytes of each parameter's states and the temporary bytes of a step, under ``without_memory``.
 
     Raises:
-        UsageError: The optimizer cannot step on tensors without memory, and is not one of ours.
+        UsageError: The optimizer cannot step on fake tensors, and is not one of rewurst's.
     """
     held = [live.now]
     if isinstance(optimizer, EightBitOptimizer):
@@ -110,9 +110,9 @@ def optimizer_bytes(optimizer: Optimizer, live: LiveBytes) -> tuple[dict[Tensor,
             held = [live.now]
             live.on_growth = lambda size: held.append(live.now)
             optimizer.step()
-        except Exception as error:  # whatever a foreign optimizer meets
+        except Exception as error:  # any error of a foreign optimizer
             raise UsageError(
-                f"the states of {type(optimizer).__name__} cannot be foreseen ({str(error).splitlines()[0]}): plan "
+                f"the states of {type(optimizer).__name__} cannot be predicted ({str(error).splitlines()[0]}): plan "
                 "with adamw, adamw_8bit, lion, lion_8bit, muon or one of torch.optim"
             ) from error
         finally:

@@ -1,4 +1,4 @@
-"""Build a config's module and data module, and measure a training step of them."""
+"""Build a config's module and data module, and measure one training step."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """A module and one training step of it.
+    """Measurements of a module and one training step.
 
     Attributes:
         weights: Parameters of the module.
         step: Bytes that the step holds.
-        workspace: Bytes that the optimizers' steps hold for a moment.
+        workspace: Bytes that the optimizers' steps hold temporarily.
         optimizers: Class names of the optimizers.
         batch: Names and shapes of the batch's tensors.
-        notes: Assumptions that had to be made.
+        notes: Assumptions that were made.
     """
 
     weights: list[Weight]
@@ -61,15 +61,15 @@ def measure(
 
     Args:
         config: Config with ``model`` and ``data``.
-        micro_batch_size: Samples in the batch.
-        precision: The Trainer's.
-        on_cpu: Whether training is on a CPU, where states in 8 bits are decoded a tensor at a time.
-        every: Recompute every n-th block.
-        narrow: Compute with parameters in bfloat16, as FSDP gathers them under mixed precision.
-        image_size: Side in pixels of the images that latents were made of, if the config does not say.
+        micro_batch_size: Number of samples in the batch.
+        precision: Precision of the Trainer.
+        on_cpu: Whether training is on a CPU, where 8-bit states are decoded one tensor at a time.
+        every: Number n to recompute every n-th block.
+        narrow: Whether parameters are in bfloat16, as FSDP gathers them under mixed precision.
+        image_size: Side in pixels of the images that latents are made from, if the config does not say.
 
     Raises:
-        UsageError: The data module does not describe a batch, or the step cannot be run without memory.
+        UsageError: The data module does not describe a batch, or the step cannot run on fake tensors.
     """
     notes: list[str] = []
     data = instantiate(LightningDataModule, config["data"])
@@ -96,7 +96,7 @@ def measure(
 
 
 def _build(settings: Config, notes: list[str]) -> LightningModule:
-    """Build a module without memory; arguments that would read weights or values are replaced."""
+    """Build a module of fake tensors, replacing arguments that would read weights or values."""
     arguments = dict(settings.get("init_args") or {})
     replaced = getattr(locate(settings["class_path"]), "planning_arguments", {})
     with stand_ins(arguments, notes):
@@ -107,14 +107,14 @@ def _build(settings: Config, notes: list[str]) -> LightningModule:
 
 
 def _example_batch(data: LightningDataModule, micro_batch_size: int, image_size: int | None) -> tuple[Any, bool]:
-    """Return a batch as training sees it, and whether it has images where latents are still to be prepared."""
+    """Return a training batch, and whether it has images because latents are not prepared yet."""
     if isinstance(data, LatentDataModule):
         if image_size is None:
             try:
                 return data.example_batch(micro_batch_size), False
             except UsageError as error:
                 raise UsageError(
-                    f"{error}; until then the config does not say how large images are: give --image_size, such as 512"
+                    f"{error}; until then the image size is unknown: give --image_size, such as 512"
                 ) from error
         data.sizes = [(image_size, image_size)]
         return ImageTextDataModule.example_batch(data, micro_batch_size), True
@@ -124,15 +124,15 @@ def _example_batch(data: LightningDataModule, micro_batch_size: int, image_size:
     if describe is None:
         raise UsageError(
             f"{type(data).__name__} does not describe a batch: add a method example_batch(micro_batch_size) that "
-            "returns one as training_step gets it, with tensors of any values"
+            "returns a batch for training_step, with tensors of any values"
         )
     return describe(micro_batch_size), False
 
 
 def _prepared(module: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the batch that :class:`LatentDataModule` will give when latents of these images are prepared."""
+    """Return the batch that :class:`LatentDataModule` will yield once latents of these images are prepared."""
     if not isinstance(module, TextStage):
-        raise UsageError(f"{type(module).__name__} does not say what latents it needs: prepare them, then plan")
+        raise UsageError(f"{type(module).__name__} does not say which latents it needs: prepare them first, then plan")
     rest = {name: part for name, part in batch.items() if name != "image"}
     with torch.no_grad():
         latents = module.data_of(batch)
@@ -162,8 +162,8 @@ def _weights(module: nn.Module, states: Mapping[Any, int]) -> list[Weight]:
 
 
 def _narrow(module: nn.Module) -> None:
-    """Convert parameters to bfloat16; ``Module.to`` cannot exchange those without memory."""
-    narrowed: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    """Convert parameters to bfloat16; ``Module.to`` cannot replace fake ones."""
+    narrowed: dict[nn.Parameter, nn.Parameter] = {}  # keeps tied parameters tied
     for part in module.modules():
         for name, old in part._parameters.items():
             if old is not None and old.is_floating_point():
@@ -173,14 +173,14 @@ def _narrow(module: nn.Module) -> None:
 
 
 def _decoded(optimizer: Any, states: Mapping[Any, int]) -> int:
-    """Return what bitsandbytes' kernel on the CPU decodes of the largest tensor's states, 20 bytes an element."""
+    """Return the bytes that bitsandbytes' CPU kernel decodes for the largest tensor: 20 per element."""
     if not isinstance(optimizer, EightBitOptimizer):
         return 0
     return 20 * max((parameter.numel() for parameter in states if optimizer.in_8_bits(parameter)), default=0)
 
 
 def _shapes(batch: Any) -> str:
-    """Return the shapes of a batch's tensors in words."""
+    """Return the shapes of a batch's tensors as text."""
     if isinstance(batch, Mapping):
         named = [(f"{name} ", part) for name, part in batch.items()]
     else:

@@ -1,7 +1,7 @@
-"""Run a module's own training step on tensors that have shapes and no memory, and record what it would hold.
+"""Run a module's real training step on fake tensors, and record the memory it would hold.
 
-Lightning's Trainer does the step: forward, backward, and whatever hooks the module has. Only the optimizers' own steps
-are left out, which :func:`.counting.optimizer_bytes` measures.
+Lightning's Trainer runs the step: forward, backward and the module's hooks. The optimizers' own steps are left out;
+:func:`.counting.optimizer_bytes` measures them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .arithmetic import StepBytes
 from .counting import LiveBytes
 
 NOT_THE_MODULE = tuple(str(Path(str(file)).parent) for file in (torch.__file__, lightning.__file__, __file__))
-"""Folders whose code is never the cause of what a step meets."""
+"""Folders whose code is never reported as the cause of a failed step."""
 
 
 class _StepMeasured(Exception):  # noqa: N818  # not an error
-    """Raised to end a run after the step that was measured."""
+    """Raised to end a run after the measured step."""
 
 
 class _StepRecorder(Callback):
-    """Record the peaks of one training step, without the optimizers' own, then end the run."""
+    """Callback that records the peaks of one training step, without optimizer steps, and then ends the run."""
 
     def __init__(self, live: LiveBytes) -> None:
         self.live, self.before = live, live.now
@@ -47,7 +47,7 @@ class _StepRecorder(Callback):
         self._phase = "forward"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to record."""
+        """Start recording."""
         self.optimizers = list(trainer.optimizers)
         for optimizer in self.optimizers:
             optimizer.__dict__["step"] = _only_closure
@@ -82,12 +82,12 @@ class _StepRecorder(Callback):
 
 
 def _only_closure(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-    """Stand in for an optimizer's step, which is measured by itself."""
+    """Replace an optimizer's step, which is measured separately."""
     return None if closure is None else closure()
 
 
 class _OnFakeTensors(SingleDeviceStrategy):
-    """One device, to which nothing is moved: tensors without memory cannot be."""
+    """Single-device strategy that moves nothing, because fake tensors cannot be moved."""
 
     def model_to_device(self) -> None:
         """Leave the module as it is."""
@@ -97,7 +97,7 @@ class _OnFakeTensors(SingleDeviceStrategy):
 
 
 class _OneBatch(LightningDataModule):
-    """A data module with the attributes of the real one, and one batch."""
+    """Data module with the attributes of the real one and a single batch."""
 
     def __init__(self, data: LightningDataModule, batch: Any) -> None:
         super().__init__()
@@ -105,21 +105,21 @@ class _OneBatch(LightningDataModule):
         self._example = batch
 
     def train_dataloader(self) -> Any:
-        """Return the batch in an iterable: a DataLoader would draw a seed, which has no value here."""
+        """Return the batch in an iterable; a DataLoader would draw a seed, which has no value here."""
         return iter([self._example])
 
 
 def measure_step(
     live: LiveBytes, module: LightningModule, data: LightningDataModule, batch: Any, precision: str
 ) -> tuple[StepBytes, list[Optimizer]]:
-    """Run a module's training step once, under :func:`.counting.without_memory`; return its bytes, and the optimizers.
+    """Run a module's training step once under :func:`.counting.without_memory`; return its bytes and the optimizers.
 
     Args:
-        live: Count under which the module was built as well.
+        live: Count under which the module was built.
         module: Module to train, with automatic or manual optimization.
-        data: Data module whose attributes the module may look at.
+        data: Data module whose attributes the module may read.
         batch: Batch as ``training_step`` gets it, with tensors of any values.
-        precision: The Trainer's; the CPU's rules for mixed precision stand for every device's.
+        precision: Precision of the Trainer; the CPU's rules for mixed precision are used for every device.
 
     Raises:
         UsageError: The step needs the values of tensors, or fails.
@@ -134,17 +134,17 @@ def measure_step(
         pass
     except UsageError:
         raise
-    except Exception as error:  # whatever the step of a module meets
+    except Exception as error:  # any error of the module's step
         raise UsageError(_reason(error, type(module).__name__)) from error
     for optimizer in recorder.optimizers:
         del optimizer.__dict__["step"]
     module.zero_grad()
-    beside = sum(there[key] for key in _beside(module, live.read) if key in there)
-    return StepBytes(**recorder.peaks, beside=beside), recorder.optimizers
+    extra = sum(there[key] for key in _extra(module, live.read) if key in there)
+    return StepBytes(**recorder.peaks, extra=extra), recorder.optimizers
 
 
-def _beside(module: LightningModule, read: set[int]) -> set[int]:
-    """Return the storages on a module's device besides parameters: those read, and frozen networks as a whole."""
+def _extra(module: LightningModule, read: set[int]) -> set[int]:
+    """Return the storages on a module's device besides parameters: those read, and whole frozen networks."""
     frozen = [{*_storages(part.module)} for part in vars(module).values() if isinstance(part, Frozen)]
     used = read.union(*(storages for storages in frozen if storages & read))
     buffers = {buffer.untyped_storage()._cdata for buffer in module.buffers()}
@@ -159,7 +159,7 @@ def _trainer(precision: str, recorder: Callback) -> Trainer:
     return Trainer(
         strategy=_OnFakeTensors(device="cpu"),
         accelerator="cpu",
-        precision=precision,  # type: ignore[arg-type]  # checked by whoever read the config
+        precision=precision,  # type: ignore[arg-type]  # already checked
         callbacks=[recorder],
         max_steps=1,
         log_every_n_steps=0,
@@ -174,7 +174,7 @@ def _trainer(precision: str, recorder: Callback) -> Trainer:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Keep the Trainer from talking of a run that is none."""
+    """Silence the Trainer's messages about this run."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -187,14 +187,14 @@ def _quiet_lightning() -> Iterator[None]:
 
 
 def _reason(error: Exception, name: str) -> str:
-    """Say in one line why a step could not be run, and where."""
+    """Return one line that says why and where a step could not be run."""
     frames = reversed(traceback.extract_tb(error.__traceback__))
     places = (f"{frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(NOT_THE_MODULE))
     place = next(places, "unknown place")
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
         return (
-            f"the training step of {name} needs the values of tensors ({error.func}, {place}), which are not known "
-            "before training: leave that out while planning, or compute it without values"
+            f"the training step of {name} needs the values of tensors ({error.func}, {place}), which are unknown "
+            "before training: skip this while planning, or compute it without values"
         )
     text = (str(error).splitlines() or [""])[0]
     return f"the training step of {name} failed on the example batch: {type(error).__name__}: {text} ({place})"

@@ -1,4 +1,4 @@
-"""Build what a module loads from files without reading weights, and without the files if they are missing."""
+"""Build the networks that a module loads from files without reading weights, even if the files are missing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CLIP_LAYERS = {768: 12, 1024: 24, 1280: 32}
 
 @contextmanager
 def stand_ins(model: Mapping[str, Any], notes: list[str]) -> Iterator[None]:
-    """Build networks from the arguments that files hold; assume the paper's if a file is missing.
+    """Build networks from the arguments stored in files; assume the paper's if a file is missing.
 
     Args:
-        model: Arguments of the module that is built within, which say how wide a missing text encoder is.
+        model: Arguments of the module built in this context, which give the width of a missing text encoder.
         notes: List to which assumptions are added.
     """
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def stand_ins(model: Mapping[str, Any], notes: list[str]) -> Iterator[None]:
 
     def network(kind: type[Network], path: str, dtype: torch.dtype | None = None) -> Network:
         if Path(path).exists():
-            with unset_fake_temporarily():  # its tensors are checked, then let go
+            with unset_fake_temporarily():  # its tensors are checked, then dropped
                 config = load(kind, path).config
             return kind.from_config(config)
         notes.append(f"{path} is missing: its {kind.__name__} is assumed to be the paper's")
@@ -65,7 +65,7 @@ def stand_ins(model: Mapping[str, Any], notes: list[str]) -> Iterator[None]:
 
 @contextmanager
 def rows_of_one_sequence() -> Iterator[None]:
-    """Have transformers make no mask, as for real rows: it takes positions without values for packed sequences."""
+    """Keep transformers from making a mask: it takes positions without values for packed sequences."""
     from transformers import masking_utils
 
     with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
@@ -73,7 +73,7 @@ def rows_of_one_sequence() -> Iterator[None]:
 
 
 def _learner(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the network that is trained between frozen ones, nothing if there is none."""
+    """Return the arguments of the network that is trained between frozen ones; empty if there is none."""
     learners: tuple[tuple[str, type[Network]], ...] = (("prior", Prior), ("unet", StageBUNet))
     for name, kind in learners:
         if name in model:
@@ -84,26 +84,26 @@ def _learner(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fitting(kind: type[Network], model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the channels that a missing network must have to fit the one that is trained."""
+    """Return the channels that a missing network must have to fit the trained one."""
     channels = {"SemanticCompressor": "c_latent", "VQGAN": "latent_channels"}.get(kind.__name__)
     learner = _learner(model)
     return {channels: learner["c_in"]} if channels and learner else {}
 
 
 def _text_width(model: Mapping[str, Any]) -> int:
-    """Return the width of the text states that a module's network is built for."""
+    """Return the width of the text states that a module's network expects."""
     learner = _learner(model)
     if not learner:
-        raise UsageError("the text encoder is not in a local folder, and no network says how wide it is: give a folder")
+        raise UsageError("the text encoder is not in a local folder, and no network tells its width: give a folder")
     return int(learner.get("clip_embd", learner["c_cond"]))
 
 
 def _clip(width: int, notes: list[str]) -> TextEncoder:
-    """Return a CLIP text model of a width, with a tokenizer that knows no words."""
+    """Return a CLIP text model of the given width with a dummy tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     if width not in CLIP_LAYERS:
-        notes.append(f"the text encoder of width {width} is not one of CLIP's: it is assumed to have 12 layers")
+        notes.append(f"the text encoder of width {width} is not one of CLIP's: assuming 12 layers")
     heads = max(1, width // 64)
     config = CLIPTextConfig(
         hidden_size=width,
@@ -115,10 +115,10 @@ def _clip(width: int, notes: list[str]) -> TextEncoder:
 
 
 class _NoWords:
-    """A tokenizer that makes a full row of one token of any text."""
+    """Tokenizer that turns any text into a full row of one token."""
 
     model_max_length = 77
 
     def __call__(self, texts: Sequence[str], **options: Any) -> SimpleNamespace:
-        """Return rows of tokens, nothing of them padding."""
+        """Return rows of tokens without padding."""
         return SimpleNamespace(**{name: [[1] * 77] * len(texts) for name in ("input_ids", "attention_mask")})

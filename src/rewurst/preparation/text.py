@@ -51,6 +51,7 @@ def prepare_text(
     ray_address: str | None = None,
     progress: bool = True,
     end_token: str | None = None,
+    prompt_field: str | None = None,
 ) -> dict[str, TokenIndex]:
     """Tokenize sources into ``out/train`` and, with ``held_out`` above 0, ``out/val``.
 
@@ -82,6 +83,8 @@ def prepare_text(
         progress: Whether to show progress bars on stderr.
         end_token: Token after each document, as text (default: the tokenizer's end token, or, if that ends the turns
             of a chat, the token that ends documents).
+        prompt_field: Field of .jsonl and .json with a prompt: the document begins with it, and its tokens are read
+            but not predicted.
 
     Returns:
         The index of each side: ``train``, and ``val`` where something is held out.
@@ -109,12 +112,27 @@ def prepare_text(
             sources=tuple(sources),
             rows_per_shard=rows_per_shard,
             begin_tokens=read_tokenizer.begin_tokens,
+            masks=prompt_field is not None,
         )
         target = Target.for_engine(engine, out)
         job = TextJob(
-            target, layout, sides, held_out, text_field, read_tokenizer.json, separator, max_corrupt, max_unknown
+            target,
+            layout,
+            sides,
+            held_out,
+            text_field,
+            read_tokenizer.json,
+            separator,
+            max_corrupt,
+            max_unknown,
+            prompt_field,
         )
-        plan = {"held_out": held_out, "text_field": text_field, "document_separator": separator}
+        plan = {
+            "held_out": held_out,
+            "text_field": text_field,
+            "document_separator": separator,
+            "prompt_field": prompt_field,
+        }
         begin(target, {**vars(layout), **plan}, CORPUS_LAYOUT, overwrite)
         if engine == "ray":
             files = [file if file.kind == "builtin" else replace(file, name=everywhere(file.name)) for file in files]

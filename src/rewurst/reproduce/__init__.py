@@ -1,1 +1,1 @@
-"""The papers' experiments again, at a scale of one's own: runs, claims tested against the seeds' spread, a report."""
+"""Reproduce the papers' experiments at a chosen scale: run them, test the claims over several seeds, write a report."""

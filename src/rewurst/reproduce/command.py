@@ -1,4 +1,4 @@
-"""``rewurst reproduce``: the papers' experiments on this machine, and a report of which claims held."""
+"""``rewurst reproduce``: run the papers' experiments on this machine and report which claims held."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def continual(
 ) -> None:
     """Run the experiments of Gupta et al. 2023 and Ibrahim et al. 2024, and report which claims held.
 
-    Stopped or killed, the same command resumes.
+    If stopped or killed, run the same command again to resume.
 
     Args:
         out: Folder for data, runs and report.
         scale: Size of models and data.
-        seeds: Number of runs of everything, each with another seed.
+        seeds: Number of seeds; every experiment is run with each.
         jobs: Runs at a time (default: one per core at tiny, else 1).
         old: Sources of the corpus learned first (default: the scale's own).
         new: Sources of the corpus learned next.
         tokenizer: Folder or hub name of a tokenizer (default: one is trained on both corpora).
-        report_only: Write the report of the runs that are there.
+        report_only: Write the report of the finished runs, and run nothing.
     """
     from .continual.scales import SCALES
     from .continual.study import Options, reproduce
@@ -60,11 +60,11 @@ def wuerstchen(
 ) -> None:
     """Compare the cascade of Pernias et al. 2024 with a single stage at equal training FLOPs.
 
-    Stopped or killed, the same command resumes.
+    If stopped or killed, run the same command again to resume.
 
     Args:
         out: Folder for data, runs and report.
-        seeds: Number of runs of everything, each with another seed.
+        seeds: Number of seeds; every experiment is run with each.
         jobs: Runs at a time.
         data: Indexed shards of captioned images (default: drawn shapes).
         val: Indexed shards of captioned images for validation.
@@ -72,8 +72,8 @@ def wuerstchen(
         tokenizer: Folder of a tokenizer of captions (default: one is trained on them).
         inception: File with torch-fidelity's Inception weights, for FID of given data.
         prompts: Number of pictures judged per validation corpus.
-        recipes: Folder with stage_{a,b,c}.yaml and single_stage.yaml.
-        report_only: Write the report of the runs that are there.
+        recipes: Folder with stage_{a,b,c}.yaml and single_stage.yaml (default: the built-in ones).
+        report_only: Write the report of the finished runs, and run nothing.
     """
     from .wuerstchen.study import Options, reproduce
 

@@ -1,4 +1,4 @@
-"""Configs for ``rewurst fit`` as plain data: read, combined, written."""
+"""Read, merge and write configs for ``rewurst fit`` as plain data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(path: Path) -> Config:
 
 
 def merge(under: Config, over: Config) -> Config:
-    """Merge one config into another and change neither; ``key+`` appends to a list, as on the command line."""
+    """Return ``over`` merged into ``under``; ``key+`` appends to a list, as on the command line."""
     result = copy.deepcopy(under)
     for key, value in copy.deepcopy(over).items():
         if key.endswith("+"):
@@ -33,12 +33,12 @@ def merge(under: Config, over: Config) -> Config:
 
 
 def named(class_path: str, **arguments: Any) -> Config:
-    """Return a class and its arguments in the form that configs have."""
+    """Return a class and its arguments in the form used in configs."""
     return {"class_path": class_path, "init_args": arguments}
 
 
 def write_config(folder: Path, config: Config) -> Path:
-    """Write a run's config into its folder, whole or not at all, and return its path."""
+    """Write a run's config into its folder atomically, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     write_atomically(path, f"# rewurst fit --config {path}\n{yaml.safe_dump(config, sort_keys=False)}")

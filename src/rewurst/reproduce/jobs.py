@@ -1,4 +1,4 @@
-"""A study's processes, and the results that they leave."""
+"""Jobs of a study and their results."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run of ``rewurst fit``.
+    """Job that is a run of ``rewurst fit``.
 
     Args:
         kind: Name among the jobs of a seed.
         seed: Seed of the initial weights and of the order of the data.
-        key: Hash of everything that decides the outcome, the needed jobs included.
-        folder: Folder that it writes to.
-        own_steps: Steps of its own; 1 for a task.
-        needs: Jobs that must end before it begins.
-        config: Config of the run, empty for a task.
-        start: Steps that were done when it begins.
+        key: Hash of everything that decides the outcome, including the needed jobs.
+        folder: Output folder.
+        own_steps: Number of own steps; 1 for a task.
+        needs: Jobs that must end before this one begins.
+        config: Config of the run; empty for a task.
+        start: Absolute step at which it begins.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def name(self) -> Name:
-        """Kind and seed."""
+        """Kind and seed of this job."""
         return self.kind, self.seed
 
     @property
@@ -58,17 +58,17 @@ class Job:
         return ["-m", "rewurst.train", "fit", "--config", str(write_config(self.folder, self.config))]
 
     def steps_done(self) -> int:
-        """Return how many of its own steps it has saved."""
+        """Return the number of own steps in its newest checkpoint."""
         return max(0, saved_steps(self.folder) - self.start)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished job.
+    """Result of a finished job.
 
     Args:
         key: Key of the job.
-        seconds: Wall-clock time of the process that finished it.
+        seconds: Wall-clock time of its last process.
     """
 
     key: str
@@ -76,7 +76,7 @@ class Result:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        """Build a result from what ``result.json`` holds."""
+        """Build a result from the content of ``result.json``."""
         return cls(**content)
 
     def summary(self) -> str:
@@ -89,18 +89,18 @@ R = TypeVar("R", bound=Result)
 
 
 class Ledger(ABC, Generic[J, R]):
-    """Results of jobs, stored next to what they logged, so that nothing is read twice."""
+    """Ledger of jobs' results, stored next to their logs so that nothing is read twice."""
 
     result: ClassVar[type[Result]]
 
     def load(self, job: J) -> R | None:
-        """Return a job's result if it has one."""
+        """Return a job's stored result; None if there is none."""
         path = job.folder / RESULT
         content = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
         return self._made(content) if content.get("key") == job.key else None
 
     def keep(self, job: J, results: Mapping[Name, R], seconds: float) -> R | None:
-        """Read and store what a process wrote.
+        """Read and store the result of a process.
 
         Args:
             job: Job of the process.
@@ -108,7 +108,7 @@ class Ledger(ABC, Generic[J, R]):
             seconds: Wall-clock time of the process.
 
         Returns:
-            The result, or None if the job has not come to its end.
+            The result; None if the job has not finished.
         """
         values = self.read(job, results)
         if values is None:
@@ -119,7 +119,7 @@ class Ledger(ABC, Generic[J, R]):
 
     @abstractmethod
     def read(self, job: J, results: Mapping[Name, R]) -> dict[str, Any] | None:
-        """Return the fields of a job's result, or None if the job has not come to its end."""
+        """Return the fields of a job's result; None if the job has not finished."""
 
     def _made(self, content: dict[str, Any]) -> R:
         made: R = self.result.from_json(content)  # type: ignore[assignment]

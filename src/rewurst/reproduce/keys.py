@@ -1,4 +1,4 @@
-"""Keys of jobs: hashes of what decides an outcome, so that finished work is found again and never confused."""
+"""Compute keys of jobs: hashes of what decides the outcome, to find finished work without confusing it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def deciding(trainer: Config, callbacks: Sequence[str]) -> Config:
 
     Args:
         trainer: All settings.
-        callbacks: Class paths of the callbacks that decide it; others only log and save.
+        callbacks: Class paths of the callbacks that affect the outcome; others only log and save.
     """
     settings = {
         name: value for name, value in trainer.items() if name not in _WITHOUT_EFFECT and not name.startswith("enable_")
@@ -38,12 +38,12 @@ def deciding(trainer: Config, callbacks: Sequence[str]) -> Config:
 
 
 def digest(content: Any) -> str:
-    """Return the SHA-256 of anything that JSON can hold."""
+    """Return the SHA-256 of any JSON content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(path: str) -> str:
-    """Return the hash of a corpus's index, which has those of its shards: wherever its folder is.
+    """Return the hash of a corpus's index, which contains those of its shards; the path does not matter.
 
     Raises:
         UsageError: The folder has no index.

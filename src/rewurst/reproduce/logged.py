@@ -1,4 +1,4 @@
-"""Files that a run leaves in its folder: TensorBoard's scalars and the steps of its checkpoints."""
+"""Read a run's TensorBoard scalars and the steps of its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _STEP = re.compile(r"step=(\d+)")
 
 
 def saved_steps(folder: Path) -> int:
-    """Return the latest step that a checkpoint under a folder is named after, 0 without any."""
+    """Return the latest step in the names of checkpoints under a folder; 0 if there are none."""
     steps = [int(match[1]) for path in folder.rglob("*.ckpt") if (match := _STEP.search(path.name))]
     return max(steps, default=0)
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """Return a tag's scalars over all versions of a run as (logged step, value), the latest of each step."""
+    """Return a tag's scalars over all versions of a run as (logged step, value), the latest value per step."""
     values: dict[int, float] = {}
     for events in versions(folder):
         values.update(events.get(tag, []))  # a resumed run repeats steps
@@ -24,7 +24,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def versions(folder: Path) -> list[Events]:
-    """Return the scalars of each process of a run by tag, the first process first."""
+    """Return the scalars by tag of each process of a run, in order."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = []

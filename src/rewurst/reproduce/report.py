@@ -1,4 +1,4 @@
-"""``report.md`` and ``report.json`` of a study."""
+"""Write ``report.md`` and ``report.json`` of a study."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .verdicts import Row
 
 VERDICTS = """\
 A claim is **held** if the 90 % interval of its mean over the seeds (Student's t) is within the bound, **not held** if
-it is outside, and **undecided** if it reaches across, or with a single seed."""
+it is outside, and **undecided** if it contains the bound or there is only one seed."""
 
 
 def write(out: Path, content: Row, lines: Iterable[str]) -> None:
@@ -22,7 +22,7 @@ def write(out: Path, content: Row, lines: Iterable[str]) -> None:
 
     Args:
         out: Folder of the study.
-        content: What ``report.json`` holds.
+        content: Content of ``report.json``.
         lines: Lines of ``report.md``.
     """
     write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -35,7 +35,7 @@ def hours(results: Mapping[Name, Result]) -> float:
 
 
 def machine() -> str:
-    """Return the cores and the version of Python, in words."""
+    """Return the number of cores and the version of Python as text."""
     return f"{os.cpu_count()} cores, Python {platform.python_version()}"
 
 

@@ -1,8 +1,8 @@
-"""Runs jobs as processes, as many at a time as asked for, and goes on where it was stopped.
+"""Run jobs as processes, several at a time, and resume where a run was stopped.
 
-A job with a result is not run again. One that was stopped goes on from its newest checkpoint, which ``rewurst fit``
-does by itself. A lock, which the process of a job inherits, keeps two from writing the same run: also where the runner
-was killed and left its processes behind, or where two runners share a folder.
+A job with a result is not run again. A stopped job resumes from its newest checkpoint through ``rewurst fit``. A lock,
+which the job's process inherits, keeps two processes from writing the same run, even if a killed runner left its
+processes behind or two runners share a folder.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SAVING_SECONDS = 120.0
 _LOG_LINES = 15
 
 
-class Stopped(Exception):  # noqa: N818  # no error
-    """The runner was asked to stop; its processes have saved."""
+class Stopped(Exception):  # noqa: N818  # not an error
+    """Raised when the runner was asked to stop and its processes have saved."""
 
 
 @dataclass
 class Attempt(Generic[J]):
-    """A job that is under way: by this runner, or (``process`` none) by another that holds its lock."""
+    """A running job, started by this runner or, if ``process`` is None, by another one that holds its lock."""
 
     job: J
     process: subprocess.Popen[bytes] | None = None
@@ -45,13 +45,13 @@ class Attempt(Generic[J]):
 
 @dataclass
 class Runner(Generic[J, R]):
-    """Brings jobs to their ends.
+    """Runner that finishes jobs.
 
     Args:
-        jobs: In the order in which they begin; each after those that it needs.
-        ledger: Knows what came of them.
-        at_once: Processes at a time.
-        finished: Called with all results after every job that came to its end.
+        jobs: Jobs in the order in which to start them, each after those that it needs.
+        ledger: Ledger of their results.
+        at_once: Number of processes at a time.
+        finished: Function called with all results after each finished job.
     """
 
     jobs: Sequence[J]
@@ -62,10 +62,10 @@ class Runner(Generic[J, R]):
     failures: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> dict[Name, R]:
-        """Runs what has no result yet.
+        """Run all jobs without a result.
 
         Raises:
-            Stopped: By SIGTERM, SIGINT or Ctrl-C.
+            Stopped: The runner got SIGTERM, SIGINT or Ctrl-C.
         """
         self.results |= results_of(self.jobs, self.ledger)
         waiting = [job for job in self.jobs if job.name not in self.results]
@@ -86,12 +86,12 @@ class Runner(Generic[J, R]):
         return self.results
 
     def _start(self, waiting: list[J], going: list[Attempt[J]]) -> list[J]:
-        """Starts what can be started; returns what waits on."""
+        """Start the jobs that can run; return those that still wait."""
         left = []
         for job in waiting:
             failed = [other.label for other in job.needs if other.label in self.failures]
             if failed:
-                self.failures[job.label] = f"it needs {failed[0]}, which failed"
+                self.failures[job.label] = f"needs {failed[0]}, which failed"
             elif len(going) >= self.at_once or any(other.name not in self.results for other in job.needs):
                 left.append(job)
             else:
@@ -99,17 +99,17 @@ class Runner(Generic[J, R]):
         return left
 
     def _settle(self, attempt: Attempt[J], bar: Any) -> bool:
-        """Whether an attempt is over; its result, or what went wrong, is taken note of."""
+        """Return whether an attempt is over, and record its result or failure."""
         job = attempt.job
         if attempt.process is None and self.ledger.load(job) is None:
-            attempt.process = launch(job, self.at_once)  # none while another runner is still at it
+            attempt.process = launch(job, self.at_once)  # None while another runner still runs it
             return False
         status = attempt.process.poll() if attempt.process else 0
         if status is None:
             return False
         result = self.ledger.load(job) or self.ledger.keep(job, self.results, time.monotonic() - attempt.began)
         if result is None:
-            what = f"exit status {status}" if status else "it stopped before its end"
+            what = f"exit status {status}" if status else "stopped before the end"
             self.failures[job.label] = f"{what}; {job.folder / 'log.txt'} ends with: {_tail(job.folder / 'log.txt')}"
             bar.write(f"{job.label} failed: {what}", file=sys.stderr)
         else:
@@ -123,7 +123,7 @@ class Runner(Generic[J, R]):
         now = done + sum(attempt.job.steps_done() for attempt in going)
         under_way = ", ".join(attempt.job.label for attempt in going)
         if (now, under_way) == (bar.n, bar.postfix) and not sys.stderr.isatty():
-            return  # a log has a line for what changed
+            return  # write a line to a log only if something changed
         bar.n = now
         bar.set_description(f"{len(self.results)} of {len(self.jobs)} runs", refresh=False)
         bar.set_postfix_str(under_way, refresh=False)
@@ -133,16 +133,16 @@ class Runner(Generic[J, R]):
 def bring_to_end(
     runner: Runner[J, R], report: Callable[[dict[Name, R]], None], report_only: bool, what: str = "runs"
 ) -> dict[Name, R]:
-    """Run what has no result yet and write the report, also when it is stopped.
+    """Run all jobs without a result and write the report, even when stopped.
 
     Args:
         runner: Jobs and their ledger.
-        report: Function that writes the report of the results that are there.
-        report_only: Run nothing.
+        report: Function that writes the report of the results so far.
+        report_only: Whether to run nothing.
         what: Name of the jobs in messages.
 
     Raises:
-        UsageError: It was stopped, or jobs failed; the report is written without them.
+        UsageError: The runner was stopped, or jobs failed; the report is written without them.
     """
     if report_only:
         results = results_of(runner.jobs, runner.ledger)
@@ -162,13 +162,13 @@ def bring_to_end(
 
 
 def results_of(jobs: Sequence[J], ledger: Ledger[J, R]) -> dict[Name, R]:
-    """The results that are there."""
+    """Return the results of finished jobs."""
     found = {job.name: ledger.load(job) for job in jobs}
     return {name: result for name, result in found.items() if result is not None}
 
 
 def launch(job: Job, at_once: int) -> subprocess.Popen[bytes] | None:
-    """Starts a job's process; none where another holds its lock."""
+    """Start a job's process; return None if another process holds its lock."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / "lock").open("a") as lock, (job.folder / "log.txt").open("ab") as log:
         if not _take(lock):
@@ -176,12 +176,12 @@ def launch(job: Job, at_once: int) -> subprocess.Popen[bytes] | None:
         threads = str(max(1, (os.cpu_count() or 1) // at_once))
         command = [sys.executable, *job.command()]
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
-        # A session of its own: Ctrl-C reaches the runner, which asks the processes to save.
+        # A separate session: Ctrl-C reaches only the runner, which asks the processes to save.
         process = subprocess.Popen(
             command, stdout=log, stderr=log, pass_fds=[lock.fileno()], start_new_session=True, env=environment
         )
         lock.truncate(0)
-        lock.write(f"{process.pid}\n")  # for whoever wants to know who holds it
+        lock.write(f"{process.pid}\n")  # tells users which process holds the lock
         return process
 
 
@@ -194,7 +194,7 @@ def _take(lock: IO[str]) -> bool:
 
 
 def _stop(going: Sequence[Attempt[Any]]) -> None:
-    """Asks processes to save and end, and waits for them."""
+    """Ask processes to save and end, and wait for them."""
     processes = [attempt.process for attempt in going if attempt.process is not None]
     for process in processes:
         process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Whether a claim holds, from the values that the seeds gave: an interval against a bound, nothing else."""
+"""Decide from the seeds' values whether a claim holds, by comparing an interval with a bound."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, Generic, Literal, TypeVar
 
 Verdict = Literal["held", "not held", "undecided"]
 
-# 95 % quantiles of Student's t by degrees of freedom, from 1 on: two-sided intervals of 90 %.
+# 95 % quantiles of Student's t by degrees of freedom from 1 on, for two-sided intervals of 90 %.
 _T = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753)
 _T_LARGE = 1.75
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim's measure over the seeds.
+    """Result of a claim over the seeds.
 
     Args:
-        mean: Mean over the seeds, None without any.
-        spread: Standard deviation over the seeds (n - 1), None with fewer than two.
-        margin: Half the width of the 90 % interval of the mean, None with fewer than two.
+        mean: Mean over the seeds; None without seeds.
+        spread: Standard deviation over the seeds (n - 1); None with fewer than two.
+        margin: Half the width of the 90 % interval of the mean; None with fewer than two.
         seeds: Number of seeds.
-        verdict: Whether the whole interval is on the claim's side of the bound, on the other, or on both.
+        verdict: Verdict by the side of the bound on which the interval is, undecided if on both.
     """
 
     mean: float | None
@@ -65,17 +65,17 @@ E = TypeVar("E")
 
 
 class NotMeasurable(Exception):  # noqa: N818  # not an error
-    """A run has not ended, or the number makes no sense with these results."""
+    """Raised if a run has not finished, or if the results do not define the number."""
 
 
 @dataclass(frozen=True)
 class Claim(Generic[E]):
-    """A claim of a paper: one number per seed, and a bound that was fixed before anything was run.
+    """Claim of a paper: one number per seed, and a bound that was fixed before any run.
 
     Args:
-        claim: What is claimed.
-        quantity: What the number is, with its unit.
-        paper: What the paper found.
+        claim: Text of the claim.
+        quantity: Description of the number, with its unit.
+        paper: Result of the paper.
         measure: Function that returns the number of a seed's evidence, or raises NotMeasurable.
         at_least: Lowest number with which the claim holds.
         at_most: Highest number with which the claim holds.
@@ -90,20 +90,20 @@ class Claim(Generic[E]):
 
     @property
     def bound(self) -> str:
-        """The bound in words."""
+        """The bound as text."""
         given = {"at least": self.at_least, "at most": self.at_most}
         return " and ".join(f"{side} {value:g}" for side, value in given.items() if value is not None)
 
     def judged(self, seeds: Iterable[E]) -> Judged:
-        """Judge the seeds whose runs have ended."""
+        """Judge the seeds whose runs have finished."""
         values = []
         for seed in seeds:
-            with suppress(NotMeasurable):  # the report says how many seeds a claim has
+            with suppress(NotMeasurable):  # the report shows the number of seeds
                 values.append(self.measure(seed))
         return judge(values, self.at_least, self.at_most)
 
     def row(self, seeds: Iterable[E]) -> Row:
-        """Return the claim and its verdict as ``report.json`` holds them."""
+        """Return the claim and its verdict as in ``report.json``."""
         judged = self.judged(seeds)
         return {
             "claim": self.claim,

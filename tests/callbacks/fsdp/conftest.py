@@ -1,4 +1,4 @@
-"""What several tests of callbacks share."""
+"""Fixtures that several tests of FSDP share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from process_pool import Pool
 
 @pytest.fixture(scope="package")
 def pool() -> Iterator[Pool]:
-    """Four processes that stay."""
+    """Start four processes that stay alive."""
     pool = Pool()
     yield pool
     pool.close()

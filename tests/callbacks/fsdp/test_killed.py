@@ -1,4 +1,4 @@
-"""kill -9 of a sharded run within a save: the checkpoint before is chosen, and the same command again goes on."""
+"""A sharded run killed during a save resumes from the previous checkpoint with the same command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 32
 
 @pytest.fixture
 def command(write_corpus: Callable[..., str], tmp_path: Path) -> Callable[[str], list[str]]:
-    """The command of a run of two sharding processes with dropout, averaged weights and frequent checkpoints."""
+    """Return the command of a run of two sharding processes with dropout, averaged weights and frequent checkpoints."""
     code = write_corpus("code", 60)
 
     def write(name: str) -> list[str]:
@@ -69,7 +69,7 @@ def lines(folder: Path) -> list[str]:
 
 
 def begin(pool: Pool, args: list[str], reached: Callable[[], bool]) -> list[int]:
-    """Begins a run of two processes, waits until something has happened, and says which processes they are."""
+    """Start a run of two processes, wait until a condition holds, and return their ids."""
     processes = pool.pids(2)
     pool.start("command_line", 2, args=args)
     end = time.monotonic() + DEADLINE_SECONDS
@@ -80,13 +80,13 @@ def begin(pool: Pool, args: list[str], reached: Callable[[], bool]) -> list[int]
 
 
 def kill_within_a_save(pool: Pool, args: list[str], folder: Path, batches: int) -> None:
-    """Runs until so many batches are done and a save is under way, and kills both processes then."""
+    """Run until the given batch, and kill both processes during the next save."""
     wanted = len(lines(folder)) + batches
     processes = begin(pool, args, lambda: len(lines(folder)) >= wanted and any(folder.rglob(".*.tmp")))
-    for kill in (signal.SIGSTOP, signal.SIGKILL):  # at one moment: none sees the other go, and answers that it failed
+    for kill in (signal.SIGSTOP, signal.SIGKILL):  # at the same moment, so that none reports the other's failure
         for process in processes:
             os.kill(process, kill)
-    assert pool.pids(2) != processes  # when others have taken their places they are gone
+    assert pool.pids(2) != processes  # they are gone when others have taken their places
 
 
 def test_killed_within_five_saves(pool: Pool, command: Callable[[str], list[str]], tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_killed_within_five_saves(pool: Pool, command: Callable[[str], list[str]
         assert steps == sorted(steps)
     before = lines(folder)
     assert pool.run("command_line", 2, args=args) == 0
-    assert len(lines(folder)) - len(before) == 2 * (STEPS - steps[-1]), "it went on from the newest whole checkpoint"
+    assert len(lines(folder)) - len(before) == 2 * (STEPS - steps[-1]), "it resumed from the newest complete checkpoint"
     assert set(lines(folder)) == set(lines(tmp_path / "whole")), "the losses of the run that was never killed"
     assert not list(folder.rglob(".*.tmp")), "what killed saves have left is removed"
 

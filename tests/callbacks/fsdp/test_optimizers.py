@@ -1,4 +1,4 @@
-"""Optimizers with 8-bit states in real processes: sharded, replicated, alone, and on from each other's checkpoints."""
+"""8-bit optimizers in real processes: sharded, replicated, single, and resuming from each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from process_pool import Pool
 from token_corpora import write_tokens
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
-IN_8_BITS = 2 * 4 + 1  # four matrices a block and the head; the embedding has as many elements as the head
+IN_8_BITS = 2 * 4 + 1  # four matrices per block and the head; the embedding has as many elements as the head
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Tokens of which each follows from the one before: losses fall."""
+    """Write tokens that each follow from the one before, so that losses fall."""
     folder = tmp_path_factory.mktemp("fsdp_8bit")
     for seed, name in enumerate(("code", "prose")):
         draw = np.random.default_rng(seed)
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def in_8_bits(pool: Pool, folder: str) -> dict[str, Any]:
-    """A run of two processes with 8-bit AdamW."""
+    """Run two processes with 8-bit AdamW."""
     own = {"folder": folder, "settings": WIDE, "optimizer": "adamw_8bit", "average": False}
     return {"own": own, **pool.run("run", 2, name="in_8_bits", steps=12, **own)}
 
@@ -47,17 +47,19 @@ def test_losses_are_near_those_of_one_process(
     alone = pool.run("losses", 1, strategy="auto", **same)["losses"]
     for world_size, strategy in layouts:
         losses = pool.run("losses", world_size, strategy=strategy, **same)["losses"]
-        exact = strategy == "ddp" or not optimizer.endswith("8bit")  # else blocks of 256 elements fall elsewhere
+        exact = strategy == "ddp" or not optimizer.endswith(
+            "8bit"
+        )  # otherwise the boundaries of blocks of 256 elements move
         np.testing.assert_allclose(losses, alone, rtol=1e-5 if exact else 0.01, err_msg=f"{strategy} {world_size}")
 
 
-def test_8_bit_states_outlive_the_number_of_processes(pool: Pool, in_8_bits: dict[str, Any]) -> None:
+def test_8_bit_states_resume_on_another_number_of_processes(pool: Pool, in_8_bits: dict[str, Any]) -> None:
     own, losses = in_8_bits["own"], in_8_bits["losses"]
     assert in_8_bits["in_8_bits"] == IN_8_BITS
     assert losses[-1] < 0.9 * losses[0]
     first = f"{own['folder']}/in_8_bits/step=4.ckpt"
     again = pool.run("run", 2, name="again_8", steps=12, resume=first, **own)
-    assert again["losses"] == losses[4:]  # to the bit: blocks are where they were
+    assert again["losses"] == losses[4:]  # bit for bit, because blocks are unchanged
     one = pool.run("run", 1, name="one_8", steps=8, resume=first, **own)
     np.testing.assert_allclose(one["losses"], losses[4:8], rtol=0.01)
     two = pool.run("run", 2, name="two_8", steps=12, resume=f"{own['folder']}/one_8/step=8.ckpt", **own)
@@ -65,7 +67,7 @@ def test_8_bit_states_outlive_the_number_of_processes(pool: Pool, in_8_bits: dic
     assert (two["counts"], two["in_8_bits"]) == ([12.0], IN_8_BITS)
 
 
-def test_8_bit_states_go_on_in_32_bits_and_without_sharding(pool: Pool, in_8_bits: dict[str, Any]) -> None:
+def test_8_bit_states_resume_in_32_bits_and_without_sharding(pool: Pool, in_8_bits: dict[str, Any]) -> None:
     own, losses = in_8_bits["own"], in_8_bits["losses"]
     in_32 = own | {"optimizer": "adamw"}
     first = f"{own['folder']}/in_8_bits/step=4.ckpt"
@@ -95,7 +97,7 @@ def test_another_optimizers_states_are_refused(pool: Pool, in_8_bits: dict[str, 
     assert "keeps exp_avg and exp_avg_sq of a parameter and Lion8bit exp_avg: keep the optimizer" in answer["usage"]
 
 
-def test_muons_states_outlive_the_number_of_processes(pool: Pool, folder: str) -> None:
+def test_muons_states_resume_on_another_number_of_processes(pool: Pool, folder: str) -> None:
     own: dict[str, Any] = {"folder": folder, "settings": WIDE, "optimizer": "muon", "average": False}
     losses = pool.run("run", 2, name="muon", steps=12, **own)["losses"]
     assert losses[-1] < 0.9 * losses[0]

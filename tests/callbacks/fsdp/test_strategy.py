@@ -1,4 +1,4 @@
-"""FSDP in real processes: the losses of one process, whatever is sharded how."""
+"""FSDP in real processes gives the losses of one process for every kind of sharding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "shard_your_own.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Tokens for language models; what Stages B and C need of each other."""
+    """Write tokens for language models, and the checkpoints that Stages B and C need."""
     folder = tmp_path_factory.mktemp("fsdp")
     for seed, name in enumerate(("code", "prose")):
         tokens = np.random.default_rng(seed).integers(64, size=200 * 8 + 1)
@@ -59,7 +59,7 @@ def test_losses_equal_one_process(pool: Pool, folder: str, module: str) -> None:
             assert result["sharded"] == result["parameters"] - 2 * (module == "foreign")
 
 
-def test_a_prior_goes_on_at_other_numbers_of_processes(pool: Pool, folder: str) -> None:
+def test_a_prior_resumes_on_other_numbers_of_processes(pool: Pool, folder: str) -> None:
     same = {"module": "stage_c", "folder": folder}
     whole = pool.run("losses", 4, **same, steps=9, save="whole_prior")["losses"]
     third = f"{folder}/whole_prior/step=3.ckpt"
@@ -112,7 +112,7 @@ def test_losses_with_options(pool: Pool, folder: str, options: dict[str, Any]) -
 
 @pytest.fixture(scope="module")
 def whole(pool: Pool, folder: str) -> dict[str, Any]:
-    """A run of four processes that was never stopped, with its checkpoints of steps 4, 8 and 12."""
+    """Run four processes without a stop, with checkpoints at steps 4, 8 and 12."""
     return {"folder": folder, **pool.run("run", 4, folder=folder, name="whole", steps=12)}
 
 
@@ -179,7 +179,7 @@ def test_checkpoints_of_every_kind(pool: Pool, whole: dict[str, Any], tmp_path: 
     assert "optimizer_states" in describe_checkpoint(kinds / "last.ckpt")
     tied = {"tie_word_embeddings": True}
     answer = pool.run("run", 2, folder=folder, name="no", steps=8, resume=str(weights), settings=tied)
-    assert "holds weights only" in answer["usage"]
+    assert "contains only weights" in answer["usage"]
     check_exports(kinds / "last.ckpt", gathered, tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_a_module_built_on_rank_zero_is_what_it_would_have_been(pool: Pool, hybr
     assert result["empty"] == 0
 
 
-def test_nobody_built_it(pool: Pool) -> None:
+def test_a_module_that_no_process_built(pool: Pool) -> None:
     assert "nobody knows the values of" in pool.run("built_on_rank_zero", 2, nobody=True)["usage"]
 
 
@@ -244,7 +244,7 @@ def test_foreign_objects_are_not_unpickled(whole: dict[str, Any], tmp_path: Path
     (folder / ".metadata").write_bytes(pickle.dumps(Path.unlink))
     with pytest.raises(UsageError, match="which is not loaded"):
         read_checkpoint(folder)
-    with pytest.warns(UserWarning, match="is cut off"):
+    with pytest.warns(UserWarning, match="is truncated"):
         assert newest_checkpoint([tmp_path]) is None
 
 
@@ -257,14 +257,14 @@ def test_lost_files_and_other_models(pool: Pool, whole: dict[str, Any], tmp_path
     folder = shutil.copytree(good, tmp_path / "newer.ckpt")
     assert newest_checkpoint([tmp_path]) == folder
     (folder / "__1_0.distcp").unlink()
-    with pytest.warns(UserWarning, match="is cut off: an older checkpoint is taken"):
+    with pytest.warns(UserWarning, match="is truncated: an older checkpoint is used"):
         assert newest_checkpoint([tmp_path]) is None
     answer = pool.run("run", 2, folder=whole["folder"], name="no", steps=8, resume=str(folder))
     assert "lacks __1_0.distcp" in answer["usage"]
 
 
 def test_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where names cannot be exchanged: what was there before is put back."""
+    """If names cannot be exchanged, the previous checkpoint is restored."""
     target, new = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.0123abcd.tmp"
     for folder, content in ((target, "before"), (new, "after")):
         folder.mkdir()
@@ -288,7 +288,7 @@ def test_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (target / "meta.pt").read_text() == "before"
 
 
-def test_an_unsharded_checkpoint_goes_on_sharded(pool: Pool, whole: dict[str, Any]) -> None:
+def test_an_unsharded_checkpoint_resumes_sharded(pool: Pool, whole: dict[str, Any]) -> None:
     folder = whole["folder"]
     alone = pool.run("run", 1, folder=folder, name="alone", steps=12, strategy="auto")
     np.testing.assert_allclose(alone["losses"], whole["losses"], **BOUND)
@@ -297,7 +297,7 @@ def test_an_unsharded_checkpoint_goes_on_sharded(pool: Pool, whole: dict[str, An
     assert abs(result["validation"] - alone["validation"]) < 1e-5
 
 
-def test_the_example_shards_a_module_that_knows_nothing_of_it(pool: Pool, tmp_path: Path) -> None:
+def test_the_example_shards_a_foreign_module(pool: Pool, tmp_path: Path) -> None:
     said = pool.run("script", 2, path=str(EXAMPLE), args=[str(tmp_path)])
     first, second = said.strip().splitlines()[-2:]
     assert first.startswith("40 steps: ")

@@ -1,4 +1,4 @@
-"""LRRewarming from one dataset to the next: re-warmed, or in the constant phase of a schedule that never ends."""
+"""LRRewarming from one dataset to the next: re-warmed, or in the constant phase of an infinite schedule."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rewurst.callbacks import (
     WarmupCosine,
 )
 
-# The loaders here are a foreign project's, which keep no position.
+# The loaders are those of a foreign project and keep no position.
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
 
 
@@ -83,17 +83,17 @@ def test_a_checkpoint_from_before_the_callback(tmp_path: Path, scheduler: bool) 
         assert used(trainer, group=1) == [2 * value for value in expected(COSINE, 20, range(20))]
 
 
-def test_a_never_ending_schedule_leaves_the_learning_rate_where_it_is(tmp_path: Path) -> None:
+def test_an_infinite_schedule_keeps_the_learning_rate(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     fit(Foreign(), [LRRewarming(INFINITE, 20, "one"), SaveAt(15, path)], 20)
     moments = Moments()
     trainer = fit(Foreign(), [LRRewarming(INFINITE, 20, "two"), moments], 35, path)
     assert used(trainer)[:16] == [INFINITE.constant] * 16
     assert used(trainer)[16:] == expected(INFINITE, 20, range(16, 20))
-    assert len(moments.state) == 2, "the optimizer goes on as well"
+    assert len(moments.state) == 2, "the optimizer continues as well"
 
 
-def test_a_constant_phase_may_grow_and_annealing_may_be_asked_for(tmp_path: Path) -> None:
+def test_a_constant_phase_may_grow_and_annealing_may_be_requested(tmp_path: Path) -> None:
     path, longer = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     fit(Foreign(), [LRRewarming(INFINITE, 20, "one"), SaveAt(12, path)], 20)
     extended = LRRewarming(INFINITE, 20, "one", constant_extension=6)
@@ -150,7 +150,7 @@ def test_restores_that_are_refused(
         (18, {"dataset": "one", "anneal_length": 4}, "annealing must begin in the constant phase"),
     ],
 )
-def test_a_never_ending_schedule_goes_on_from_its_constant_phase_only(
+def test_an_infinite_schedule_continues_only_from_its_constant_phase(
     tmp_path: Path, stop: int, arguments: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "a.ckpt"
@@ -159,7 +159,7 @@ def test_a_never_ending_schedule_goes_on_from_its_constant_phase_only(
         fit(Foreign(), [LRRewarming(INFINITE, 20, **arguments)], 40, path)
 
 
-def test_one_never_ending_schedule_continues_another_but_not_at_another_level(tmp_path: Path) -> None:
+def test_an_infinite_schedule_continues_another_only_at_the_same_level(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     fit(Foreign(), [LRRewarming(INFINITE, 20, "one"), SaveAt(15, path)], 20)
     other = InfiniteInverseSqrt(1e-2, 5e-3, 1e-3, 0.1, 0.5, 0.8)
@@ -169,7 +169,7 @@ def test_one_never_ending_schedule_continues_another_but_not_at_another_level(tm
         fit(Foreign(), [LRRewarming(InfiniteCosine(1e-2, 6e-3, 1e-3, 0.1, 0.5, 0.8), 20, "two")], 20, path)
 
 
-def test_another_dataset_in_the_same_process_goes_on_in_the_constant_phase() -> None:
+def test_another_dataset_in_the_same_process_continues_in_the_constant_phase() -> None:
     rewarming = LRRewarming(INFINITE, 20, "one")
     trainer = fit(Foreign(), [rewarming], 15)
     first = used(trainer)

@@ -1,4 +1,4 @@
-"""LRRewarming on modules that know nothing of it, with learning rates read from inside ``optimizer.step``."""
+"""LRRewarming on foreign modules, with learning rates read from inside ``optimizer.step``."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rewurst.callbacks import (
     WarmupStableDecay,
 )
 
-# The loaders here are a foreign project's, which keep no position.
+# The loaders are those of a foreign project and keep no position.
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stop=st.integers(1, 79), accumulate=st.sampled_from([1, 4]))
-def test_stopped_anywhere_and_resumed_equals_one_piece(tmp_path: Path, stop: int, accumulate: int) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int, accumulate: int) -> None:
     batches = min(stop, 20 * accumulate - 1)
     path = tmp_path / f"{stop}-{accumulate}.ckpt"
     first = fit(Foreign(), [LRRewarming(COSINE, 20, "old"), SaveAt(batches, path)], 20, accumulate=accumulate)
@@ -63,7 +63,7 @@ def test_a_tensor_learning_rate_is_changed_in_place() -> None:
 
 
 class Compiled(torch.optim.AdamW):
-    """AdamW whose step is compiled, and which counts its compilations."""
+    """AdamW with a compiled step that counts its compilations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,7 +80,7 @@ class Compiled(torch.optim.AdamW):
         self._compiled()
 
 
-def test_a_compiled_step_reads_the_tensor_and_is_not_compiled_anew() -> None:
+def test_a_compiled_step_reads_the_tensor_and_is_not_recompiled() -> None:
     class Module(Foreign):
         def __init__(self, optimizer: type[torch.optim.AdamW]) -> None:
             torch.manual_seed(0)
@@ -99,7 +99,7 @@ def test_a_compiled_step_reads_the_tensor_and_is_not_compiled_anew() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_the_monitor_logs_what_the_step_uses_wherever_it_stands(tmp_path: Path, first: bool) -> None:
+def test_the_monitor_logs_the_used_rate_at_any_place_in_the_list(tmp_path: Path, first: bool) -> None:
     callbacks: list[Callback] = [LRRewarming(COSINE, 10, "old"), LearningRateMonitor()]
     logger = CSVLogger(tmp_path)
     fit(Foreign(), callbacks[:: -1 if first else 1], 10, logger=logger, log_every_n_steps=1)
@@ -123,7 +123,7 @@ def test_lengths_in_tokens_round_up(tmp_path: Path) -> None:
     assert in_steps(700, None) == in_steps("700 steps", None) == 700
 
 
-def test_finished_epochs_are_said() -> None:
+def test_finished_epochs_are_reported() -> None:
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     options |= {"enable_model_summary": False, "enable_checkpointing": False, "limit_train_batches": 3}
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +157,7 @@ def test_bad_input(build: Any, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_max_steps_beyond_the_schedule_is_said() -> None:
+def test_max_steps_beyond_the_schedule_is_reported() -> None:
     with pytest.warns(UserWarning, match="max_steps 8 goes beyond the schedule of 'a', which ends at step 5"):
         trainer = fit(Foreign(), [LRRewarming(WarmupStableDecay(1e-2, 1e-3, 0.2, 0.4), 5, "a")], 8)
     assert used(trainer)[5:] == [1e-3] * 3

@@ -1,4 +1,4 @@
-"""Lengths that follow from the run: passes over the new corpora, or all the steps that are left."""
+"""Lengths derived from the run: passes over the new corpora, or all remaining steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_lengths_in_steps(length: int | str, steps: int) -> None:
         ("an epoch", "length 'an epoch' is no length"),
     ],
 )
-def test_lengths_that_mean_nothing(length: str, message: str) -> None:
+def test_invalid_lengths(length: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         in_steps(length, object())
 
@@ -69,7 +69,7 @@ def test_an_epoch_is_a_pass_over_the_new_corpora(data: Callable[..., TextDataMod
     assert (run.start, run.end) == (0, 7)  # 30 rows in batches of 4
 
 
-def test_to_max_steps_is_what_is_left(data: Callable[..., TextDataModule], tmp_path: Path) -> None:
+def test_to_max_steps_is_the_remaining_steps(data: Callable[..., TextDataModule], tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     first = fit(data(), "to max_steps", SaveAt(6, path), max_steps=9)
     assert (first.run.start, first.run.end) == (0, 9)
@@ -85,14 +85,14 @@ def test_to_max_steps_is_what_is_left(data: Callable[..., TextDataModule], tmp_p
 
 
 class Validations(Reader):
-    """Steps at which a validation begins."""
+    """Callback that records the steps at which a validation begins."""
 
     def on_validation_start(self) -> None:
         self.__dict__.setdefault("steps", []).append(self.trainer.global_step)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_validations_come_every_so_many_steps(data: Callable[..., TextDataModule], micro_batch_size: int) -> None:
+def test_validations_come_at_their_interval(data: Callable[..., TextDataModule], micro_batch_size: int) -> None:
     module = Validations()
     options = {**_QUIET, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     trainer = Trainer(accelerator="cpu", max_steps=20, logger=False, **options)
@@ -100,7 +100,7 @@ def test_validations_come_every_so_many_steps(data: Callable[..., TextDataModule
     assert module.steps == [5, 10, 15, 20]
 
 
-def test_two_intervals_contradict_each_other(data: Callable[..., TextDataModule]) -> None:
+def test_two_intervals_are_refused(data: Callable[..., TextDataModule]) -> None:
     trainer = Trainer(accelerator="cpu", max_steps=20, logger=False, val_check_interval=3, **_QUIET)
     with pytest.raises(UsageError, match=r"validate_every_n_steps 5 and trainer\.val_check_interval 3 are both set"):
         trainer.fit(Reader(), data(validate_every_n_steps=5))
@@ -108,7 +108,7 @@ def test_two_intervals_contradict_each_other(data: Callable[..., TextDataModule]
         data(validate_every_n_steps=0)
 
 
-def test_a_schedule_is_drawn_with_the_lengths_that_are_known(data: Callable[..., TextDataModule]) -> None:
+def test_a_schedule_is_drawn_with_the_known_lengths(data: Callable[..., TextDataModule]) -> None:
     rewarming = LRRewarming(WarmupCosine(1e-2, 1e-3, 0), "to max_steps")
     assert rewarming.planned(data(), 9).end == 9
     with pytest.raises(UsageError, match=r"needs trainer\.max_steps"):

@@ -176,7 +176,7 @@ def test_a_checkpoint_can_rebuild_a_schedule(schedule: Schedule) -> None:
         (lambda: InfiniteInverseSqrt(1.0, 0.5, 0.1, alpha=0.0), "alpha 0.0 must be above 0"),
     ],
 )
-def test_numbers_that_make_no_schedule(build: Any, message: str) -> None:
+def test_invalid_numbers(build: Any, message: str) -> None:
     with pytest.raises(UsageError) as error:
         build()
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Progress in a file is a few whole lines, however many steps and validations there are."""
+"""Progress in a file is a few whole lines for any number of steps and validations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*"
 
 
 class Clock:
-    """Time passes with each step."""
+    """Clock that moves with each step."""
 
     now = 0.0
 
@@ -58,7 +58,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("limit", [{"max_steps": 100}, {"max_epochs": 10}])
-def test_lines_are_as_many_as_the_time_asks_for(
+def test_the_number_of_lines_follows_the_time(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, terminal: bool, limit: dict[str, int]
 ) -> None:
     out = io.StringIO()

@@ -1,4 +1,4 @@
-"""What TensorBoard reads back: the layout, the mark of a dataset, hyper-parameters with metrics, sample text."""
+"""TensorBoard shows the layout, the marks of datasets, hyper-parameters with metrics, and sample text."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from rewurst.callbacks import (
     Throughput,
     WarmupCosine,
 )
+from rewurst.callbacks.monitoring.tensorboard_layout import BY_CORPUS
 from rewurst.datamodules import Corpus, TextDataModule
 from rewurst.modules import CausalLM, StageA
 from rewurst.preparation.tokenizer import train_tokenizer
@@ -52,7 +53,7 @@ def fit(
     ckpt_path: Any = None,
     **options: Any,
 ) -> Any:
-    """A run of three steps on prose, or from a checkpoint one of three more on code."""
+    """Run three steps on prose, or three more on code from a checkpoint."""
     again = ckpt_path is not None
     chosen = {"code": Corpus(corpora["code"]), "prose": Corpus(corpora["prose"], replay=True)}
     data = TextDataModule("code" if again else "prose", chosen if again else {"prose": Corpus(corpora["prose"])},
@@ -89,20 +90,31 @@ def test_the_layout_names_what_is_logged(corpora: dict[str, str], tiny_config: d
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["Learning", "Training", "Speed", "More"]
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    logged = found.Tags()["scalars"]
+    corpora_runs = {path.name: EventAccumulator(str(path)) for path in Path(run.log_dir, "corpora").iterdir()}  # type: ignore[arg-type]
+    for one in corpora_runs.values():
+        one.Reload()
+    assert {name: sorted(one.Tags()["scalars"]) for name, one in corpora_runs.items()} == {
+        "prose": ["corpora/forgetting", "corpora/loss"],
+        "code": ["corpora/adaptation", "corpora/loss"],
+    }, "each corpus is a run of its own, with a color of its own"
+    for name, one in corpora_runs.items():
+        expected = [(event.step, event.value) for event in found.Scalars(f"val/loss/{name}")]
+        assert [(event.step, event.value) for event in one.Scalars("corpora/loss")] == expected
+    logged = [*found.Tags()["scalars"], *(tag for one in corpora_runs.values() for tag in one.Tags()["scalars"])]
     unused = {"throughput/seconds_per_step", "throughput/samples_per_s", "epoch"}
     shown = set()
     for title, expressions in charts.items():
         matching = {name for name in logged for one in expressions if re.fullmatch(one, name)}
         assert matching, f"{title} is empty"
         shown |= matching
-    rest = {name for name in logged if not name.startswith(("val/perplexity", "replay/rows"))} - unused
+    by_corpus = ("val/loss/", "forgetting/", "adaptation/", "val/perplexity", "replay/rows")
+    rest = {name for name in logged if not name.startswith(by_corpus)} - unused
     assert rest <= shown, "everything that a person watches stands in a chart"
-    assert charts["Validation loss"] == ["val/loss/.*"]
-    assert "MFU: 6 N + 12 L d T a token, a second and device, over its peak" in charts
+    assert charts["Validation loss"] == ["corpora/loss"]
+    assert f"MFU: {CausalLM.flops_formula}, a second and device, over its peak" in charts
 
 
-def test_a_dataset_that_begins_is_marked(corpora: dict[str, str], tiny_config: dict[str, Any], tmp_path: Path) -> None:
+def test_the_start_of_a_dataset_is_marked(corpora: dict[str, str], tiny_config: dict[str, Any], tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "saved", "a", every_n_train_steps=3)
     fit(tmp_path, corpora, tiny_config, schedule(), saving)
     callbacks = [schedule(), ReplayScheduler(0.25), TensorBoardLayout()]
@@ -135,11 +147,12 @@ def test_modules_bring_their_charts(picture_data: Any, tmp_path: Path) -> None:
     run.fit(module, picture_data())
     charts = layout.layout(run, module)["Learning"]
     assert charts["PSNR of pictures (dB)"] == ["val/psnr/.*"]
+    logged = {*run.logged_metrics, BY_CORPUS["val/loss/"]}
     for names in charts.values():
-        assert any(re.fullmatch(one, name) for name in run.logged_metrics for one in names)
+        assert any(re.fullmatch(one, name) for name in logged for one in names)
 
 
-def test_settings_stand_beside_metrics_of_the_same_run(
+def test_settings_are_logged_with_metrics_of_the_same_run(
     corpora: dict[str, str], tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     run = fit(
@@ -172,7 +185,7 @@ def test_other_loggers_get_the_settings(corpora: dict[str, str], tiny_config: di
 
 
 class Writes(LightningModule):
-    """Writes what it was asked and a random number."""
+    """Module that generates the prompt and a random number."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rates and shares of time on a clock that only what is measured moves; events of CUDA without a device."""
+"""Rates and shares of time on a simulated clock, and CUDA events without a device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*"
 
 
 class Clock:
-    """Seconds that pass when somebody says so."""
+    """Clock that moves only when told to."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -46,7 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Rows:
-    """Batches of two rows that predict eight tokens each; reading one takes a second."""
+    """Batches of two rows with eight predicted tokens each; reading one takes a second."""
 
     def __init__(self, clock: Clock, count: int = 100) -> None:
         self.clock, self.count = clock, count
@@ -62,7 +62,7 @@ class Rows:
 
 
 class Module(LightningModule):
-    """A step takes three seconds, a validation ten, a checkpoint four; 6e12 FLOPs a micro-batch."""
+    """Module whose step takes three seconds, validation ten, checkpoint four; 6e12 FLOPs per micro-batch."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_other_stages_measure_nothing(clock: Clock, tmp_path: Path) -> None:
     assert not any(name.startswith(("throughput", "time")) for name in evaluating.logged_metrics)
 
 
-def test_the_trainers_profiler_goes_on_and_comes_back(clock: Clock, tmp_path: Path) -> None:
+def test_the_trainers_profiler_keeps_working_and_is_restored(clock: Clock, tmp_path: Path) -> None:
     profiler = SimpleProfiler()
     done = run(tmp_path, clock, Throughput(), profiler=profiler)
     assert done.profiler is profiler  # type: ignore[attr-defined]
@@ -179,7 +179,7 @@ def test_the_bar_shows_loss_rate_speed_and_share(clock: Clock, tmp_path: Path) -
 
 
 class Event:
-    """An event of a stream that has come as far as ``Event.device``; time is the order of recording, in seconds."""
+    """Event of a stream that has reached ``Event.device``; times are the order of recording, in seconds."""
 
     recorded = 0.0
     device = 0.0
@@ -237,7 +237,7 @@ def test_a_part_within_another_counts_once(clock: Clock) -> None:
     assert parts.read() == {"step": 5, "data": 0, "validation": 6, "checkpoint": 7}
 
 
-def test_what_a_batch_holds() -> None:
+def test_sizes_of_batches() -> None:
     rows = torch.zeros(3, 9)
     assert [samples_in(batch) for batch in ({"caption": ["a"], "image": rows}, [rows, 1], rows, "none")] == [3, 3, 3, 1]
     assert tokens_in({"input_ids": rows}) == 24

@@ -1,4 +1,4 @@
-"""Batches as other projects make them: tuples, lists, tensors, nested dicts, and objects of their own."""
+"""Batches of other projects: tuples, lists, tensors, nested dicts, and custom objects."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_captions_go_with_their_samples() -> None:
     assert torch.equal(select(BATCHES["nested dict"], [0])["inputs"]["image"], IMAGES[:1])
 
 
-def test_what_cannot_be_understood_is_said_and_a_hook_says_it(tmp_path: Path) -> None:
+def test_unknown_batches_are_reported_and_a_hook_describes_them(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a validation batch is a Own, and must be a tensor, or a dict.*batch_fields"):
         fit(tmp_path, Draws(), BATCHES["own"], LogSamples(2))
 

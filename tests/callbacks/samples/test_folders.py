@@ -1,4 +1,4 @@
-"""Samples are next to the run's own files, under the step that they were drawn at."""
+"""Samples are stored next to the run's files, under the step at which they were drawn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Draws(LightningModule):
-    """Two optimizers may step it, as Lightning counts each one's steps."""
+    """Module with one or two optimizers, because Lightning counts the steps of each."""
 
     def __init__(self, optimizers: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Scores of drawn pictures in validation: the definitions' values, averaged weights, processes, what is missing."""
+"""Scores of drawn pictures in validation: values, averaged weights, several processes, missing files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*"
 
 
 class Corners(nn.Module):
-    """A small extractor of random weights: six features of a picture's four quarters."""
+    """Small extractor with random weights: six features of a picture's four quarters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Corners(nn.Module):
 
 
 class Draws(LightningModule):
-    """Draws a picture's brightness, shifted by a weight that training moves, with noise of the sample's seed."""
+    """Module that draws a picture's brightness, shifted by a trained weight, with noise from the sample's seed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,13 +72,13 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
 
 @pytest.fixture
 def extractor(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Stands for the file of Inception's weights."""
+    """Replace the file of Inception's weights."""
     monkeypatch.setattr(image_scores, "load_inception", lambda path: Corners())
     return "weights.pth"
 
 
 def corpus(data: Any, name: str, count: int) -> dict[str, Any]:
-    """The samples of a validation corpus in one batch."""
+    """Return the samples of a validation corpus as one batch."""
     batches = list(data.val_dataloader()[name])
     whole = {key: torch.cat([b[key] for b in batches]) for key in ("image", "valid")}
     seeds = np.concatenate([b["seed"] for b in batches])
@@ -97,7 +97,7 @@ def features(pictures: Tensor) -> np.ndarray[Any, Any]:
 def test_values_are_the_definitions(
     picture_data: Any, extractor: str, clip_folder: str, tmp_path: Path, micro_batch_size: int
 ) -> None:
-    """Whatever the batches, samples that only fill up left out."""
+    """For any batches, without padding samples."""
     data, module = picture_data(micro_batch_size, 12, val=11), Draws()
     run = trainer(tmp_path, ImageScores(extractor, clip_folder))
     run.validate(module, data, verbose=False)
@@ -111,8 +111,8 @@ def test_values_are_the_definitions(
         assert float(run.callback_metrics[f"val/clip_score/{name}"]) == pytest.approx(by_hand, rel=1e-3)
 
 
-def test_later_measurements_are_of_the_weights_by_then(picture_data: Any, extractor: str, tmp_path: Path) -> None:
-    """Averaged ones, where they are averaged; some of the samples, of one corpus, not at every validation."""
+def test_later_measurements_use_the_current_weights(picture_data: Any, extractor: str, tmp_path: Path) -> None:
+    """Averaged weights if there are any; some samples of one corpus, not at every validation."""
     scores = ImageScores(extractor, samples=7, corpora=["seen"], every_n_steps=4)
     average = WeightAverage(0.5)
     data, module = picture_data(4, 4, val=11), Draws()
@@ -129,7 +129,7 @@ def test_later_measurements_are_of_the_weights_by_then(picture_data: Any, extrac
     assert scores.state_dict() == {"scored_at": scores._scored_at}
 
 
-def test_training_draws_what_it_would_without(picture_data: Any, extractor: str, tmp_path: Path) -> None:
+def test_training_draws_the_same_random_numbers(picture_data: Any, extractor: str, tmp_path: Path) -> None:
     weights = []
     for callbacks in ([ImageScores(extractor)], []):
         torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_training_draws_what_it_would_without(picture_data: Any, extractor: str,
     assert weights[0] == weights[1] != 0
 
 
-def test_latents_are_compared_with_what_stands_for_the_image(picture_data: Any, extractor: str, tmp_path: Path) -> None:
+def test_latents_are_compared_with_their_decoded_images(picture_data: Any, extractor: str, tmp_path: Path) -> None:
     data, module = picture_data(4, 4, val=6), Draws()
     run = trainer(tmp_path, ImageScores(extractor, reference="B", corpora=["seen"]))
     run.validate(module, data, verbose=False)
@@ -167,8 +167,8 @@ if run.is_global_zero:
 """
 
 
-def test_two_processes_find_what_one_finds(clip_folder: str, tmp_path: Path) -> None:
-    """Of shares of unequal size."""
+def test_two_processes_give_the_scores_of_one(clip_folder: str, tmp_path: Path) -> None:
+    """The processes have unequal shares."""
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     tests = Path(__file__).parents[2]
     found = []
@@ -193,13 +193,13 @@ def test_two_processes_find_what_one_finds(clip_folder: str, tmp_path: Path) -> 
         ({"clip": "/no/clip"}, "clip /no/clip cannot be loaded as a CLIP model with its processor"),
     ],
 )
-def test_what_is_missing_is_said_before_the_run(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_missing_files_are_reported_before_the_run(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message) as error:
         ImageScores(**arguments).setup(trainer(tmp_path), Draws(), "fit")
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_holds_something_else(tmp_path: Path) -> None:
+def test_a_file_with_other_contents(tmp_path: Path) -> None:
     pytest.importorskip("torch_fidelity")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")

@@ -1,4 +1,4 @@
-"""Grids: which samples, which weights, which loggers, and captions that anybody may have written."""
+"""Grids of samples: choice of samples, weights, loggers, and arbitrary captions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*"
 
 
 class Draws(LightningModule):
-    """Notes what it is asked to draw, and draws noise."""
+    """Module that records its requests and draws noise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_the_same_samples_with_the_same_noise_every_time(picture_data: Any, tmp_
     )
 
 
-def test_training_draws_what_it_would_without(picture_data: Any, tmp_path: Path) -> None:
+def test_training_draws_the_same_random_numbers(picture_data: Any, tmp_path: Path) -> None:
     with_grids, without = (fit(tmp_path, picture_data(4, 4), *callbacks) for callbacks in ([LogSamples(2)], []))
     assert torch.equal(with_grids.weight, without.weight)
 
@@ -99,9 +99,9 @@ def test_png_files_and_tensorboard(picture_data: Any, tmp_path: Path) -> None:
     assert [event.step for event in events.Images("samples/seen")] == [2, 4]
 
 
-def test_pictures_stand_where_they_belong() -> None:
+def test_pictures_are_at_their_places() -> None:
     wide, tall = np.zeros((20, 40, 3), np.uint8), np.zeros((64, 32, 3), np.uint8)
-    wide[..., 0], tall[..., 2] = 200, 90  # no grey of the font's
+    wide[..., 0], tall[..., 2] = 200, 90  # no gray of the font
     captions = ["a plain one", "two\nlines and " + "very " * 80 + "long", "日本語 \N{PILE OF POO}"]
     picture = grid([Row(caption, {"original": wide, "B": tall}) for caption in captions])
     pixels = np.asarray(picture)

@@ -1,4 +1,4 @@
-"""Corpora on a server: the same batches as from the disk, through workers, failures and a cache on the node."""
+"""Corpora on a server give the same batches as local ones, with workers, failures and the node's cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_m
 
 
 class Hashes(LightningModule):
-    """Keeps a hash of every micro-batch."""
+    """Module that keeps a hash of every micro-batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def serve(loopback: Any, folder: str | Path, name: str) -> str:
-    """Puts a folder on the server; its URL."""
+    """Put a folder on the server and return its URL."""
     for path in Path(folder).rglob("*"):
         if path.is_file():
             loopback.behaviour.objects[f"/{name}/{path.relative_to(folder)}"] = path.read_bytes()
@@ -111,7 +111,7 @@ def test_verification_reads_a_server(write_corpus: Callable[..., str], loopback:
 
 
 def test_foreign_images_on_a_server(loopback: Any, tmp_path: Path) -> None:
-    """Nothing but tars lies there: the index is made here and names their addresses."""
+    """The server has only tars; the index is made locally and contains their addresses."""
     prepare_images("builtin:shapes", tmp_path / "shapes", pictures=1, progress=False)
     tar = next((tmp_path / "shapes/val").glob("*.tar"))
     loopback.behaviour.objects["/x/pictures.tar"] = tar.read_bytes()
@@ -126,7 +126,7 @@ def test_foreign_images_on_a_server(loopback: Any, tmp_path: Path) -> None:
     assert seen(str(tmp_path / "index")) == seen(str(tmp_path / "shapes/val"))
 
 
-def test_corpora_that_are_not_there(loopback: Any) -> None:
+def test_missing_corpora(loopback: Any) -> None:
     with pytest.raises(UsageError, match=r"no corpus at http://127.0.0.1:\d+/none: it has no index.json; "):
         TokenShards(loopback.url("/none"))
 

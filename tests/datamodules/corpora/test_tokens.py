@@ -1,4 +1,4 @@
-"""Token shards: what is written is read back, by us and by webdataset, and what is damaged is told in one line."""
+"""Token shards are read back by us and by webdataset, and damage is reported in one line."""
 
 import hashlib
 import io
@@ -43,7 +43,7 @@ def write(folder: Path, pieces: list[Any], **changes: Any) -> TokenIndex:
 
 
 def oracle(stream: np.ndarray, length: int) -> np.ndarray:
-    """Rows cut from the whole stream one by one."""
+    """Cut rows from the whole stream one by one."""
     starts = range(0, len(stream) - length, length)
     return np.array([stream[start : start + length + 1] for start in starts], dtype=np.int64)
 
@@ -57,11 +57,11 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def corpus(pristine: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Return a copy of the corpus that a test may damage."""
     return Path(shutil.copytree(pristine, tmp_path / "code"))
 
 
-def test_rows_are_read_in_the_order_asked_for(pristine: Path) -> None:
+def test_rows_are_read_in_the_order_given(pristine: Path) -> None:
     reader = TokenShards(pristine)
     rows = np.random.default_rng(1).integers(0, ROWS, 300)
     read = reader.read(rows)
@@ -148,7 +148,7 @@ def test_dtype_follows_the_vocabulary(tmp_path: Path, vocab_size: int, dtype: st
     np.testing.assert_array_equal(TokenShards(tmp_path).read(np.array([1, 0])), oracle(stream, LENGTH)[[1, 0]])
 
 
-def test_a_reader_opens_nothing_before_rows_are_asked_for(corpus: Path) -> None:
+def test_a_reader_opens_nothing_before_the_first_row(corpus: Path) -> None:
     for tar in corpus.glob("*.tar"):
         tar.unlink()
     assert len(TokenShards(corpus)) == ROWS
@@ -188,7 +188,7 @@ def test_fingerprint_follows_the_tokens_and_not_the_names(pristine: Path, tmp_pa
         ([0.5], "type float64"),
     ],
 )
-def test_rows_that_are_not_there(pristine: Path, rows: list[Any], message: str) -> None:
+def test_missing_rows(pristine: Path, rows: list[Any], message: str) -> None:
     with pytest.raises(IndexError, match=message):
         TokenShards(pristine).read(np.array(rows))
 
@@ -203,7 +203,7 @@ def test_rows_that_are_not_there(pristine: Path, rows: list[Any], message: str) 
         ({}, [[1], [2]], r"tokens have shape \(2, 1\)"),
     ],
 )
-def test_what_cannot_be_written(tmp_path: Path, changes: dict[str, Any], piece: list[Any], message: str) -> None:
+def test_tokens_that_cannot_be_written(tmp_path: Path, changes: dict[str, Any], piece: list[Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         write(tmp_path, [piece], **changes)
 
@@ -250,7 +250,7 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (lambda corpus: (corpus / "index.json").write_text("{"), r"index.json: not valid JSON \(.*\); prepare"),
-        (lambda corpus: (corpus / "index.json").write_text("[]"), "index.json: holds a list, expected an object"),
+        (lambda corpus: (corpus / "index.json").write_text("[]"), "index.json: contains a list, expected an object"),
         (edit(kind="images"), "index.json: kind is 'images', expected 'text'"),
         (edit(version=2), "index.json: version is 2, this rewurst reads versions up to 1"),
         (edit(dtype="object"), "index.json: dtype is 'object', expected one of uint16, uint32"),
@@ -273,16 +273,16 @@ def test_an_index_that_is_wrong(corpus: Path, damage: Callable[[Path], None], me
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_is_no_corpus(corpus: Path) -> None:
+def test_a_folder_that_is_not_a_corpus(corpus: Path) -> None:
     outside = corpus.parent
     for path, message in [
         (
             outside / "cod",
-            rf"no corpus at {outside}/cod; did you mean {corpus}\? `rewurst prepare text.images SOURCE...",
+            rf"no corpus at {outside}/cod; did you mean {corpus}\? make one with `rewurst prepare text.images",
         ),
         (
             outside / "zzzz",
-            f"no corpus at {outside}/zzzz: `rewurst prepare text.images SOURCE... --out DIR` makes",
+            f"no corpus at {outside}/zzzz: make one with `rewurst prepare text.images SOURCE... --out DIR`",
         ),
         (outside, rf"has no index.json; did you mean {corpus}\?"),
         (corpus / "code-000000.tar", "is a file, expected the folder of a prepared corpus"),
@@ -302,7 +302,7 @@ def replace_member(corpus: Path, array: np.ndarray) -> None:
 
 
 class Bomb:
-    """Unpickling it fails the test."""
+    """Object that fails the test when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return pytest.fail, ("a pickle has been loaded",)
@@ -329,20 +329,20 @@ def shift_offsets(corpus: Path) -> None:
         (resize("code-000001.tar", 0), "code-000001.tar: 0 bytes found, 10240 expected"),
         (
             lambda corpus: (corpus / "code-000001.idx").unlink(),
-            r"code-000001.idx: missing; it belongs to code-000001.tar",
+            r"code-000001.idx: missing; copy it next to code-000001.tar or index again",
         ),
         (resize("code-000001.idx", 32), "code-000001.idx: 32 bytes found, 40 expected for 4 members"),
         (shift_offsets, "code-000001.tar: no npy header at byte 2048 "),
         (
             lambda corpus: replace_member(corpus, np.zeros((8, 8), dtype=np.uint32)),
-            r"code-000001.tar: member at byte 1024 holds uint32 of shape \(8, 8\) in C order, expected uint16 rows",
+            r"code-000001.tar: member at byte 1024 contains uint32 of shape \(8, 8\) in C order, expected uint16 rows",
         ),
         (
             lambda corpus: replace_member(corpus, np.zeros((8, 7), dtype=np.uint16)),
-            r"holds uint16 of shape \(8, 7\) in C order, expected uint16 rows of shape \(8, 8\)",
+            r"contains uint16 of shape \(8, 7\) in C order, expected uint16 rows of shape \(8, 8\)",
         ),
         (lambda corpus: replace_member(corpus, np.zeros((8, 8), dtype=np.uint16, order="F")), "in Fortran order"),
-        (lambda corpus: replace_member(corpus, np.full((8, 8), Bomb())), r"holds object of shape \(8, 8\)"),
+        (lambda corpus: replace_member(corpus, np.full((8, 8), Bomb())), r"contains object of shape \(8, 8\)"),
     ],
 )
 def test_a_shard_that_is_damaged(corpus: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -365,7 +365,7 @@ def flip(name: str, position: int) -> Callable[[Path], None]:
 
 
 def older_sidecar(corpus: Path) -> None:
-    """The sidecar of another preparation: the last offset differs, which reading alone would never notice."""
+    """Write the sidecar of another preparation: the last offset differs, which reading would never notice."""
     offsets = np.fromfile(corpus / "code-000002.idx", dtype="<u8")
     offsets[-1] += 512
     offsets.tofile(corpus / "code-000002.idx")

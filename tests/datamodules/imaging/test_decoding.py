@@ -1,4 +1,4 @@
-"""Image files to pixels: what Pillow gives, upright, over white; what is broken or enormous is refused."""
+"""Image files become the pixels that Pillow gives, upright, over white; damaged or huge files are refused."""
 
 import io
 import struct
@@ -23,7 +23,7 @@ WITH_SIMPLEJPEG = pytest.param(
 
 
 def photo(height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
-    """Smooth noise at several scales, which compresses as photographs do."""
+    """Return smooth noise at several scales, which compresses like photographs."""
     random, total = np.random.default_rng(0), np.full((height, width, channels), 128.0)
     for side, amplitude in ((3, 80.0), (9, 50.0), (31, 25.0)):
         for channel in range(channels):
@@ -78,7 +78,7 @@ def test_a_reduced_jpeg_is_upright_too() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=40), st.sampled_from([b"", b"II*\0", b"MM\0*", b"II*\0\x08\0\0\0"]))
-def test_broken_exif_is_no_orientation(noise: bytes, start: bytes) -> None:
+def test_damaged_exif_has_no_orientation(noise: bytes, start: bytes) -> None:
     assert 1 <= exif_orientation(start + noise) <= 8
 
 
@@ -116,7 +116,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
-def test_a_transparent_colour_of_a_palette_is_white(kind: str) -> None:
+def test_a_transparent_color_of_a_palette_is_white(kind: str) -> None:
     image = Image.new("P", (2, 2))
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     image.putdata([0, 1, 2, 1])
@@ -137,7 +137,7 @@ def test_the_first_picture_of_an_animation() -> None:
     ("at_least", "expected"),
     [(None, (301, 403)), ((151, 202), (151, 202)), ((152, 1), (301, 403)), ((30, 30), (38, 51)), ((1, 1), (38, 51))],
 )
-def test_jpegs_come_as_small_as_will_do(simplejpeg: bool, at_least: Any, expected: tuple[int, int]) -> None:
+def test_jpegs_are_reduced_as_far_as_possible(simplejpeg: bool, at_least: Any, expected: tuple[int, int]) -> None:
     data = encoded(photo(301, 403), "JPEG", quality=95)
     found = decode(data, at_least, simplejpeg=simplejpeg)
     assert found.shape == (*expected, 3)
@@ -160,7 +160,7 @@ def test_simplejpeg_gives_the_pixels_of_pillow(options: dict[str, Any], grey: bo
 
 
 def test_a_small_picture_of_a_reduced_jpeg_is_that_of_the_whole() -> None:
-    """Reduced to twice what is wanted, then resampled: as good as resampling all of it."""
+    """Reducing to twice the target before resampling is as good as resampling the whole."""
     data = encoded(photo(512, 512), "JPEG", quality=95)
     pictures = [
         np.asarray(Image.fromarray(decode(data, at_least)).resize((64, 64), Image.Resampling.LANCZOS)).astype(float)
@@ -171,7 +171,7 @@ def test_a_small_picture_of_a_reduced_jpeg_is_that_of_the_whole() -> None:
 
 
 def png_of(width: int, height: int, rows: bytes = b"") -> bytes:
-    """A PNG whose header says so; its pixels are zeros that compress a thousandfold."""
+    """Return a PNG of any size, whose pixels are zeros that compress a thousandfold."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -181,7 +181,7 @@ def png_of(width: int, height: int, rows: bytes = b"") -> bytes:
 
 
 def sixteen_bit_png(pixels: NDArray[np.uint8]) -> bytes:
-    """RGB of 16 bits, which Pillow reads and does not write."""
+    """Return 16-bit RGB, which Pillow reads but does not write."""
     wide = (pixels.astype(">u2") * 257).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in wide)
     plain = png_of(pixels.shape[1], pixels.shape[0], zlib.compress(rows))
@@ -289,7 +289,7 @@ def test_reasons(data: bytes, reason: str) -> None:
         decode(data)
 
 
-def test_colour_profiles_are_left_alone() -> None:
+def test_color_profiles_are_ignored() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     pixels = photo(8, 8)
     np.testing.assert_array_equal(decode(encoded(pixels, "PNG", icc_profile=profile)), pixels)

@@ -1,4 +1,4 @@
-"""Facts of samples as the large public sets spell them, and filters that count what they drop."""
+"""Facts of samples as spelled in the large public sets, and filters that count what they drop."""
 
 import io
 import json
@@ -134,7 +134,7 @@ def test_captions() -> None:
     assert facts_of(sample(None)).caption_length == -1
 
 
-def test_captions_that_no_sample_has() -> None:
+def test_missing_captions() -> None:
     members = sample(None, caption="in json", url="http://...", width=3)
     assert str(no_caption("a.tar", None, members)) == (
         "a.tar: no sample has a caption (.txt), they have .jpg, .json; caption_key can be one of: caption, url"
@@ -182,11 +182,11 @@ def test_lengths_and_unknown_scores() -> None:
     assert counts == {"min_caption_length": 1, "max_caption_length": 1}
     unknown = facts_array([GOOD, GOOD._replace(watermark=math.nan), GOOD._replace(aesthetic=math.nan)])
     kept, counts = Filters(max_watermark=0.5, unknown="drop").keep(unknown)
-    assert kept.tolist() == [True, False, True]  # only what is asked for has to be known
+    assert kept.tolist() == [True, False, True]  # only requested facts have to be known
     assert counts == {"watermark unknown": 1}
 
 
-def test_without_filters_all_that_can_be_used_is_kept() -> None:
+def test_without_filters_all_usable_images_are_kept() -> None:
     facts = facts_array([GOOD, UNREADABLE, GOOD._replace(caption_length=-1), Facts(1, 1, caption_length=1)])
     kept, counts = Filters().keep(facts)
     assert kept.tolist() == [True, False, False, True]

@@ -40,7 +40,7 @@ def test_a_crop_is_the_largest_part_of_the_targets_shape(
     assert abs(found.width - max(1, target[1] / scale)) <= 0.5 + 1e-9
 
 
-def test_validation_shows_the_centre_and_training_every_place_alike() -> None:
+def test_validation_crops_the_center_and_training_every_place_equally() -> None:
     assert crop((100, 60), (32, 32)) == (20, 0, 60, 60)
     places = Counter(crop((63, 60), (20, 20), seed).top for seed in range(4000))
     assert sorted(places) == [0, 1, 2, 3]
@@ -49,7 +49,7 @@ def test_validation_shows_the_centre_and_training_every_place_alike() -> None:
 
 
 def test_crops_of_a_picture_that_is_resized_to_more_than_is_shown() -> None:
-    """128 pixels of a picture resized to 256: half of its short side."""
+    """128 pixels of a picture resized to 256 are half of its short side."""
     assert crop((512, 1024), (128, 128), covered=(256, 256)) == (128, 384, 256, 256)
     assert crop((50, 40), (128, 128), covered=(256, 256)) == (15, 10, 20, 20)
 
@@ -73,14 +73,14 @@ def test_resampling_a_crop_is_cropping_and_resizing_by_pillow(row: int, column: 
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
-def test_nothing_is_resampled_that_has_its_size() -> None:
+def test_pictures_of_the_right_size_are_not_resampled() -> None:
     pixels = np.zeros((20, 30, 3), dtype=np.uint8)
     assert np.shares_memory(resample(pixels, (20, 30), Crop(0, 0, 20, 30), (20, 30)), pixels)
 
 
 @pytest.mark.parametrize("size", [(1031, 773), (512, 2048), (333, 999)])
 def test_a_reduced_jpeg_shows_the_same_crop(size: tuple[int, int]) -> None:
-    """A disc of known place: it lies where it lay, to a fraction of a pixel, however the file was decoded."""
+    """A disc stays at its place to a fraction of a pixel, however the file was decoded."""
     y, x = np.mgrid[: size[0], : size[1]]
     waves = 128 + 60 * np.sin(y / 23) + 60 * np.cos(x / 31)
     file = io.BytesIO()
@@ -121,7 +121,7 @@ def test_buckets_have_about_the_area_of_the_square(multiples: int, multiple: int
 
 
 def test_buckets_of_sdxl() -> None:
-    """Its appendix lists the sizes; ours are those of most area for each short side."""
+    """Its appendix lists the sizes; ours have the largest area for each short side."""
     theirs = {(704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1024), (1024, 1024)}
     ours = {(h, w) for h, w in buckets(1024, 64) if h <= w}
     assert theirs - {(960, 1024)} <= ours

@@ -1,4 +1,4 @@
-"""Orientation in every form that Pillow reads, in every format; the pictures are those of its ``exif_transpose``."""
+"""Orientation in every form and format that Pillow reads gives the pictures of its ``exif_transpose``."""
 
 import io
 import struct
@@ -137,3 +137,20 @@ def test_32_bit_tiffs_are_refused() -> None:
         Image.fromarray(array).save(file, "TIFF")
         with pytest.raises(DecodeError, match=r"a tiff of mode . with 32 bits per channel: convert it"):
             decode(file.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "AVIF"])
+def test_broken_files_are_decode_errors(kind: str) -> None:
+    """Whatever Pillow stumbles over in the formats whose headers it reads."""
+    data, random = saved(kind), np.random.default_rng(0)
+    broken = 0
+    for trial in range(200):
+        changed = bytearray(data[: random.integers(len(data))] if trial % 4 == 0 else data)
+        for place in random.integers(min(len(changed) or 1, 400), size=3):
+            changed[place : place + 1] = random.integers(256, size=1, dtype=np.uint8).tobytes()
+        try:
+            header = read_header(bytes(changed), 10**6)
+            assert decode(bytes(changed), max_pixels=10**6).shape[:2] == (header.height, header.width)
+        except DecodeError:
+            broken += 1
+    assert 20 < broken < 200

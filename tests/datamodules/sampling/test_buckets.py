@@ -1,4 +1,4 @@
-"""Batches of one lane each: every sample once an epoch of its lane, and counters that go on from restored ones."""
+"""Batches of one lane each: every sample once per epoch of its lane, and counters that resume."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_counters_of_every_lane_run_without_gap(share: float, steps: int) -> Non
 
 @settings(max_examples=25, deadline=None)
 @given(share=st.floats(0, 1), stop=st.integers(0, 40), later=st.integers(0, 40))
-def test_a_restored_run_goes_on(share: float, stop: int, later: int) -> None:
+def test_counters_continue_from_restored_ones(share: float, stop: int, later: int) -> None:
     whole = make(share)
     restored = make(share, stop, whole.read_before(stop))
     for ours, theirs in zip(restored.batch(stop + later), whole.batch(stop + later), strict=True):
@@ -69,7 +69,7 @@ def test_one_lane_is_the_mixture() -> None:
 
 
 def test_steps_before_the_restored_one_are_refused() -> None:
-    with pytest.raises(IndexError, match="step 3 lies before step 5"):
+    with pytest.raises(IndexError, match="step 3 is before step 5"):
         make(0.0, 5, np.zeros((3, 3), dtype=np.int64)).read_before(3)
 
 

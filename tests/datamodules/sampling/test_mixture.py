@@ -1,4 +1,4 @@
-"""The replay share is exact at every step, and evenly spread within a batch."""
+"""The replay share is exact at every step and evenly spread within a batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_changing_share_drifts_by_less_than_a_row(share: partial[float]) -> No
 
 @settings(max_examples=20, deadline=None)
 @given(stop=st.integers(0, 3000), later=st.integers(0, 2000))
-def test_running_sums_go_on_from_a_restored_one(stop: int, later: int) -> None:
+def test_running_sums_continue_from_a_restored_one(stop: int, later: int) -> None:
     share = partial(linear, length=2500, start=0.5, end=0.0)
     whole = RunningShare(share)
     restored = RunningShare(share, stop, whole.total(stop))
@@ -94,7 +94,7 @@ def test_contiguous_slices_differ_by_at_most_one_old_row(ranks: int, each: int, 
 def test_bad_input() -> None:
     with pytest.raises(UsageError, match=r"corpus 'code': weight 0.0 must be above 0"):
         Mixture(8, {"code": 0.0})
-    with pytest.raises(UsageError, match=r"replay share 1.5 at step 3 must lie between 0 and 1"):
+    with pytest.raises(UsageError, match=r"replay share 1.5 at step 3 must be between 0 and 1"):
         RunningShare(lambda step: step / 2).total(4)
-    with pytest.raises(UsageError, match="step 2 lies before step 5"):
+    with pytest.raises(UsageError, match="step 2 is before step 5"):
         RunningShare(0.1, 5, 17).total(2)

@@ -1,4 +1,4 @@
-"""The order of rows: a bijection for every size, the same for ever."""
+"""The order of rows is a bijection for every size and never changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_permutations_hit_every_element_once(size: int, seed: int) -> None:
 
 
 def slow_permute(index: int, size: int, seed: int, corpus: str, epoch: int) -> int:
-    """The documented network on Python's integers, one element at a time."""
+    """Permute one element at a time with the documented network on Python's integers."""
     text = f"{seed}\0{corpus}\0{epoch}\0rows".encode()
     digest = hashlib.blake2b(text, digest_size=64).digest()
     bits = max(1, (size - 1).bit_length())
@@ -48,7 +48,7 @@ def slow_permute(index: int, size: int, seed: int, corpus: str, epoch: int) -> i
 
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(2, 10**9), seed=st.integers(0, 99), epoch=st.integers(0, 9), data=st.data())
-def test_the_vectorised_network_equals_the_documented_one(
+def test_the_vectorized_network_equals_the_documented_one(
     size: int, seed: int, epoch: int, data: st.DataObject
 ) -> None:
     index = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
@@ -64,7 +64,7 @@ def test_the_vectorised_network_equals_the_documented_one(
     shuffle=st.sampled_from(["full", "window"]),
     epoch=st.integers(0, 5),
 )
-def test_every_row_comes_exactly_once_an_epoch(
+def test_every_row_occurs_exactly_once_per_epoch(
     rows: int, block: int, window: int, shuffle: Literal["full", "window"], epoch: int
 ) -> None:
     order = CorpusOrder("prose", rows, 3, shuffle, block, window)
@@ -74,7 +74,7 @@ def test_every_row_comes_exactly_once_an_epoch(
 
 @settings(max_examples=30, deadline=None)
 @given(cuts=st.lists(st.integers(0, 300), max_size=5).map(sorted), shuffle=st.sampled_from(["full", "window"]))
-def test_the_order_does_not_depend_on_how_it_is_asked_for(cuts: list[int], shuffle: Literal["full", "window"]) -> None:
+def test_the_order_does_not_depend_on_the_size_of_requests(cuts: list[int], shuffle: Literal["full", "window"]) -> None:
     order = CorpusOrder("prose", 100, 0, shuffle, block=7, window=3)
     pieces = np.split(np.arange(300), cuts)
     assert np.concatenate([order.row(piece) for piece in pieces]).tolist() == order.row(np.arange(300)).tolist()
@@ -96,7 +96,7 @@ def test_a_window_touches_few_blocks() -> None:
     assert (np.diff(rows) == 1).mean() < 0.05, "rows are shuffled within the window"
 
 
-def test_neighbours_and_parities_are_mixed() -> None:
+def test_neighbors_and_parities_are_mixed() -> None:
     rows = CorpusOrder("prose", 4096, 0).row(np.arange(4096))
     assert abs(np.corrcoef(rows, np.arange(4096))[0, 1]) < 0.05
     assert abs((rows % 2 == np.arange(4096) % 2).mean() - 0.5) < 0.05
@@ -108,6 +108,6 @@ def test_neighbours_and_parities_are_mixed() -> None:
     ("shuffle", "expected"),
     [("full", [78, 98, 95, 60, 71, 2, 62, 74]), ("window", [37, 36, 32, 33, 31, 51, 53, 32])],
 )
-def test_the_order_is_the_same_for_ever(shuffle: Literal["full", "window"], expected: list[int]) -> None:
+def test_the_order_never_changes(shuffle: Literal["full", "window"], expected: list[int]) -> None:
     """Golden values: an upgrade that changes them would silently change every running training."""
     assert CorpusOrder("prose", 100, 0, shuffle, block=10, window=3).row(np.arange(96, 104)).tolist() == expected

@@ -1,4 +1,4 @@
-"""A server, a cache and the pauses between tries."""
+"""Fixtures: a server, a cache and the pauses between attempts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rewurst.datamodules.storage.block_cache import BlockCache
 
 @pytest.fixture
 def server(loopback: Any) -> Any:
-    """An http server with two objects."""
+    """Start an http server with two objects."""
     loopback.behaviour.objects |= {"/a/x.tar": CONTENT, "/empty": b""}
     return loopback
 
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses that would have been made."""
+    """Record pauses instead of sleeping."""
     made: list[float] = []
     monkeypatch.setattr(remote, "sleep", made.append)
     return made

@@ -1,4 +1,4 @@
-"""The cache on the node: each block is fetched once, checked, bounded, and shared by processes."""
+"""The node's cache: blocks are fetched once, checked, bounded in number and shared by processes."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def fetched(content: bytes) -> Callable[[], bytes]:
     return lambda: content
 
 
-def test_what_was_longest_unused_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_block_is_evicted_first(tmp_path: Path) -> None:
     cache, stats = BlockCache(tmp_path, capacity=4 * (100 + 16), block_bytes=100), ReadStats()
     for number in range(4):
         cache.block("ab" * 32, number, 100, fetched(bytes([number]) * 100), stats)
         os.utime(tmp_path / "ab" / ("ab" * 32) / str(number), ns=(number, number))
     cache._mapped.clear()
-    cache.block("ab" * 32, 0, 100, pytest.fail, stats)  # used, and so the youngest
+    cache.block("ab" * 32, 0, 100, pytest.fail, stats)  # just used, so the youngest
     cache.block("ab" * 32, 4, 100, fetched(b"4" * 100), stats)
     kept = {path.name for path in blocks(cache)}
     assert {"0", "4"} <= kept
@@ -89,7 +89,7 @@ def test_an_evicted_block_stays_readable(tmp_path: Path) -> None:
     assert view == b"x" * 100
 
 
-def test_what_a_killed_process_left_counts_and_goes(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_count_and_are_evicted(tmp_path: Path) -> None:
     cache, name = BlockCache(tmp_path, capacity=500, block_bytes=100), "ab" * 32
     (tmp_path / "ab" / name).mkdir(parents=True)
     left = tmp_path / "ab" / name / ".7.0123456789abcdef"
@@ -148,10 +148,12 @@ def no_space(*_: Any) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_counted_and_told_once(server: Any, cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_counted_and_reported_once(
+    server: Any, cache: BlockCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(block_cache.os, "write", no_space)
     opened = CachedBytes(server.url(), cache)
-    with pytest.warns(UserWarning, match=r"cannot cache a block \(No space left on device\); reading goes") as told:
+    with pytest.warns(UserWarning, match=r"cannot cache a block \(No space left on device\); reading cont") as told:
         assert opened.read(0, 10_000) == CONTENT
     assert (len(told), opened.stats.uncached) == (1, 10)
     assert not list(cache.folder.glob("??/*/.*"))

@@ -1,4 +1,4 @@
-"""Ranges of objects on http, S3 and any file system of fsspec: the file's bytes, whatever the server does."""
+"""Ranges over http, S3 and any file system of fsspec are the file's bytes, whatever the server does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_any_ranges_are_those_of_the_file(
     assert sum(path.stat().st_size for path in blocks(cache)) <= capacity
 
 
-def test_only_blocks_that_are_asked_for_are_fetched_and_once(server: Any, cache: BlockCache) -> None:
+def test_only_requested_blocks_are_fetched_and_only_once(server: Any, cache: BlockCache) -> None:
     opened = CachedBytes(server.url(), cache)
     assert (opened.size, opened.identity) == (len(CONTENT), '"one"')
     for _ in range(3):
@@ -79,10 +79,10 @@ def test_equal_names_in_other_folders_and_changed_objects_do_not_mix(server: Any
 def test_an_object_that_changes_under_its_reader(server: Any, cache: BlockCache) -> None:
     opened = CachedBytes(server.url(), cache)
     server.behaviour.etag = '"two"'
-    with pytest.raises(UsageError, match=r"/a/x.tar, bytes 0 to 1024: the object has changed while it was read"):
+    with pytest.raises(UsageError, match=r"/a/x.tar, bytes 0 to 1024: the object changed while it was read"):
         opened.read(0, 9)
     del server.behaviour.objects["/a/x.tar"]
-    with pytest.raises(UsageError, match=r"/a/x.tar, bytes 0 to 1024: the object has gone .*status 404"):
+    with pytest.raises(UsageError, match=r"/a/x.tar, bytes 0 to 1024: the object was removed .*status 404"):
         opened.read(0, 9)
 
 
@@ -155,7 +155,7 @@ def test_a_server_that_answers_another_range_or_too_little(server: Any, cache: B
     with pytest.raises(UsageError, match=r"Content-Range 'bytes 1-1024/10000', expected 'bytes 0-1023/10000'"):
         opened.read(0, 9)
     server.behaviour.shift, server.behaviour.cut = 0, 5
-    with pytest.raises(UsageError, match=r"bytes 0 to 1024: (1019 bytes came, 1024 expected|.*), 6 times"):
+    with pytest.raises(UsageError, match=r"bytes 0 to 1024: (1019 bytes received, 1024 expected|.*), 6 times"):
         opened.read(0, 9)
     assert blocks(cache) == []
 
@@ -179,22 +179,22 @@ def test_whole_objects(server: Any, pauses: list[float]) -> None:
         read_whole(server.url())
 
 
-def test_credentials_go_to_the_host_they_are_for(server: Any, cache: BlockCache) -> None:
+def test_credentials_are_sent_only_to_their_host(server: Any, cache: BlockCache) -> None:
     server.behaviour.redirect = server.url("/a/x.tar")
     opened = CachedBytes(server.url("/moved").replace("//", "//me:p%40ss@"), cache)
     assert opened.read(0, 9) == CONTENT[:9]
     assert server.behaviour.credentials == ["Basic bWU6cEBzcw==", ""] * 2
-    assert server.behaviour.ranges == ["bytes=0-0"] * 2 + ["bytes=0-1023"] * 2  # which a redirect keeps
+    assert server.behaviour.ranges == ["bytes=0-0"] * 2 + ["bytes=0-1023"] * 2  # kept by a redirect
     with pytest.raises(UsageError, match=r"^http://127.0.0.1:\d+/none: status 404") as error:
         CachedBytes(server.url("/none").replace("//", "//me:secret@"), cache)
     assert "secret" not in str(error.value)
-    with pytest.raises(UsageError, match=r"^http://h:port/x: no valid address$"):
+    with pytest.raises(UsageError, match=r"^http://h:port/x: not a valid address$"):
         read_whole("http://h:port/x")
 
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """fsspec's file system in memory, with an ETag."""
+    """Add an ETag to fsspec's file system in memory."""
     import fsspec
 
     monkeypatch.setattr(remote, "_file_systems", {})
@@ -223,7 +223,7 @@ def test_any_file_system_of_fsspec(memory: Any, cache: BlockCache) -> None:
 
 
 class HTTPClientError(Exception):
-    """As botocore's, which is no OSError."""
+    """Exception like botocore's, which is not an OSError."""
 
 
 @pytest.mark.parametrize(
@@ -234,10 +234,10 @@ class HTTPClientError(Exception):
         (HTTPClientError("closed"), "x.tar, bytes 0 to 1024: closed, 2 times", 2),
         (PermissionError("Access\nDenied"), "^memory://a/x.tar: Access Denied$", 1),
         (RuntimeError("Unable to locate credentials"), "^memory://a/x.tar: Unable to locate credentials$", 1),
-        (FileNotFoundError(), "x.tar, bytes 0 to 1024: the object has gone", 1),
+        (FileNotFoundError(), "x.tar, bytes 0 to 1024: the object was removed", 1),
     ],
 )
-def test_what_file_systems_raise(
+def test_exceptions_of_file_systems(
     memory: Any, cache: BlockCache, pauses: list[float], monkeypatch: pytest.MonkeyPatch,
     error: Exception, message: str, requests: int,
 ) -> None:  # fmt: skip
@@ -252,7 +252,7 @@ def test_what_file_systems_raise(
     assert (opened.stats.requests, len(pauses)) == (1 + requests, requests - 1)
 
 
-def test_a_copy_by_pickle_reads_without_asking_again(server: Any, cache: BlockCache) -> None:
+def test_a_pickled_copy_reads_without_another_request(server: Any, cache: BlockCache) -> None:
     opened = CachedBytes(server.url(), cache)
     copies = [pickle.loads(pickle.dumps(opened)) for _ in range(2)]
     assert copies[0]._cache is copies[1]._cache
@@ -279,7 +279,7 @@ def test_objects_in_s3(bucket: Any, cache: BlockCache) -> None:
     assert pickle.loads(pickle.dumps(other)).read(5, 9) == CONTENT[::-1][5:9]
 
 
-def test_objects_that_s3_does_not_have(bucket: Any, cache: BlockCache) -> None:
+def test_objects_missing_from_s3(bucket: Any, cache: BlockCache) -> None:
     with pytest.raises(UsageError, match=r"^s3://corpora/none: no such object$"):
         open_bytes("s3://corpora/none", cache=cache)
     with pytest.raises(FileNotFoundError, match=r"^s3://other/none: no such object$"):

@@ -1,4 +1,4 @@
-"""Reading by position from disk, and what a path means."""
+"""Reading by position from disk, and the meaning of paths."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def test_files_by_url_empty_ones_and_copies_by_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("begin", "end"), [(-1, 3), (5, 4), (0, len(CONTENT) + 1)])
-def test_ranges_that_are_not_there(tmp_path: Path, server: Any, cache: BlockCache, begin: int, end: int) -> None:
+def test_ranges_outside_of_the_file(tmp_path: Path, server: Any, cache: BlockCache, begin: int, end: int) -> None:
     for opened in (open_bytes(str(local(tmp_path))), open_bytes(server.url(), cache=cache)):
-        with pytest.raises(UsageError, match=rf"x.tar, bytes {begin} to {end}: no such range, it has 10000 bytes"):
+        with pytest.raises(UsageError, match=rf"x.tar, bytes {begin} to {end}: no such range, the file has 10000"):
             opened.read(begin, end)
 
 

@@ -1,4 +1,4 @@
-"""Published models, from a step of training to a folder that a fresh process loads."""
+"""Published models, from a training step to a folder that a fresh process loads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_step_of_training(
     ids = torch.randint(8, 80, (2, 13), generator=torch.Generator().manual_seed(0))
     with monkeypatch.context() as exact:
         if name != "XGLM":
-            exact.setattr(torch.Tensor, "float", torch.Tensor.double)  # models cast to float32, which would round
+            exact.setattr(torch.Tensor, "float", torch.Tensor.double)  # models cast to float32, which rounds
         module = architectures.build(name)
         expected = architectures.transformers_loss(module, ids)
         optimizer: Any = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -58,7 +58,7 @@ def test_a_fresh_process_loads_every_export(exports: Path) -> None:
     assert sorted(line.removeprefix("equal ") for line in done.stdout.split("\n") if line) == names
 
 
-def test_the_page_tells_what_was_found() -> None:
+def test_the_page_shows_the_results() -> None:
     page = architectures.table([architectures.row(name) for name in PUBLISHED])
     if os.environ.get("REWURST_WRITE_DOCS"):
         PAGE.write_text(page, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An export says one thing: its configs and its tokenizer name the tokens that the data were prepared with."""
+"""An export is consistent: its configs and tokenizer name the tokens with which the data was prepared."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_prompts_begin_as_documents_do(tmp_path: Path, begin_tokens: list[int] |
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_precision_asked_for(tmp_path: Path, dtype: str) -> None:
+def test_the_requested_precision(tmp_path: Path, dtype: str) -> None:
     folder = tokenizer_folder(tmp_path / "tokenizer", "<|endoftext|>", None)
     path = checkpoint(tmp_path / "run", folder, {})
     export_hugging_face(path, tmp_path / "hf", dtype=dtype)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
         export_hugging_face(tmp_path / "run", tmp_path / "other")
 
 
-def test_a_tokenizer_that_transformers_reads_as_another(tmp_path: Path) -> None:
+def test_a_tokenizer_that_transformers_reads_differently(tmp_path: Path) -> None:
     folder = tokenizer_folder(tmp_path / "tokenizer", "<|endoftext|>", None)
     path = checkpoint(tmp_path / "run", folder, {}, model_type="qwen2", num_key_value_heads=2)
     with pytest.warns(UserWarning, match="reads the tokenizer of this model as a Qwen2Tokenizer, which cuts texts"):

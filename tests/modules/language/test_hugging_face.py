@@ -1,4 +1,4 @@
-"""An exported folder is what transformers expects, and gives the loss of the checkpoint."""
+"""An exported folder loads in transformers and gives the loss of the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rewurst.preparation.text import prepare_text, train_tokenizer
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A tiny model trained for some steps on real text, its checkpoint and its validation loss."""
+    """Train a tiny model on real text; return its checkpoint and its validation loss."""
     folder = tmp_path_factory.mktemp("trained")
     text = folder / "a.txt"
     text.write_text("\n".join(f"line {number} of some text, {number * number} words long" for number in range(400)))

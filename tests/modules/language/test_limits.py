@@ -1,4 +1,4 @@
-"""A model's vocabulary and positions against what the data ask for."""
+"""Limits of a model's vocabulary and positions compared with the data."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_new_tokens_are_the_mean_of_the_old(kind: str, extend: bool | int, size:
     }
 
 
-def test_a_vocabulary_that_suffices_stays() -> None:
+def test_a_sufficient_vocabulary_stays() -> None:
     model: Any = CausalLM(LLAMA).model
     weight = model.get_input_embeddings().weight
     require_vocabulary(model, 64, 128)

@@ -1,4 +1,4 @@
-"""Adapters: what is trained, saved, resumed, merged and loaded by peft."""
+"""Adapters are trained, saved, resumed, merged, and loaded by peft."""
 
 from __future__ import annotations
 

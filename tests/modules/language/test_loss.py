@@ -1,4 +1,4 @@
-"""Losses and gradients of CausalLM against transformers, for heads of every kind."""
+"""Losses and gradients of CausalLM equal those of transformers, for all kinds of heads."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_heads_that_do_more_get_all_logits_and_one_line(
     assert record.message.endswith("ForCausalLM does more than a linear head: its loss is computed over all logits")
 
 
-def test_looking_at_the_head_changes_neither_modes_nor_random_state(tiny_config: dict[str, Any]) -> None:
+def test_probing_the_head_changes_neither_modes_nor_random_state(tiny_config: dict[str, Any]) -> None:
     module = CausalLM({**tiny_config, "hidden_dropout": 0.5})
     module.model.gpt_neox.layers[0].eval()  # type: ignore[union-attr,index,operator]
     modes, state = [m.training for m in module.modules()], torch.get_rng_state()
@@ -73,7 +73,7 @@ def test_looking_at_the_head_changes_neither_modes_nor_random_state(tiny_config:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_z_loss_is_part_of_training_alone(tiny_config: dict[str, Any]) -> None:
+def test_z_loss_is_part_only_of_training(tiny_config: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module = CausalLM(tiny_config, z_loss=0.1)
     ids = torch.randint(64, (3, 9))
@@ -95,7 +95,7 @@ def test_options_that_cannot_be(tiny_config: dict[str, Any], options: dict[str, 
     assert str(error.value).startswith(message)
 
 
-def test_attention_is_computed_as_asked(tiny_config: dict[str, Any]) -> None:
+def test_attention_is_computed_as_requested(tiny_config: dict[str, Any]) -> None:
     torch.manual_seed(0)
     ids = torch.randint(64, (2, 9))
     losses = []

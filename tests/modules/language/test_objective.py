@@ -1,4 +1,4 @@
-"""Every term of a model's own loss, and the share of the busiest expert."""
+"""All terms of a model's own loss, and the share of the busiest expert."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_loss_over_the_logits_is_part_of_it() -> None:
     assert module.token_losses(ids).mean().item() == pytest.approx(plain.item(), rel=1e-5)
 
 
-def test_looking_for_terms_leaves_the_model_as_it_was(tiny_config: dict[str, Any]) -> None:
+def test_probing_for_terms_does_not_change_the_model(tiny_config: dict[str, Any]) -> None:
     module = CausalLM({**SMALL, "model_type": "mixtral"})
     before, state = dict(module.model.__dict__), torch.get_rng_state()
     objective = find_objective(module.model)

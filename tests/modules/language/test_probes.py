@@ -1,4 +1,4 @@
-"""Document masks and causality are judged by what models do, not by what they say."""
+"""Document masks and causality are judged by the models' behavior, not by their settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CROSSING: dict[str, dict[str, Any]] = {
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "head_dim": 4},
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 32, "mamba_n_groups": 1, "mamba_chunk_size": 8},
     "mamba": {"state_size": 4},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 4, "sliding_window": 4},  # its masks take no notice of positions
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 4, "sliding_window": 4},  # its masks ignore positions
 }  # fmt: skip
 APART: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "opt": {"word_embed_proj_dim": 16, "ffn_dim": 32, "dropout": 0.0},
@@ -49,7 +49,7 @@ def test_a_state_that_crosses_documents_is_refused(kind: str) -> None:
         CausalLM(config, document_masks=True)
 
 
-def test_attention_that_takes_no_notice_of_documents_is_refused() -> None:
+def test_attention_that_ignores_documents_is_refused() -> None:
     config = _config("opt", APART)
     with pytest.raises(UsageError, match="OPTForCausalLM with eager attention does not keep the documents"):
         CausalLM(config, document_masks=True, attn_implementation="eager")
@@ -57,7 +57,7 @@ def test_attention_that_takes_no_notice_of_documents_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", APART)
 @pytest.mark.parametrize("train", [False, True])
-def test_what_is_accepted_keeps_documents_apart(kind: str, train: bool) -> None:
+def test_accepted_models_keep_documents_apart(kind: str, train: bool) -> None:
     torch.manual_seed(0)
     module = CausalLM(_config(kind, APART), document_masks=True).train(train)
     ids = torch.randint(3, 64, (2, 20))
@@ -70,7 +70,7 @@ def test_what_is_accepted_keeps_documents_apart(kind: str, train: bool) -> None:
         )
 
 
-def test_looking_leaves_modes_gradients_and_random_state() -> None:
+def test_probing_keeps_modes_gradients_and_random_state() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
     module = CausalLM({**SMALL, "model_type": "llama"}, document_masks=True)

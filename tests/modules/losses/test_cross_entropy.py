@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against PyTorch's own over all logits, in value, gradient, precision and memory."""
+"""Chunked cross-entropy compared with PyTorch's over all logits: value, gradient, precision and memory."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_finite_differences(reduction: Any) -> None:
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_only_what_requires_a_gradient_gets_one(wanted: tuple[bool, bool], reduction: Any) -> None:
+def test_only_tensors_that_require_a_gradient_get_one(wanted: tuple[bool, bool], reduction: Any) -> None:
     hidden, weight, targets, _ = inputs(6)
     hidden.requires_grad_(wanted[0])
     weight.requires_grad_(wanted[1])

@@ -1,4 +1,4 @@
-"""Adversarial and perceptual losses against other people's."""
+"""Adversarial and perceptual losses compared with other implementations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_adversarial_losses_are_the_papers(real: list[float], fake: list[float])
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the layout of torchvision's file."""
+    """Write random weights in the layout of torchvision's file."""
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("vgg") / "vgg16-397923af.pth"
     features = vgg16().features.state_dict()
@@ -66,7 +66,7 @@ def test_lpips_is_that_of_torchmetrics(vgg_file: Path) -> None:
     assert not any(parameter.requires_grad for parameter in ours.parameters())
 
 
-def test_weights_that_are_missing_or_another_networks(vgg_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_weights_that_are_missing_or_of_another_network(vgg_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(perceptual, "cached_vgg16", lambda: tmp_path / "none.pth")
     assert LPIPS.from_files() is None
     monkeypatch.setattr(perceptual, "cached_vgg16", lambda: vgg_file)

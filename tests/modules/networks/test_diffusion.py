@@ -1,4 +1,4 @@
-"""The diffusion's functions against diffusers' scheduler, and their properties."""
+"""The diffusion's functions equal diffusers' scheduler, and have their mathematical properties."""
 
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_ddpm_adds_no_noise_at_the_end() -> None:
 
 
 def test_ddpm_keeps_the_marginal() -> None:
-    """With the exact noise of data that is one point, a step lands on the diffusion's own distribution."""
+    """With the exact noise of a single data point, a step lands on the diffusion's distribution."""
     generator = Generator().manual_seed(0)
     data, shape = 0.7, (1, 1, 400, 400)
     x0 = torch.full(shape, data).double()

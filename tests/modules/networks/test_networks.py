@@ -1,4 +1,4 @@
-"""What the networks promise beyond equality with diffusers: initialisation, caches, sizes, precision, folders."""
+"""Properties of the networks besides equality with diffusers: initialization, caches, sizes, precision, folders."""
 
 import math
 import subprocess
@@ -216,7 +216,7 @@ class TestPrecision:
         x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(norm, (x,))
 
-    def test_neighbouring_timesteps_differ_in_bfloat16(self) -> None:
+    def test_neighboring_timesteps_differ_in_bfloat16(self) -> None:
         embedded = timestep_embedding(torch.tensor([0.9000, 0.9002]), 64, torch.bfloat16)
         assert (embedded[0] - embedded[1]).abs().max() > 0.5
 
@@ -256,7 +256,7 @@ class TestEncoders:
         assert compressor.pixels_per_latent == 16
 
     @pytest.mark.parametrize(("depth", "seen"), [(0, 15), (1, 31), (2, 47)])
-    def test_what_a_latent_of_the_small_backbone_sees(self, depth: int, seen: int) -> None:
+    def test_receptive_field_of_the_small_backbone(self, depth: int, seen: int) -> None:
         """Three convolutions of stride 2 see 1 + 2 + 4 + 8 pixels, each block of stride 1 two strides more.
 
         Fresh blocks add nothing.
@@ -332,7 +332,7 @@ for network, inputs in ((Prior, (torch.randn(2, 16, 4, 6), t, text)), (StageBUNe
 
 
 def test_compiled_blocks_change_nothing() -> None:
-    """In a process of its own, because Dynamo cannot trace the checks of shapes."""
+    """Run in a separate process, because Dynamo cannot trace the checks of shapes."""
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
 
 

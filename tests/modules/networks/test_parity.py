@@ -1,4 +1,4 @@
-"""The three networks against diffusers' classes."""
+"""The three networks equal diffusers' classes."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 def pair(ours: type[Network], theirs: type, config: dict[str, Any], dtype: torch.dtype, randomize: Any) -> Any:
     one = randomize(ours.from_config(config)).to(dtype)
-    if isinstance(one, Prior):  # its |1 - b| must not come near 0, where any rounding is blown up
+    if isinstance(one, Prior):  # |1 - b| must not come near 0, where rounding is amplified
         one.out[1].weight.data.mul_(0.02)
     other = theirs(**one.config).to(dtype).eval()
     other.load_state_dict(one.state_dict())

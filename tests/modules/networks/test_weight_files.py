@@ -1,4 +1,4 @@
-"""Exchange of weights: diffusers' names, the authors' layout, and files that must be refused."""
+"""Exchange of weights with diffusers' names and the authors' layout, and files that must be refused."""
 
 import collections
 import pickle
@@ -121,7 +121,7 @@ def test_mean() -> None:
 
 
 class Executed:
-    """A pickle that leaves a trace when it is loaded."""
+    """Object that leaves a trace when its pickle is loaded."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -137,7 +137,7 @@ def corrupt(folder: Path) -> Path:
 
 
 def write(name: str) -> Any:
-    """Return what writes one kind of bad file and gives its path."""
+    """Return a function that writes one kind of bad file and returns its path."""
 
     def missing(folder: Path) -> Path:
         return folder / "none.pt"
@@ -234,7 +234,7 @@ def test_bad_files(kind: str, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "trace").exists()
 
 
-def test_plain_values_beside_tensors_are_fine(tmp_path: Path, randomize: Any) -> None:
+def test_plain_values_next_to_tensors_are_accepted(tmp_path: Path, randomize: Any) -> None:
     prior = randomize(Prior.from_preset("tiny"))
     extra = collections.OrderedDict(epoch=3, note="x", numbers=[1, 2.5])
     torch.save({"ema_state_dict": prior.state_dict(), **extra}, tmp_path / "c.pt")

@@ -1,4 +1,4 @@
-"""Optimizers with 8-bit states against bitsandbytes' own, against 32-bit ones, and through checkpoints."""
+"""8-bit optimizers compared with bitsandbytes' and with 32-bit ones, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = OptimizerSettings(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 1500), st.booleans(), st.floats(-30, 4))
-def test_what_was_decoded_is_encoded_to_the_bit(seed: int, elements: int, signed: bool, exponent: float) -> None:
+def test_decoded_states_are_encoded_bit_for_bit(seed: int, elements: int, signed: bool, exponent: float) -> None:
     draw = torch.Generator().manual_seed(seed)
     values = torch.randn(elements, generator=draw) ** 3 * 10**exponent
     values = values if signed else values.abs()
@@ -115,7 +115,7 @@ def test_states_take_little_more_than_a_byte_each(tiny_config: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_going_on_is_exact(name: Any) -> None:
+def test_resuming_is_exact(name: Any) -> None:
     mine = parameters()
     optimizer = SETTINGS.of(name)([{"params": mine}])
     steps(optimizer, 5)

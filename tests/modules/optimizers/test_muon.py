@@ -1,4 +1,4 @@
-"""Muon against singular value decomposition, against torch's Muon and AdamW, and which parameters get which."""
+"""Muon compared with singular value decomposition, torch's Muon and AdamW, and its choice of parameters."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_matrices_step_as_in_torch_and_the_rest_as_with_adamw() -> None:
         torch.testing.assert_close(a.view_as(b), b, rtol=0, atol=0.02 * moved if number < count else 1e-6)
 
 
-def test_a_restored_step_count_lies_where_its_parameter_does() -> None:
+def test_a_restored_step_count_is_on_its_parameters_device() -> None:
     optimizer = Muon(parameters())
     steps(optimizer, 2)
     there = Muon([nn.Parameter(parameter.to("meta")) for parameter in parameters()])
@@ -114,7 +114,7 @@ def test_matrices_have_their_own_learning_rate() -> None:
         torch.testing.assert_close(b - start, (a - start) * (3 if number < len(MATRICES) else 1), rtol=1e-4, atol=1e-6)
 
 
-def test_how_many_are_multiplied_at_a_time_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_multiplied_at_a_time_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     together, apart = parameters(), parameters()
     steps(Muon(together), 3)
     monkeypatch.setattr(muon, "TOGETHER", 1)
@@ -123,7 +123,7 @@ def test_how_many_are_multiplied_at_a_time_makes_no_difference(monkeypatch: pyte
 
 
 def layers(module: Any, with_muon: bool) -> list[tuple[str, nn.Module]]:
-    """Names and layers of the weights that Muon, chosen by name, moves in orthogonal directions, or leaves to AdamW."""
+    """Return the names and layers of the weights that Muon steps itself, or leaves to AdamW."""
     chosen = module.configure_optimizers()
     optimizer = chosen[0] if isinstance(chosen, list) else chosen
     assert isinstance(optimizer, Muon)
@@ -135,13 +135,13 @@ def layers(module: Any, with_muon: bool) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def test_embeddings_and_heads_are_adamws(tiny_config: dict[str, Any]) -> None:
+def test_embeddings_and_heads_are_stepped_by_adamw(tiny_config: dict[str, Any]) -> None:
     module = CausalLM(tiny_config, optimizer="muon")
     assert len(layers(module, True)) == 2 * 4
     assert {name.split(".")[-2] for name, _ in layers(module, False)} == {"embed_in", "lm_head"}
 
 
-def test_codebooks_and_depthwise_kernels_are_adamws() -> None:
+def test_codebooks_and_depthwise_kernels_are_stepped_by_adamw() -> None:
     module = StageA("tiny", "tiny", perceptual_weight=0.0, optimizer="muon")
     left = layers(module, False)
     depthwise = [layer for _, layer in left if isinstance(layer, nn.Conv2d) and layer.groups > 1]

@@ -1,4 +1,4 @@
-"""Checkpoints of tiny stages, exported folders and the pipeline over them."""
+"""Fixtures: checkpoints of tiny stages, exported folders and their pipeline."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rewurst.modules.pipeline.text_to_image import TextToImage
 
 @pytest.fixture(autouse=True)
 def _no_modules_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Diffusers copies the one-line files that it executes; not to the user's cache here."""
+    """Keep diffusers from copying the one-line files that it executes to the user's cache."""
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
 
 def tame(network: nn.Module) -> nn.Module:
-    """Make predictions of a size that sampling keeps small and pictures that are grey rather than black and white."""
+    """Scale weights so that sampling stays small and pictures are gray rather than black and white."""
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, Attention):  # so that the text matters more than rounding
                 module.to_v.weight.mul_(2)
-        if isinstance(network, Prior):  # |1 - b| away from 0, where any rounding is blown up
+        if isinstance(network, Prior):  # |1 - b| away from 0, where rounding is amplified
             network.get_parameter("out.1.weight").mul_(0.2)
         elif isinstance(network, StageBUNet):  # b near 1; rows are channels, a before b, each with its 2x2 patch
             network.get_parameter("clf.1.weight").mul_(0.3)
@@ -39,7 +39,7 @@ def tame(network: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: Path) -> dict[str, Path]:
-    """Checkpoints as the LightningModules write them, of the released compression and of another."""
+    """Write checkpoints as the LightningModules do, of the released compression and of another."""
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(1)
 
@@ -71,14 +71,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, text_encoder_folder: P
 
 @pytest.fixture(scope="module")
 def combined(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of the released compression: 42.67 pixels a latent."""
+    """Export the released compression: 42.67 pixels per latent."""
     out = tmp_path_factory.mktemp("combined") / "out"
     return export_diffusers(checkpoints["a"], checkpoints["b_large"], checkpoints["c"], out)
 
 
 @pytest.fixture(scope="module")
 def pair(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of 16 pixels a latent, as a prior's and a decoder's folder."""
+    """Export 16 pixels per latent as a prior's and a decoder's folder."""
     out = tmp_path_factory.mktemp("pair") / "out"
     return export_diffusers(checkpoints["a"], checkpoints["b"], checkpoints["c"], out)
 

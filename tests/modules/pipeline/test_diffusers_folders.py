@@ -1,7 +1,8 @@
-"""Folders as diffusers writes them, in every variant and cut into shards, draw what diffusers draws."""
+"""Diffusers' folders in every variant and in shards draw the pictures that diffusers draws."""
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ SAVED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def theirs(text_encoder_folder: Path) -> Any:
-    """The pipeline that diffusers' own fast tests build: Stage B sees no embedding, whose width does not matter."""
+    """Build the pipeline of diffusers' fast tests: Stage B sees no embedding, so its width does not matter."""
     wuerstchen = pytest.importorskip("diffusers.pipelines.deprecated.wuerstchen")
     from diffusers import DDPMWuerstchenScheduler
     from transformers import AutoTokenizer, CLIPTextModel
@@ -70,7 +71,7 @@ def drawn(theirs: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_folders_of_every_form_draw_what_diffusers_draws(name: str, theirs: Any, drawn: Any, tmp_path: Path) -> None:
+def test_folders_of_every_form_draw_diffusers_pictures(name: str, theirs: Any, drawn: Any, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path, **SAVED[name])
     pipeline = TextToImage.from_folder(tmp_path)
     found = pipeline("a cat", generator=torch.Generator().manual_seed(0), **CALL)
@@ -139,8 +140,13 @@ def test_callbacks_see_and_change_what_those_of_diffusers_do(theirs: Any, tmp_pa
             torch.testing.assert_close(seen[name], value, atol=1e-4, rtol=1e-4)
 
 
-def test_a_name_that_no_step_has(theirs: Any, tmp_path: Path) -> None:
+def test_an_unknown_name_of_a_step(theirs: Any, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     pipeline = TextToImage.from_folder(tmp_path)
     with pytest.raises(UsageError, match="inputs has 'image_embeddings': choose among latents"):
         pipeline("a", prior_callback_on_step_end_tensor_inputs=["image_embeddings"], **CALL)
+
+
+def test_arguments_are_those_of_diffusers_in_their_order(theirs: Any) -> None:
+    expected = [name for name in inspect.signature(type(theirs).__call__).parameters if name != "kwargs"]
+    assert list(inspect.signature(TextToImage.__call__).parameters)[: len(expected)] == expected

@@ -1,4 +1,4 @@
-"""Drawing: seeds of any type, devices, values that are not finite, batches that are written at once."""
+"""Drawing: seeds of any type, devices, non-finite values, and batches that are written at once."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_offloaded_networks_are_on_the_device_only_while_they_work(
         most = max(most, len(there))
         return move(self, device)
 
-    assert pipeline.enable_model_cpu_offload("cpu") is pipeline
+    assert pipeline.enable_model_cpu_offload(device="cpu") is pipeline
     for network in pipeline.networks():
         network.register_forward_pre_hook(lambda network, _: None if network in there else pytest.fail("not moved"))
     monkeypatch.setattr(nn.Module, "to", to)
@@ -92,7 +92,7 @@ def test_offloaded_networks_are_on_the_device_only_while_they_work(
 
 @pytest.mark.parametrize("stage", ["prior", "decoder", "vqgan"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_a_picture(stage: str, value: float, pipeline: TextToImage) -> None:
+def test_non_finite_values_are_not_written(stage: str, value: float, pipeline: TextToImage) -> None:
     name = {"prior": "Stage C", "decoder": "Stage B", "vqgan": "Stage A"}[stage]
     with torch.no_grad():
         last = list(getattr(pipeline, stage).parameters())[-1]
@@ -103,7 +103,7 @@ def test_what_is_not_finite_is_not_a_picture(stage: str, value: float, pipeline:
 
 
 class Cheap:
-    """In the place of a pipeline: pictures that say which prompt and seed they are of."""
+    """Cheap pipeline whose pictures encode prompt and seed."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], int]] = []
@@ -146,7 +146,7 @@ def test_pictures_are_written_batch_by_batch(
     ],
 )
 @pytest.mark.parametrize("command", ["image", "reconstruction"])
-def test_where_nothing_can_be_written_is_noticed_first(
+def test_an_unwritable_folder_is_noticed_first(
     command: str, out: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(TextToImage, "from_folder", lambda *arguments: pytest.fail("loaded first"))

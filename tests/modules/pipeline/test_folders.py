@@ -1,4 +1,4 @@
-"""Exported folders: the same in diffusers, and refused when something is missing."""
+"""Exported folders draw the same in diffusers, and are refused if something is missing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TestDiffusers:
         drawn = [array(one("x", 64, 64, seed=1, output_type="np", **FAST)) for one in (ours, pipeline)]
         assert np.array_equal(*drawn)
 
-    def test_readme_says_how(self, combined: Path, pair: Path) -> None:
+    def test_readme_shows_how_to_load_it(self, combined: Path, pair: Path) -> None:
         assert (
             "AutoPipelineForText2Image.from_pretrained(FOLDER, trust_remote_code=True)"
             in (combined / "README.md").read_text()

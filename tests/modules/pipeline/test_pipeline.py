@@ -1,4 +1,4 @@
-"""TextToImage from prompts, images and the command line."""
+"""TextToImage with prompts, images and the command line."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class TestCall:
         drawn = [array(one("x", 32, 32, seed=1, output_type="np", **FAST)) for one in (half, pipeline)]
         assert np.abs(drawn[0] - drawn[1]).mean() < 0.1
 
-    def test_long_prompts_say_so(self, pipeline: TextToImage) -> None:
+    def test_long_prompts_are_reported(self, pipeline: TextToImage) -> None:
         with pytest.warns(UserWarning, match="has 42 tokens, of which 16 are used"):
             pipeline("z" * 40, 32, 32, **FAST)
 
@@ -106,7 +106,7 @@ def test_released_sizes() -> None:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """Files as phones and editors write them: turned, transparent, of 16 bits, of a palette, for print, of one bit."""
+    """Write files like those of phones and editors: rotated, transparent, 16-bit, palette, CMYK, one-bit."""
     pixels = np.random.default_rng(0).integers(0, 256, (70, 50, 4), dtype=np.uint8)
     rgba, rgb = Image.fromarray(pixels, "RGBA"), Image.fromarray(pixels[..., :3])
     turned = Image.Exif()
@@ -130,7 +130,7 @@ class TestReconstruct:
         again = pipeline.reconstruct(image, num_inference_steps=2, seed=1)
         assert all(np.array_equal(one, other) for one, other in zip(result, again, strict=True))
 
-    def test_files_are_shown_as_training_shows_them(self, pair: Path, tmp_path: Path) -> None:
+    def test_files_are_read_as_in_training(self, pair: Path, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()
         for path in _pictures(tmp_path / "in"):
             out = tmp_path / "row.png"
@@ -165,7 +165,7 @@ class TestReconstruct:
         with pytest.raises(UsageError, match=r"the image has mode \S+ and EXIF orientation 1, expected upright RGB"):
             pipeline.reconstruct(Image.new(mode, (32, 32)))
 
-    def test_an_image_that_lies_on_its_side_is_refused(self, pipeline: TextToImage) -> None:
+    def test_a_rotated_image_is_refused(self, pipeline: TextToImage) -> None:
         turned = Image.new("RGB", (32, 32))
         turned.getexif()[0x0112] = 6
         with pytest.raises(UsageError, match="mode RGB and EXIF orientation 6"):

@@ -1,4 +1,4 @@
-"""Use of a codebook is counted by steps, and codes begin anew where latents are."""
+"""Use of a codebook is counted in steps, and dead codes are moved to latents."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from rewurst.modules.shared.codebook import RECENT_STEPS, CodebookUse, drawn_rows, snap
 
 
-def test_ages_are_steps_since_a_code_was_taken() -> None:
+def test_ages_are_steps_since_a_code_was_used() -> None:
     use = CodebookUse(4)
     assert use.share == 0
     for indices in ([0, 1], [1], [1, 1]):

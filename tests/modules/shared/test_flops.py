@@ -1,4 +1,4 @@
-"""Counts of FLOPs against what real training steps do, and against published figures."""
+"""Counted FLOPs equal those of real training steps and published numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rewurst.preparation.tokenizer import train_tokenizer
 
 
 def counted(step: Any, backward: bool = False) -> float:
-    """What a call computes; attention by products that the counter knows."""
+    """Count the FLOPs of a call, with attention computed by products that the counter knows."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = step()
         if backward:
@@ -28,7 +28,7 @@ def counted(step: Any, backward: bool = False) -> float:
 
 @pytest.fixture
 def forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts the forward pass of everything: that of a real step is the oracle."""
+    """Count the forward pass of everything, as in a real step."""
     for module in (flops, latent_diffusion, stage_b, stage_c, text_stage):
         for name in ("TRAINED", "PASSED", "FROZEN"):
             monkeypatch.setattr(module, name, 1, raising=False)

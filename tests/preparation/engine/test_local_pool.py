@@ -1,4 +1,4 @@
-"""Units on worker processes of this machine: bounded in number, and one line when a process dies."""
+"""Units on local worker processes: bounded in number, and one line when a process dies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_unit_is_done_once(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_unit_raises_comes_through(workers: int) -> None:
+def test_exceptions_of_a_unit_are_raised(workers: int) -> None:
     with pytest.raises(ZeroDivisionError):
         list(LocalPool(workers).run(divmod, 7, _units(3)))
 
@@ -37,8 +37,8 @@ def test_a_worker_that_dies_is_one_line() -> None:
         list(LocalPool(2).run(operator.call, os._exit, [("unit", 1)]))
 
 
-def test_few_units_are_on_their_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded by this: units that have been read, and results that nobody has taken yet."""
+def test_few_units_are_in_flight_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This bounds the memory for units that have been read and results that are not written yet."""
     read = 0
 
     def units() -> Iterator[tuple[str, int]]:

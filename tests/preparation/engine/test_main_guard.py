@@ -1,4 +1,4 @@
-"""A script without a main guard is told what its fault is, whoever starts worker processes."""
+"""A script without a main guard gets an explanation, whatever starts worker processes."""
 
 from __future__ import annotations
 

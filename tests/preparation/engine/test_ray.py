@@ -1,4 +1,4 @@
-"""Preparation on a real Ray cluster of two workers: the bytes of the local engine, whoever dies meanwhile."""
+"""Preparation on a real Ray cluster of two workers gives the bytes of the local engine, even if processes die."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEXT: dict[str, Any] = {"sequence_length": 16, "held_out": 0.2, "rows_per_shard"
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """A bucket on loopback. It is there before the cluster is, whose processes keep the environment they began with."""
+    """Start a bucket on loopback before the cluster, whose processes keep their initial environment."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -62,7 +62,7 @@ def bucket() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its address."""
+    """Start a Ray cluster and return its address."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REWURST_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -104,7 +104,7 @@ def document(i: int) -> str:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Files of many documents and of one, of few and of many characters, and an empty one."""
+    """Write files of many documents and of one, of few and of many characters, and an empty one."""
     folder = tmp_path / "texts"
     (folder / "b").mkdir(parents=True)
     for number in range(6):
@@ -122,7 +122,7 @@ def tokenizer(texts: Path, tmp_path: Path) -> str:
 
 
 class Fifo:
-    """A file that a worker reads half of and waits: now it is midway in a unit, and which process it is can be seen."""
+    """File of which a worker reads half and then waits, so that the process within a unit is known."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.content = path, path.read_bytes()
@@ -131,7 +131,7 @@ class Fifo:
         self.inode = path.stat().st_ino
 
     def reader(self) -> int:
-        """The process that has begun to read it."""
+        """Return the process that has begun to read the file."""
         while True:
             self.end = self.path.open("wb")  # waits for a reader, which may yet be one that is about to end
             with contextlib.suppress(BrokenPipeError):
@@ -143,7 +143,7 @@ class Fifo:
             self.close()
 
     def restore(self) -> None:
-        """Puts the file back."""
+        """Restore the file."""
         (self.path.parent.parent / "restored").write_bytes(self.content)
         os.replace(self.path.parent.parent / "restored", self.path)
 
@@ -152,7 +152,7 @@ class Fifo:
             self.end.close()
 
     def kill_reader(self) -> threading.Thread:
-        """Kills the process that reads it, once it does; whoever reads after that finds the file."""
+        """Kill the process that reads the file once it has begun; later readers find the file."""
         killed = threading.Thread(target=self._kill, daemon=True)
         killed.start()
         return killed
@@ -169,7 +169,7 @@ class Fifo:
         return False
 
 
-def test_text_is_that_of_the_local_engine_though_a_worker_is_killed(
+def test_text_equals_the_local_engines_although_a_worker_is_killed(
     texts: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     killed = Fifo(texts / "3.jsonl").kill_reader()
@@ -182,10 +182,10 @@ def test_text_is_that_of_the_local_engine_though_a_worker_is_killed(
     assert contents(tmp_path / "ray") == expected
 
 
-def test_a_killed_preparation_goes_on(
+def test_a_killed_preparation_resumes(
     cluster: str, texts: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process that distributes the units is killed while one of them is in work: those that are done stay."""
+    """The process that distributes units is killed during one of them; finished units are kept."""
     out = tmp_path / "ray"
     script = (
         "import sys; from rewurst.preparation.engine import text_units; from rewurst.preparation import text\n"
@@ -249,7 +249,7 @@ def test_text_from_and_to_object_storage(bucket: Any, texts: Path, tokenizer: st
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of captioned pictures, among them corrupt ones and one without a caption."""
+    """Write captioned pictures, among them corrupt ones and one without a caption."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(23):
@@ -266,7 +266,7 @@ def pictures(tmp_path: Path) -> Path:
 PICTURES: dict[str, Any] = {"held_out": 0.3, "max_corrupt": 0.5, "samples_per_shard": 4, "progress": False}
 
 
-def test_pictures_are_those_of_the_local_engine_though_a_worker_is_killed(
+def test_pictures_equal_the_local_engines_although_a_worker_is_killed(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UsageError, match=r"09\.png: no caption; add one, or leave such pictures out"):
@@ -301,7 +301,7 @@ def test_pictures_from_and_to_object_storage(
 
 
 def dies(job: None, unit: int) -> int:
-    """Work of one unit out of which nothing comes."""
+    """Unit whose process always dies."""
     if unit == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return unit
@@ -329,7 +329,7 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kill_at_work(function: str, out: Path, done: threading.Event) -> None:
-    """Kills a process that works on a unit, once another unit is done and imports are behind."""
+    """Kill a process within a unit, once another unit and the imports are done."""
     while not done.wait(0.02):
         at_work = (process for process in psutil.process_iter() if title(process).startswith(f"ray::{function}"))
         if any(out.glob("*.idx")) and (process := next(at_work, None)) is not None:
@@ -343,7 +343,7 @@ def title(process: psutil.Process) -> str:
     return ""
 
 
-def test_latents_are_those_of_the_local_engine_though_a_worker_is_killed(bucket: Any, tmp_path: Path) -> None:
+def test_latents_equal_the_local_engines_although_a_worker_is_killed(bucket: Any, tmp_path: Path) -> None:
     prepare_images("builtin:shapes", tmp_path / "shapes", pictures=1, progress=False)
     torch.manual_seed(1)
     SemanticCompressor.from_preset("tiny", widths=[8, 16, 16], c_latent=4).save(tmp_path / "compressor")

@@ -1,4 +1,4 @@
-"""Preparation in units, without a cluster: where shards are cut, targets, sources on a server, refusals."""
+"""Preparation in units without a cluster: boundaries of shards, targets, sources on a server, refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         fsspec.filesystem("memory").rm("/units", recursive=True)
 
 
-def test_a_target_holds_what_was_written(target: Target) -> None:
+def test_a_target_contains_the_written_files(target: Target) -> None:
     assert target.names() == []
     assert target.read("a/b.txt") is None
     target.write("a/b.txt", "one")
@@ -61,8 +61,8 @@ def test_a_target_holds_what_was_written(target: Target) -> None:
     assert target.names() == ["c.tar"]
 
 
-def test_what_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"https://x/out: nothing can be written over http; give a folder, or s3://"):
+def test_unwritable_targets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"https://x/out: cannot write over http; give a folder, or s3://"):
         Target("https://x/out")
     with pytest.raises(UsageError, match="Protocol not known: nothere"):
         Target("nothere://x/out")
@@ -186,7 +186,7 @@ def test_a_folder_on_object_storage_is_listed_as_one_on_the_disk(
     system.rm("/listed", recursive=True)
 
 
-def test_a_table_on_a_server_names_pictures_beside_it(loopback: Any, tmp_path: Path) -> None:
+def test_a_table_on_a_server_names_pictures_next_to_it(loopback: Any, tmp_path: Path) -> None:
     rows = []
     (tmp_path / "t" / "sub").mkdir(parents=True)
     for number in range(5):
@@ -245,7 +245,7 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*tells neither ETag nor Last-Modified")
+@pytest.mark.filterwarnings("ignore:.*sends neither ETag nor Last-Modified")
 def test_the_local_engine_writes_to_a_url_too(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

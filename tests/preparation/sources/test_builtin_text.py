@@ -1,4 +1,4 @@
-"""Built-in corpora: real text and code of the running Python, the same each time."""
+"""Built-in corpora are real text and code of the running Python, the same every time."""
 
 import ast
 import io
@@ -27,7 +27,7 @@ def test_prose_is_the_language_reference_and_docstrings(prose: list[str]) -> Non
     assert sum(map(len, prose)) > 1_500_000
 
 
-def test_code_is_code_alone(code: list[str]) -> None:
+def test_code_is_only_code(code: list[str]) -> None:
     assert len(code) == len(set(code))
     assert sum(map(len, code)) > 4_000_000
     for text in code[::20]:
@@ -54,7 +54,7 @@ def test_the_order_is_fixed() -> None:
     assert [next(first) for _ in range(20)] == [next(second) for _ in range(20)]
 
 
-def test_a_misspelt_name() -> None:
+def test_a_misspelled_name() -> None:
     with pytest.raises(
         UsageError, match=r"builtin:cod: no such .* builtin:prose or builtin:code; did you mean builtin:code\?"
     ):

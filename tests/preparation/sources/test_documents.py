@@ -1,4 +1,4 @@
-"""Sources: every kind of file gives the same documents, and what is wrong with one is told in one line."""
+"""Every kind of source file gives the same documents, and a fault is reported in one line."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ DOCUMENTS = ["The first.\nTwo lines.", "Zweites: äöü, 你好, 😀", "x" * 50
 
 
 def documents(given: list[str], text_field: str = "text", skipped: Skipped | None = None) -> list[str]:
-    """Whole documents, their pieces joined."""
+    """Return whole documents, with their pieces joined."""
     skipped = skipped or Skipped()
     found, parts = [], []
     for file in expand(given, skipped):
@@ -75,7 +75,7 @@ def test_compressed_files_of_several_frames_are_read_to_the_end(tmp_path: Path) 
 
 @pytest.mark.parametrize("window_log", [27, 28, 31])
 def test_frames_with_long_windows_are_read(tmp_path: Path, window_log: int) -> None:
-    """As `zstd --long` writes them: dumps of forums and The Pile."""
+    """As written by `zstd --long`, for example in dumps of forums and The Pile."""
     options = {zstd.CompressionParameter.window_log: window_log}
     compressor = zstd.ZstdCompressor(options=options)
     whole = b"".join(compressor.compress(json_lines([text])) for text in DOCUMENTS) + compressor.flush()
@@ -124,7 +124,7 @@ def test_empty_documents_are_counted_and_broken_surrogates_repaired(tmp_path: Pa
     assert skipped.report().startswith("6 empty documents skipped; 1 documents with half a surrogate pair")
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     put(tmp_path / "a.txt", "\ufeffone".encode())
     put(tmp_path / "b.jsonl", "\ufeff".encode() + json_lines(["two"]))
     assert documents([str(tmp_path)]) == ["one", "two"]
@@ -229,7 +229,7 @@ def test_a_line_that_memory_cannot_hold_is_refused(tmp_path: Path, monkeypatch: 
         documents([str(tmp_path)])
 
 
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_paths(tmp_path: Path) -> None:
     put(tmp_path / "corpus.jsonl", b"")
     (tmp_path / "empty").mkdir()
     for source, message in [

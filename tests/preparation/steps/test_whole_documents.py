@@ -1,4 +1,4 @@
-"""A document has the tokens that it has at once, wherever it is cut into windows, sections and parts of work."""
+"""A document has the same tokens however it is split into windows, sections and work units."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece_bpe() -> Tokenizer:
-    """As Llama 2 and Gemma have it: no words, one space in front, all spaces replaced."""
+    """Return a tokenizer like Llama 2's and Gemma's: no words, one space in front, all spaces replaced."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return tokenizer
@@ -98,7 +98,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return trained(KINDS[request.param])
 
 
-def test_windows_do_not_show(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_do_not_change_tokens(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seams, "WINDOW_CHARS", 400)
     monkeypatch.setattr(seams, "OVERLAP_CHARS", 100)
     sizes = []
@@ -116,7 +116,7 @@ def test_windows_do_not_show(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "text", ["b" + "a" * 3000, "a" * 3001, " " * 3000 + "x", "東" * 2000, "ab" * 999 + "c\n" * 999]
 )
-def test_windows_do_not_show_where_a_text_repeats(
+def test_windows_do_not_change_tokens_of_repeated_text(
     tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(seams, "WINDOW_CHARS", 300)

@@ -1,4 +1,4 @@
-"""Synthetic evidence: every run of the grid with curves made of a few numbers."""
+"""Fixtures of synthetic evidence: every run of the grid with curves made of a few numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rewurst.reproduce.continual.scales import SCALES, Scale
 Results = dict[tuple[str, int], LossResult]
 Losses = dict[str, tuple[float, float]]  # a run's old and new loss at its end
 
-# As the trial at small size found them, or where it did not look, as the papers would have them.
+# Results of the trial at small size or, if it has none, of the papers.
 ENDS: Losses = {
     "old": (3.84, 5.11), "replay_0": (5.39, 3.23), "constant": (4.76, 3.59), "new_from_scratch": (6.30, 3.47),
     "both_from_scratch": (3.68, 3.30), "replay_0.5": (4.9, 3.23), "replay_1": (4.6, 3.23), "replay_5": (4.32, 3.234),
@@ -30,7 +30,7 @@ SPLITS = {1: 3.9, 2: 3.5, 3: 3.3}
 
 @pytest.fixture
 def data(write_corpus: Callable[..., str]) -> Data:
-    """Two corpora and three splits of random rows."""
+    """Write two corpora and three splits of random rows."""
     corpora = {name: write_corpus(name, 40, seed) for seed, name in enumerate(("old", "new", "s1", "s2", "s3"))}
     splits = tuple({f"split_{n}": {"path": corpora[f"s{n}"]}} for n in (1, 2, 3))
     one = {name: {"path": corpora[name]} for name in ("old", "new")}
@@ -39,20 +39,20 @@ def data(write_corpus: Callable[..., str]) -> Data:
 
 @pytest.fixture
 def scale() -> Scale:
-    """The tiny scale in few steps."""
+    """Return the tiny scale with few steps."""
     return replace(SCALES["tiny"], steps=20, split_steps=20, every=10)
 
 
 @pytest.fixture
 def jobs(scale: Scale, data: Data, tmp_path: Path) -> list[RunJob]:
-    """Every run with three seeds."""
+    """Return the jobs of every run with three seeds."""
     runs = grid(scale.steps, scale.split_steps, scale.peak)
     return make_jobs(runs, [0, 1, 2], scale, data, tmp_path / "out")
 
 
 @pytest.fixture
 def results(jobs: list[RunJob]) -> Results:
-    """What the runs would give: the trial's numbers, a little apart from seed to seed."""
+    """Return results like the trial's, slightly different for each seed."""
     return {(job.run.name, job.seed): synthetic(job) for job in jobs}
 
 

@@ -1,4 +1,4 @@
-"""A verdict is what the interval says; the claims read the runs that they name."""
+"""Verdicts follow from the interval, and claims read the runs that they name."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_verdicts(values: list[float], bounds: dict[str, float], verdict: str) -
     assert judge(values, **bounds).verdict == verdict
 
 
-def test_the_interval_is_students() -> None:
-    """Of three normal numbers' means, 90 % lie within the margin; the table's values are the usual ones."""
+def test_the_interval_is_that_of_students_t() -> None:
+    """Of the means of three normal numbers, 90 % are within the margin; the table has the usual values."""
     assert (quantile(1), quantile(2), quantile(9)) == (6.314, 2.920, 1.833)
     chance = random.Random(0)
     draws = [[chance.gauss(0, 1) for _ in range(3)] for _ in range(4000)]
@@ -93,7 +93,7 @@ def test_the_trials_numbers_hold(results: Results) -> None:
 
 
 def change(results: Results, run: str, corpus: str, by: float) -> Results:
-    """The same with another loss at the end of a run, in all seeds."""
+    """Return the results with another final loss of a run, in all seeds."""
     changed = dict(results)
     for (name, seed), result in results.items():
         if name == run:
@@ -106,7 +106,7 @@ def change(results: Results, run: str, corpus: str, by: float) -> Results:
     ("run", "corpus", "by", "claim"),
     [
         ("replay_0", "old", -2.0, "Without replay the old data is forgotten"),
-        ("replay_1", "old", 0.5, "The more is replayed, the less is forgotten"),
+        ("replay_1", "old", 0.5, "More replay means less forgetting"),
         ("replay_5", "old", 0.8, "5 % replay removes at least half of the forgetting"),
         ("replay_25", "new", 0.1, "Up to 25 % replay costs little on the new data"),
         ("replay_50", "new", 1.0, None),  # beyond 25 %: another share is the best then
@@ -116,7 +116,7 @@ def change(results: Results, run: str, corpus: str, by: float) -> Results:
         ("constant", "old", 0.8, "A constant low learning rate forgets less than re-warming"),
         ("peak_2", "new", 0.2, "A higher peak adapts more"),
         ("peak_2", "old", -0.4, "A higher peak forgets more"),
-        ("warmup_2", "new", 0.2, "The length of the warm-up hardly matters"),
+        ("warmup_2", "new", 0.2, "The length of the warm-up barely matters"),
         (
             "infinite_cosine_split_3", "new", 0.1,
             "Over three splits the infinite cosine schedule keeps up with a chain of cosines",
@@ -129,7 +129,7 @@ def test_each_claim_falls_with_its_runs(results: Results, run: str, corpus: str,
     assert claim in fallen if claim else not fallen
 
 
-def test_what_is_missing_is_undecided(results: Results) -> None:
+def test_claims_with_missing_runs_are_undecided(results: Results) -> None:
     two = {name: result for name, result in results.items() if name != ("constant", 2)}
     low = [each for claim, each in judged(two).items() if "constant low" in claim]
     assert [each.seeds for each in low] == [2, 2]
@@ -137,7 +137,7 @@ def test_what_is_missing_is_undecided(results: Results) -> None:
     assert set(verdicts({}).values()) == {"undecided"}
 
 
-def test_forgetting_that_is_not_there_cannot_be_removed(results: Results) -> None:
+def test_without_forgetting_no_share_of_it_can_be_removed(results: Results) -> None:
     found = verdicts(change(results, "replay_0", "old", -2.0))
     assert found["5 % replay removes at least half of the forgetting"] == "undecided"
 

@@ -1,4 +1,4 @@
-"""Two corpora given as sources or as they lie; the splits share no document with one another or with validation."""
+"""Two corpora from sources or prepared folders; splits share no document with each other or with validation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCUMENTS = 90
 
 @pytest.fixture
 def micro(tiny_config: dict[str, Any], tmp_path: Path) -> Scale:
-    """A vocabulary of 300 and rows of 8 tokens."""
+    """Return a scale with a vocabulary of 300 and rows of 8 tokens."""
     config = yaml.safe_load((Path(__file__).parents[3] / "configs/continual/demo.yaml").read_text())
     config["model"]["init_args"]["model"] = tiny_config | {"vocab_size": 300}
     config["data"]["init_args"]["sequence_length"] = 8
@@ -42,7 +42,7 @@ def sources(folder: Path) -> list[list[str]]:
 
 
 def documents(path: str) -> Iterator[str]:
-    """The numbers of a corpus's documents, in words."""
+    """Return the numbers in a corpus's documents."""
     shards = TokenShards(path)
     tokenizer = load_tokenizer(str(Path(path) / "tokenizer"))
     tokens = [token for row in range(len(shards)) for token in shards.read([row])[0][:-1].tolist()]
@@ -83,7 +83,7 @@ def test_sources_become_corpora_and_splits(micro: Scale, tmp_path: Path) -> None
         (["--scale", "405m"], "data/pile/train is not a prepared corpus"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(
+def test_mistakes_are_one_line(
     options: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],

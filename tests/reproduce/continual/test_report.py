@@ -1,4 +1,4 @@
-"""The report says what the runs gave: tables, verdicts, figures; also while runs are missing."""
+"""The report shows the results as tables, verdicts and figures, also while runs are missing."""
 
 from __future__ import annotations
 

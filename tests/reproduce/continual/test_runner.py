@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed go on to the same end; nothing is run twice; what fails does not stop the others."""
+"""Stopped and killed runs resume to the same end; nothing runs twice; failures do not stop other runs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ STEPS = 120
 
 @pytest.fixture
 def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have runs forked from a process that has imported everything."""
+    """Fork runs from a process that has imported everything."""
     monkeypatch.setattr("rewurst.reproduce.runner.subprocess", fork_server)
 
 
 @pytest.fixture
 def micro(tiny_config: dict[str, Any], tmp_path: Path) -> Scale:
-    """A scale of seconds."""
+    """Return a scale whose runs take seconds."""
     config = yaml.safe_load((Path(__file__).parents[3] / "configs/continual/demo.yaml").read_text())
     config["model"]["init_args"]["model"] = tiny_config
     config["data"]["init_args"] |= {"sequence_length": 8, "micro_batch_size": 4, "global_batch_size": 8}
@@ -43,7 +43,7 @@ def micro(tiny_config: dict[str, Any], tmp_path: Path) -> Scale:
 
 @pytest.fixture
 def two(micro: Scale, data: Data, tmp_path: Path) -> Callable[[str], list[RunJob]]:
-    """Pre-training, and 5 % replay that continues it, in a folder."""
+    """Return jobs of pre-training and of 5 % replay that continues it."""
 
     def make(folder: str) -> list[RunJob]:
         runs = [run for run in grid(STEPS, STEPS, 1e-2) if run.name in ("old", "replay_5")]
@@ -54,7 +54,7 @@ def two(micro: Scale, data: Data, tmp_path: Path) -> Callable[[str], list[RunJob
 
 @contextmanager
 def when_saved(job: RunJob, then: Callable[[], None]) -> Iterator[None]:
-    """Does something as soon as a job has saved."""
+    """Call a function as soon as a job has saved."""
     over = threading.Event()
 
     def watch() -> None:
@@ -128,7 +128,7 @@ class Finished:
 
 
 def test_order_and_failures(jobs: list[RunJob], results: dict[tuple[str, int], LossResult]) -> None:
-    """Without processes: each run after the one it continues, so many at a time, and failures stay with their own."""
+    """Without processes: each run after the one it continues, a bounded number at a time, with separate failures."""
     began: list[tuple[str, int]] = []
 
     def begin(job: RunJob, at_once: int) -> Finished:

@@ -1,4 +1,4 @@
-"""The grid is complete and well formed; a run's key changes with what decides its outcome and with nothing else."""
+"""The grid is complete and well formed, and a run's key changes only with what decides its outcome."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_question_of_the_papers_has_its_runs() -> None:
     assert {total_steps(runs[f"{chain}_split_3"], runs) for chain in chains} == {150}
 
 
-def test_a_run_comes_after_the_one_it_continues_and_none_is_there_twice() -> None:
+def test_a_run_comes_after_the_one_it_continues_and_none_occurs_twice() -> None:
     runs = grid(100, 50, 1e-3)
     place = {run.name: index for index, run in enumerate(runs)}
     assert len(place) == len(runs)
@@ -100,7 +100,7 @@ def keys(scale: Scale, data: Data, out: Path, peak: float = 2e-3) -> dict[tuple[
     return {(job.run.name, job.seed): job.key for job in make_jobs(runs, [0, 1], scale, data, out)}
 
 
-def test_keys_are_stable_and_tell_what_matters(scale: Scale, data: Data, tmp_path: Path) -> None:
+def test_keys_are_stable_and_change_with_what_matters(scale: Scale, data: Data, tmp_path: Path) -> None:
     known = keys(scale, data, tmp_path)
     assert len(set(known.values())) == len(known)
     assert keys(scale, data, tmp_path / "elsewhere") == known
@@ -121,7 +121,7 @@ def test_keys_are_stable_and_tell_what_matters(scale: Scale, data: Data, tmp_pat
     assert not set(keys(scale, data, tmp_path, peak=1e-3).values()) & set(known.values())
 
 
-def test_what_only_watches_is_not_part_of_the_key(jobs: list[RunJob]) -> None:
+def test_loggers_and_the_like_are_not_part_of_the_key(jobs: list[RunJob]) -> None:
     job = next(job for job in jobs if job.run.name == "replay_5")
     trainer = job.config["trainer"]
     watched = {"callbacks": [*trainer["callbacks"], {"class_path": "LogSamples"}], "log_every_n_steps": 1, "devices": 2}
@@ -143,15 +143,15 @@ def test_merging_appends_and_replaces() -> None:
     assert under == {"a": {"b": 1, "c": [1]}, "d": 1}
 
 
-def test_a_config_on_disk_says_how_it_is_run(jobs: list[RunJob]) -> None:
+def test_a_config_on_disk_contains_its_command(jobs: list[RunJob]) -> None:
     path = write_config(jobs[0].folder, jobs[0].config)
     text = path.read_text()
     assert text.startswith(f"# rewurst fit --config {path}\n")
     assert yaml.safe_load(text) == jobs[0].config
 
 
-def test_keys_of_runs_that_were_made_before_are_still_theirs(tmp_path: Path) -> None:
-    """A reproduction of many hours is not begun again because the program changed: keys as they were first."""
+def test_keys_of_earlier_runs_do_not_change(tmp_path: Path) -> None:
+    """A reproduction of many hours must not start over because the program changed."""
     for name in ("old", "new", "s1", "s2", "s3"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "index.json").write_text(name)

@@ -1,4 +1,4 @@
-"""A comparison of many hours is not run again because the program changed: keys as they were first."""
+"""A comparison of many hours must not start over because the program changed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plan(tmp_path: Path) -> Plan:
     return Plan(recipes, pictures, tmp_path / "out", prompts=8, short_steps=40)
 
 
-def test_keys_of_jobs_that_were_run_before_are_still_theirs(plan: Plan) -> None:
+def test_keys_of_earlier_jobs_do_not_change(plan: Plan) -> None:
     costs = {stage: Cost(1, 1.0, 1.0) for stage in plan.recipes}
     keys = {job.name: job.key[:12] for job in make_jobs(plan, costs, [0, 1])}
     assert {kind: keys[kind, 0] for kind in KNOWN} == KNOWN

@@ -1,4 +1,4 @@
-"""What the comparison computes: FLOPs at equal score, steps at equal FLOPs, keys, hours; against numbers by hand."""
+"""The comparison's FLOPs at equal score, steps at equal FLOPs, keys and hours equal numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_single_stage_takes_the_flops_of_b_and_c(recipes: Recipes) -> None:
 
 
 @pytest.mark.parametrize("steps", [1500, 2400, 1000, 7, 4, 1999, 1])
-def test_runs_are_cut_into_equal_parts(steps: int) -> None:
+def test_runs_are_divided_into_equal_parts(steps: int) -> None:
     whole = whole_parts(steps)
     assert whole % parts(whole) == 0
     assert parts(whole) >= 4
@@ -120,7 +120,7 @@ def test_jobs_come_after_what_they_need_and_read_its_files(plan: Plan) -> None:
     assert {"stage_b_4x8x8", "stage_b_2x8x8", "stage_b_4x4x4", "stage_b_16x8x8"} <= set(compressors)
 
 
-def test_keys_tell_what_decides_an_outcome(plan: Plan, tmp_path: Path) -> None:
+def test_keys_change_with_what_decides_an_outcome(plan: Plan, tmp_path: Path) -> None:
     def keys(changed: Plan) -> dict[tuple[str, int], str]:
         return {job.name: job.key for job in make_jobs(changed, COSTS, [0])}
 
@@ -168,13 +168,13 @@ def test_the_papers_hours() -> None:
     hours = a100_hours()
     assert hours["flops_at_most"] == pytest.approx(24_602 * 3600 * 312e12)
     pictures_at_24 = 364_000 * 1536 + 4_000 * 768 + 50_000 * 384
-    # 6 FLOPs a parameter and place are less than what is counted: attention and the texts come on top.
+    # 6 FLOPs per parameter and place are less than counted: attention and the texts are added.
     floor = 6 * 0.9e9 * (500_000 * 1536 * 12**2 + pictures_at_24 * 24**2)
     assert 1 < hours["flops_counted"] / floor < 2
     assert hours["mfu_counted"] == pytest.approx(hours["flops_counted"] / hours["flops_at_most"])
 
 
-def test_compressions_change_z_alone(recipes: Recipes) -> None:
+def test_compressions_change_only_z(recipes: Recipes) -> None:
     found = of_recipes.variants(recipes)
     ratios = {kind: of_recipes.ratio_of(of_recipes.shape_of(recipe, 64), 64) for kind, recipe in found.items()}
     assert {round(ratio) for ratio in ratios.values()} >= {12, 48, 96, 192}

@@ -1,4 +1,4 @@
-"""The comparison of cascade and single stage from end to end, in few steps of small networks; and what it refuses."""
+"""The comparison of cascade and single stage from end to end, with few steps of small networks, and wrong use."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Ended:
 
 @pytest.fixture
 def began(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Kinds of the jobs that began, in this process: a dozen others would take most of the time to import torch."""
+    """Run the jobs in this process, which saves the imports of a dozen others, and return their kinds."""
     kinds: list[str] = []
 
     def begin(job: Job, at_once: int) -> Ended:
@@ -79,7 +79,7 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipes of shapes with networks of a few channels and a handful of steps."""
+    """Write the recipes of shapes with networks of a few channels and a handful of steps."""
     folder = tmp_path_factory.mktemp("recipes")
     for stage, model in MODELS.items():
         config = yaml.safe_load((SHAPES / f"{stage}.yaml").read_text(encoding="utf8"))
@@ -97,7 +97,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One other compression of Stage B, two points of each run."""
+    """Limit the comparison to one other compression of Stage B and two points per run."""
     monkeypatch.setattr("rewurst.reproduce.wuerstchen.recipes.COMPRESSIONS", ((2, 16),))
     monkeypatch.setattr("rewurst.reproduce.wuerstchen.recipes.POINTS", (2,))
 
@@ -123,11 +123,11 @@ def test_from_drawn_shapes_to_the_report(recipes: Path, began: list[str], tmp_pa
     assert {claim["verdict"] for claim in report["claims"]} == {"undecided"}, "one seed decides nothing"
     flops = report["training_flops"]
     single = next(row for row in report["costs"] if row["stage"] == "single_stage")
-    assert flops["single_stage"] == pytest.approx(flops["stage_b"] + flops["stage_c"], abs=5 * single["flops_a_step"])
+    assert flops["single_stage"] == pytest.approx(flops["stage_b"] + flops["stage_c"], abs=5 * single["flops_per_step"])
     assert [row["steps"] for row in report["table"] if row["model"] == "stage_c"] == [4, 8]
     assert {tuple(row["z"]): row["ratio"] for row in report["compressions"]} == {(4, 8, 8): 48, (2, 4, 4): 384}
     assert all(row["psnr"] > 0 for row in report["compressions"])
-    assert min(report["seconds_a_picture"].values()) > 0
+    assert min(report["seconds_per_picture"].values()) > 0
     text = (tmp_path / "report.md").read_text()
     assert "at most 2.76e+22 FLOPs" in text
     assert (tmp_path / "flops.png").exists()
@@ -160,7 +160,7 @@ def test_given_pictures_without_weights_to_judge_them(recipes: Path, began: list
 def test_fid_of_given_pictures(
     recipes: Path, began: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With colours of quarters in the place of Inception's features: the weights are no part of this project."""
+    """With the colors of quarters instead of Inception's features, whose weights are not included."""
 
     class Quarters(nn.Module):
         def forward(self, pictures: Tensor) -> Tensor:

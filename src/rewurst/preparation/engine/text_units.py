@@ -58,6 +58,7 @@ class TextJob:
         separator: What separates the documents of a plain text file (default: the file is one document).
         max_corrupt: Share of the documents that may be corrupt.
         max_unknown: Share of the text that the tokenizer may not know.
+        prompt_field: Field with the beginning of the document that is not to be predicted.
     """
 
     target: Target
@@ -69,6 +70,7 @@ class TextJob:
     separator: str | None = None
     max_corrupt: float = 0.0
     max_unknown: float = 1.0
+    prompt_field: str | None = None
 
     @property
     def encoder(self) -> Encoder:
@@ -77,7 +79,7 @@ class TextJob:
 
     def texts(self, files: Sequence[SourceFile], skipped: Skipped) -> Iterator[Text]:
         """Yield the documents of files."""
-        return texts(files, self.text_field, self.held_out, skipped, self.encoder, self.separator)
+        return texts(files, self.text_field, self.held_out, skipped, self.encoder, self.separator, self.prompt_field)
 
 
 class EmptySideError(UsageError):
@@ -133,7 +135,7 @@ def tokenize(job: TextJob, unit: Unit) -> Record:
         for encoded in encode(source, job.encoder):
             side = job.sides[encoded.stream]
             job.layout.check(encoded.tokens)
-            files[side].write(encoded.tokens.astype(job.layout.dtype).tobytes())
+            files[side].write(encoded.tokens.astype(job.layout.stream_dtype).tobytes())
             tokens[side] += encoded.tokens.size
             documents[side] += encoded.documents
             unknown, first = unknown + encoded.unknown, first or encoded.first_unknown
@@ -155,9 +157,9 @@ def pack(job: TextJob, unit: Unit) -> Record:
     with job.target.scratch() as scratch, ShardFile(scratch / name) as file:
         for tokens in _read(job, work):
             for member in buffer.add(tokens):
-                file.add(token_key(first + file.samples), member)
+                file.add(token_key(first + file.samples), *job.layout.split(member))
         if (rest := buffer.rest()) is not None:
-            file.add(token_key(first + file.samples), rest)
+            file.add(token_key(first + file.samples), *job.layout.split(rest))
         shard = file.close()
         for path in (file.path, file.path.with_suffix(".idx")):
             job.target.publish(path, f"{work.side}/{path.name}")
@@ -326,12 +328,12 @@ def spans(names: Sequence[str], counts: NDArray[np.int64], begin: int, end: int)
 
 
 def _read(job: TextJob, work: ShardWork) -> Iterator[NDArray[Any]]:
-    size = job.layout.dtype.itemsize
+    size = job.layout.stream_dtype.itemsize
     for span in work.spans:
         content = open_bytes(job.target.where(_tokens_file(span.part, work.side)))
         for begin in range(span.begin, span.end, READ_TOKENS):
             end = min(begin + READ_TOKENS, span.end)
-            yield np.frombuffer(content.read(begin * size, end * size), dtype=job.layout.dtype)
+            yield np.frombuffer(content.read(begin * size, end * size), dtype=job.layout.stream_dtype)
         content.close()
 
 

@@ -18,17 +18,20 @@ from ...files import writing
 from .base import Kind
 
 ROWS_AT_ONCE = 1024
+MASK = "mask.npy"
+"""Member with the tokens of a sample that are to be predicted; it follows that of the tokens."""
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Token rows of a shard: rows of every member, their length and type, the smallest and the largest token."""
+    """Token rows of a shard: rows of every member, their length and type, smallest and largest token, and masks."""
 
     rows: list[int]
     row_length: int
     dtype: str
     smallest: int
     largest: int
+    masks: bool = False
 
 
 class Tokens(Kind):
@@ -54,7 +57,12 @@ class Tokens(Kind):
         """Reads every token once, for their range."""
         first = self._header(samples[0], content, where)
         rows, lows, highs = [], [], []
+        masks = _has_mask(samples[0], where)
         for sample in samples:
+            if _has_mask(sample, where) != masks:
+                raise UsageError(
+                    f"{where}: sample {sample.key!r} and the first one differ in whether they have a {MASK}"
+                )
             member, header = _npy(sample, where), self._header(sample, content, where)
             if header.shape[1] != first.shape[1] or header.dtype != first.dtype:
                 raise UsageError(
@@ -65,7 +73,7 @@ class Tokens(Kind):
             tokens = np.frombuffer(content.read(member.begin + header.begin, member.begin + header.end), header.dtype)
             lows.append(int(tokens.min()))
             highs.append(int(tokens.max()))
-        return TokenRows(rows, first.shape[1], first.dtype.name, min(lows), max(highs))
+        return TokenRows(rows, first.shape[1], first.dtype.name, min(lows), max(highs), masks)
 
     def rows(self, found: TokenRows) -> int:
         """Rows in all members."""
@@ -77,6 +85,8 @@ class Tokens(Kind):
         """Checks that shards fit together; copies the tokenizer."""
         first = found[0]
         rows_per_sample = max(first.rows)
+        if len({one.masks for one in found}) > 1:
+            raise UsageError(f"some shards have a {MASK} in their samples, others not: index them by themselves")
         for shard, one in zip(shards, found, strict=True):
             if (one.row_length, one.dtype) != (first.row_length, first.dtype):
                 raise UsageError(
@@ -103,6 +113,7 @@ class Tokens(Kind):
             vocab_size=vocab_size,
             end_token=end_token,
             tokenizer_sha256=sha256,
+            masks=first.masks,
         )
 
     def open(self, folder: str) -> TokenShards:
@@ -113,6 +124,7 @@ class Tokens(Kind):
         """Reads every row."""
         for begin in range(rows.start, rows.stop, ROWS_AT_ONCE):
             opened.read(np.arange(begin, min(begin + ROWS_AT_ONCE, rows.stop)))
+            opened.read_masks(np.arange(begin, min(begin + ROWS_AT_ONCE, rows.stop)))
 
     def problems(self, folder: str, index: CorpusIndex) -> list[str]:
         """Whether the copy of the tokenizer is the one that made the tokens."""
@@ -164,8 +176,17 @@ class Tokens(Kind):
         return header
 
 
+def _has_mask(sample: Sample, where: str) -> bool:
+    """Return whether a sample has a mask, which has to follow its tokens."""
+    names = [member.extension for member in sample.members]
+    if MASK in names and not (names.index(MASK) and names[names.index(MASK) - 1].endswith("npy")):
+        raise UsageError(f"{where}: sample {sample.key!r}: its {MASK} has to follow its tokens")
+    return MASK in names
+
+
 def _npy(sample: Sample, where: str) -> Member:
-    arrays = [member for member in sample.members if member.extension.rsplit(".", 1)[-1] == "npy"]
+    members = [member for member in sample.members if member.extension != MASK]
+    arrays = [member for member in members if member.extension.rsplit(".", 1)[-1] == "npy"]
     if len(arrays) != 1:
         found = ", ".join(member.extension for member in sample.members)
         raise UsageError(

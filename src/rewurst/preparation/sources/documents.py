@@ -35,14 +35,22 @@ class Piece:
         text: Characters.
         ends_document: Whether they are the document's last ones.
         corrupt: Whether the document cannot be read further and is to be left out.
+        prompt: Beginning of the document that is not to be predicted, in its first piece.
     """
 
     text: str
     ends_document: bool
     corrupt: bool = False
+    prompt: str = ""
 
 
-def read(file: SourceFile, text_field: str, skipped: Skipped, separator: str | None = None) -> Iterator[Piece]:
+def read(
+    file: SourceFile,
+    text_field: str,
+    skipped: Skipped,
+    separator: str | None = None,
+    prompt_field: str | None = None,
+) -> Iterator[Piece]:
     """Yield the documents of ``file`` in pieces; empty ones (or only white space) are counted in ``skipped``.
 
     Args:
@@ -51,6 +59,7 @@ def read(file: SourceFile, text_field: str, skipped: Skipped, separator: str | N
         skipped: Counter of skipped, repaired and corrupt documents.
         separator: What separates the documents of a .txt or .md file: ``blank-line`` or any text (default: the whole
             file is one document).
+        prompt_field: Field of JSON objects with the beginning of the document that is not to be predicted.
 
     Raises:
         UsageError: The file cannot be read; the message gives the line, the byte offset or the available fields.
@@ -62,24 +71,29 @@ def read(file: SourceFile, text_field: str, skipped: Skipped, separator: str | N
                 complete = piece.ends_document
                 yield piece
             return
-        for document in _documents(file, text_field, skipped, separator):
+        for document in _documents(file, text_field, skipped, separator, prompt_field):
             skipped.documents += 1
             if not document or document.isspace():
                 skipped.empty_documents += 1
             else:
-                yield from _cut(_valid(document, skipped))
+                prompt = getattr(document, "prompt", "")
+                yield from _cut(_valid(document, skipped), _valid(prompt, skipped))
     except DamagedFileError as error:
         skipped.damaged(str(error), identity(file)[1])
         if not complete:
             yield Piece("", ends_document=True, corrupt=True)
 
 
-def _documents(file: SourceFile, text_field: str, skipped: Skipped, separator: str | None) -> Iterator[str]:
+def _documents(
+    file: SourceFile, text_field: str, skipped: Skipped, separator: str | None, prompt_field: str | None
+) -> Iterator[str]:
+    if prompt_field is not None and file.kind not in (".jsonl", ".json"):
+        raise UsageError(f"{file.name}: only .jsonl and .json files can have a prompt_field")
     match file.kind:
         case ".jsonl":
-            return records.json_lines(place(file.name), text_field, skipped)
+            return records.json_lines(place(file.name), text_field, skipped, prompt_field)
         case ".json":
-            return records.json_file(place(file.name), text_field, skipped)
+            return records.json_file(place(file.name), text_field, skipped, prompt_field)
         case ".csv" | ".tsv":
             return records.csv_rows(place(file.name), text_field, skipped, TSV if file.kind == ".tsv" else CSV)
         case ".parquet":
@@ -107,11 +121,11 @@ def _captions(path: str, skipped: Skipped) -> Iterator[str]:
             skipped.left_out_members += len(left_out)
             return
         for member in sample.members:
-            if member.extension == "txt":
+            if member.extension.rpartition(".")[2] == "txt":  # names may have other dots
                 try:
                     yield text_of(bytes(content.read(member.begin, member.begin + member.size)))
                 except DecodeError as error:
-                    skipped.corrupt(f"{path}: {sample.key}.txt: {error}")
+                    skipped.corrupt(f"{path}: {sample.key}.{member.extension}: {error}")
 
 
 def _whole_file(path: Place, skipped: Skipped) -> Iterator[Piece]:
@@ -139,10 +153,10 @@ def _valid(document: str, skipped: Skipped) -> str:
     return document
 
 
-def _cut(document: str) -> Iterator[Piece]:
+def _cut(document: str, prompt: str = "") -> Iterator[Piece]:
     position = 0
     while len(document) - position > PIECE_CHARS:
         end = document.rfind("\n", position, position + PIECE_CHARS) + 1 or position + PIECE_CHARS
-        yield Piece(document[position:end], ends_document=False)
+        yield Piece(document[position:end], ends_document=False, prompt="" if position else prompt)
         position = end
-    yield Piece(document[position:], ends_document=True)
+    yield Piece(document[position:], ends_document=True, prompt="" if position else prompt)

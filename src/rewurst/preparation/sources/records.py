@@ -18,14 +18,30 @@ BLANK = " \t\r\n"
 ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that were not UTF-8
 
 
-def json_lines(path: Place, text_field: str, skipped: Skipped) -> Iterator[str]:
+class Prompted(str):
+    """The text of a document that continues a prompt, which is not to be predicted."""
+
+    prompt: str
+
+    @classmethod
+    def of(cls, text: str, prompt: str) -> Prompted:
+        """Return a text with its prompt."""
+        prompted = cls(text)
+        prompted.prompt = prompt
+        return prompted
+
+
+def json_lines(path: Place, text_field: str, skipped: Skipped, prompt_field: str | None = None) -> Iterator[str]:
     """Yield the text of each line, which is a JSON object."""
     for number, line in lines(path, LINE_BYTES, skipped.corrupt):
         if line.isspace():
             yield ""
             continue
         try:
-            text = field_text(json.loads(line), text_field, f"{path}:{number}", "a line")
+            record = json.loads(line)
+            text = field_text(record, text_field, f"{path}:{number}", "a line")
+            if prompt_field is not None:
+                text = Prompted.of(text, field_text(record, prompt_field, f"{path}:{number}", "a line"))
         except UsageError as error:
             skipped.corrupt(str(error))
         except (ValueError, RecursionError) as error:
@@ -34,13 +50,13 @@ def json_lines(path: Place, text_field: str, skipped: Skipped) -> Iterator[str]:
             yield text
 
 
-def json_file(path: Place, text_field: str, skipped: Skipped) -> Iterator[str]:
+def json_file(path: Place, text_field: str, skipped: Skipped, prompt_field: str | None = None) -> Iterator[str]:
     """Yield the texts of a .json file: a list of objects, one object, or one object per line."""
     if _is_list(path):
-        return _texts(_elements(path), path, text_field, skipped)
+        return _texts(_elements(path), path, text_field, skipped, prompt_field)
     if _has_a_value_per_line(path):
-        return json_lines(path, text_field, skipped)
-    return _texts(_values(path), path, text_field, skipped)
+        return json_lines(path, text_field, skipped, prompt_field)
+    return _texts(_values(path), path, text_field, skipped, prompt_field)
 
 
 def csv_rows(path: Place, column: str, skipped: Skipped, delimiter: str) -> Iterator[str]:
@@ -166,18 +182,21 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _texts(values: Iterator[Any], path: Place, text_field: str, skipped: Skipped) -> Iterator[str]:
+def _texts(
+    values: Iterator[Any], path: Place, text_field: str, skipped: Skipped, prompt_field: str | None
+) -> Iterator[str]:
     for number, value in enumerate(values):
         where = f"{path}, element {number}"
         try:
             text = field_text(value, text_field, where, "an element")
+            prompt = "" if prompt_field is None else field_text(value, prompt_field, where, "an element")
         except UsageError as error:
             skipped.corrupt(str(error))
             continue
-        if bad := not_utf8(text):
+        if bad := not_utf8(text + prompt):
             skipped.corrupt(f"{where}: field {text_field!r}: {bad}")
         else:
-            yield text
+            yield Prompted.of(text, prompt) if prompt else text
 
 
 def _elements(path: Place) -> Iterator[Any]:

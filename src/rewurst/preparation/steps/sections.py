@@ -23,6 +23,7 @@ class Text(NamedTuple):
         ends_document: Whether it is the document's last part.
         head: Overlap with the part before it.
         tail: Overlap with the part after it.
+        prompt: Beginning of the document that is not to be predicted, before its first part.
     """
 
     stream: int
@@ -30,6 +31,7 @@ class Text(NamedTuple):
     ends_document: bool
     head: Joint = Joint()
     tail: Joint = Joint()
+    prompt: str = ""
 
 
 def is_held_out(beginning: str, share: float) -> bool:
@@ -49,17 +51,17 @@ def sections(pieces: Iterable[Piece], held_out: float, encode: Encode) -> Iterat
     Raises:
         UsageError: A long document has no place where it can be split for this tokenizer.
     """
-    stream, parts, size, head = 0, list[str](), 0, Joint()
+    stream, parts, size, head, prompt = 0, list[str](), 0, Joint(), ""
     limit = SECTION_CHARS
     for piece in pieces:
         if not parts:
-            stream = int(is_held_out(piece.text, held_out))
+            stream, prompt = int(is_held_out(piece.prompt + piece.text, held_out)), piece.prompt
         parts.append(piece.text)
         size += len(piece.text)
         if piece.corrupt and not head.chars:  # nothing of it has been written
             parts, size, limit = [], 0, SECTION_CHARS
         elif piece.ends_document:
-            yield Text(stream, "".join(parts), True, head)
+            yield Text(stream, "".join(parts), True, head, prompt="" if head.chars else prompt)
             parts, size, head, limit = [], 0, Joint(), SECTION_CHARS
         elif size >= limit + limit // 4:
             text = "".join(parts)
@@ -68,7 +70,7 @@ def sections(pieces: Iterable[Piece], held_out: float, encode: Encode) -> Iterat
                 limit = _longer(limit, text)
                 parts = [text]
                 continue
-            yield Text(stream, text[: found.end], False, head, found.tail)
+            yield Text(stream, text[: found.end], False, head, found.tail, "" if head.chars else prompt)
             parts, head, limit = [text[found.begin :]], found.head, SECTION_CHARS
             size = len(parts[0])
 

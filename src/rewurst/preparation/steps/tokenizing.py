@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from ..sources.documents import SourceFile, read
 from ..sources.skipped import Skipped
+from ..writing.row_layout import UNPREDICTED
 from .seams import encode_whole, without_joints
 from .sections import Text, sections
 from .unknown import UnknownCharacters
@@ -26,6 +27,7 @@ def texts(
     skipped: Skipped,
     encoder: Encoder,
     separator: str | None = None,
+    prompt_field: str | None = None,
 ) -> Iterator[Text]:
     """Yield the documents of files, long ones in parts; stream 1 has those that are held out, stream 0 all others.
 
@@ -36,12 +38,13 @@ def texts(
         skipped: Counter of skipped documents.
         encoder: Encoder that tells where a long document can be split.
         separator: What separates the documents of a plain text file (default: the file is one document).
+        prompt_field: Field of JSON objects with the beginning of the document that is not to be predicted.
 
     Raises:
         UsageError: A file cannot be read; the message says why and where.
     """
     for file in files:
-        yield from sections(read(file, text_field, skipped, separator), held_out, encoder.at_once)
+        yield from sections(read(file, text_field, skipped, separator, prompt_field), held_out, encoder.at_once)
 
 
 class Tokens(NamedTuple):
@@ -99,10 +102,14 @@ class Encoder:
         ids = without_joints(whole, text.text, self.at_once, text.head, text.tail)
         tokens = np.array(ids, dtype=np.uint32)
         unknown = self._unknown.count(text.text, tokens, text.head.chars)
+        prompt = np.array(encode_whole(text.prompt, self.at_once) if text.prompt else [], dtype=np.uint32)
+        unknown += self._unknown.count(text.prompt, prompt)
         first = self._unknown.first(text.text) if unknown and not named else ""
         begin = self.begin_tokens if not text.head.chars else ()  # later parts of a document overlap with the first
         end = (self.end_token,) if text.ends_document else ()
-        tokens = np.concatenate([np.array(part, dtype=np.uint32) for part in (begin, tokens, end)])
+        tokens = np.concatenate(
+            [np.array(part, dtype=np.uint32) for part in (begin, prompt | UNPREDICTED, tokens, end)]
+        )
         return Tokens(text.stream, tokens, int(text.ends_document), unknown, first)
 
 

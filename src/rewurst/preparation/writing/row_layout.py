@@ -15,6 +15,8 @@ from ...datamodules.corpora.tokens import TokenIndex
 
 SHARD_BYTES = 256 * 2**20
 ROWS_PER_SAMPLE = 256
+UNPREDICTED = np.uint32(2**31)
+"""Bit of a token in a stream with loss masks: the token is read, but not predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class RowLayout:
         rows_per_sample: Rows of a tar member.
         rows_per_shard: A multiple of ``rows_per_sample``; by default shards have about 256 MiB.
         begin_tokens: Recorded in the index.
+        masks: Whether rows have masks of the tokens that are to be predicted.
 
     Raises:
         UsageError: Numbers that fit no shard.
@@ -45,6 +48,7 @@ class RowLayout:
     rows_per_sample: int = ROWS_PER_SAMPLE
     rows_per_shard: int | None = None
     begin_tokens: tuple[int, ...] = ()
+    masks: bool = False
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -60,6 +64,17 @@ class RowLayout:
     def dtype(self) -> np.dtype[Any]:
         """Of the tokens."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    @property
+    def stream_dtype(self) -> np.dtype[Any]:
+        """Of the tokens before they are packed, which with masks have room for one bit more."""
+        return np.dtype("<u4") if self.masks else self.dtype
+
+    def split(self, member: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """Return the tokens of a member, and which of them are to be predicted if rows have masks."""
+        if not self.masks:
+            return member, None
+        return (member & ~UNPREDICTED).astype(self.dtype), (member & UNPREDICTED) == 0
 
     @property
     def samples_per_shard(self) -> int:
@@ -80,6 +95,8 @@ class RowLayout:
 
     def check(self, tokens: NDArray[np.integer[Any]]) -> None:
         """Raise where a token is outside the vocabulary."""
+        if self.masks:
+            tokens = tokens & ~UNPREDICTED
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             outside = tokens.min() if tokens.min() < 0 else tokens.max()
             raise UsageError(f"token {outside} is outside the vocabulary of {self.vocab_size}")
@@ -122,6 +139,7 @@ class RowLayout:
             tokenizer_sha256=self.tokenizer_sha256,
             sources=self.sources,
             begin_tokens=self.begin_tokens,
+            masks=self.masks,
         )
 
 
@@ -139,7 +157,7 @@ class MemberBuffer:
 
     def __init__(self, layout: RowLayout) -> None:
         self._length = layout.sequence_length
-        self._stream = np.empty(layout.rows_per_sample * self._length + 1, dtype=layout.dtype)
+        self._stream = np.empty(layout.rows_per_sample * self._length + 1, dtype=layout.stream_dtype)
         self._filled = 0
 
     def add(self, tokens: NDArray[np.integer[Any]]) -> Iterator[NDArray[Any]]:

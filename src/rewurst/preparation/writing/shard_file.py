@@ -45,11 +45,15 @@ class ShardFile:
         if kind is not None:
             self.discard()
 
-    def add(self, key: str, rows: NDArray[Any]) -> None:
-        """Append the member ``<key>.npy`` with ``rows``, shape (n, sequence_length + 1)."""
-        content = io.BytesIO()
-        np.lib.format.write_array(content, np.ascontiguousarray(rows), version=(1, 0), allow_pickle=False)
-        self.add_members(key, {"npy": content.getbuffer()}, len(rows))
+    def add(self, key: str, rows: NDArray[Any], mask: NDArray[np.bool_] | None = None) -> None:
+        """Append the member ``<key>.npy`` with ``rows``, shape (n, sequence_length + 1), and ``<key>.mask.npy``."""
+        members = {}
+        for suffix, array in (("npy", rows), ("mask.npy", mask)):
+            if array is not None:
+                content = io.BytesIO()
+                np.lib.format.write_array(content, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+                members[suffix] = content.getbuffer()
+        self.add_members(key, members, len(rows))
 
     def add_members(self, key: str, members: Mapping[str, bytes | memoryview], rows: int = 1) -> None:
         """Append a sample: a member ``<key>.<suffix>`` for each suffix, in their order.

@@ -92,7 +92,7 @@ class TokenWriter:
             self._open = ShardFile(self.folder / self.layout.shard_name(len(self._shards)))
         # Keys count through the corpus: webdataset merges neighbouring samples of one key, across shards too.
         sample = sum(shard.samples for shard in self._shards) + self._open.samples
-        self._open.add(token_key(sample), member)
+        self._open.add(token_key(sample), *self.layout.split(member))
         if self._open.samples == self.layout.samples_per_shard:
             self._close_shard(self._open)
 

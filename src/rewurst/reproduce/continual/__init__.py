@@ -1,1 +1,1 @@
-"""The experiments on continual pre-training."""
+"""Reproduction of the experiments on continual pre-training."""

@@ -1,7 +1,7 @@
-"""The claims of both papers, each as one number a seed and a bound that was fixed before anything was run.
+"""Claims of both papers, each as one number per seed and a bound that was fixed before any run.
 
-A measure compares runs of the same seed, which share initial weights, pre-training and order of the data: so the seeds'
-spread is that of the difference and not of the losses.
+A measure compares runs of the same seed, which share initial weights, pre-training and order of the data. The spread
+over seeds is therefore that of the difference, not of the losses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .results import LossResult, Results
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one seed by run, on the two corpora; every method raises NotMeasurable where a run is not there."""
+    """Losses of one seed by run, on both corpora; every method raises NotMeasurable if a run is missing."""
 
     results: Results
     seed: int
@@ -25,31 +25,31 @@ class Losses:
     new_name: str
 
     def old(self, run: str) -> float:
-        """At the end, on the old corpus."""
+        """Return the final loss on the old corpus."""
         return self._of(run).final(self.old_name)
 
     def new(self, run: str) -> float:
-        """At the end, on the new corpus."""
+        """Return the final loss on the new corpus."""
         return self._of(run).final(self.new_name)
 
     def average(self, run: str) -> float:
-        """Mean of both at the end."""
+        """Return the mean of both final losses."""
         return (self.old(run) + self.new(run)) / 2
 
     def rise(self, run: str) -> float:
-        """How far the loss on the old corpus rises above where the run begins, at its highest."""
+        """Return the largest rise of the loss on the old corpus above its value at the start of the run."""
         (_, begin), *rest = self._of(run).losses[self.old_name]
         return max(loss for _, loss in rest) - begin
 
     def removed(self, run: str) -> float:
-        """Share of the forgetting without replay that a run does not show."""
+        """Return the share of the forgetting without replay that a run avoids."""
         forgotten = self.old(runs.BASE) - self.old(runs.OLD)
         if forgotten <= 0:
             raise NotMeasurable("nothing is forgotten without replay")
         return (self.old(runs.BASE) - self.old(run)) / forgotten
 
     def tokens(self, run: str) -> float:
-        """Tokens at the end."""
+        """Return the number of tokens at the end."""
         return self._of(run).tokens
 
     def has(self, run: str) -> bool:
@@ -68,7 +68,7 @@ def of_seeds(results: Results, seeds: Sequence[int], old_name: str, new_name: st
 
 
 def best_share(seeds: Sequence[Losses]) -> float:
-    """Return the replay share with the lowest average loss over the seeds: one share for all of them."""
+    """Return the replay share with the lowest average loss, one for all seeds."""
     averages = {}
     for share in runs.SHARES:
         losses = [each.average(runs.replay_name(share)) for each in seeds if each.has(runs.replay_name(share))]
@@ -78,7 +78,7 @@ def best_share(seeds: Sequence[Losses]) -> float:
 
 
 def claims(best: float = runs.SHARES[-1], splits: bool = True) -> list[Claim[Losses]]:
-    """Return all claims; ``best`` is the replay share that is compared with training on both from scratch."""
+    """Return all claims; ``best`` is the replay share to compare with training on both from scratch."""
     return [*_forgetting(best), *_learning_rates(), *(_chains() if splits else ())]
 
 
@@ -87,49 +87,49 @@ def _forgetting(best: float) -> list[Claim[Losses]]:
     return [
         Claim(
             "Without replay the old data is forgotten",
-            "loss on old after the new data, re-warmed, less that before (nats)",
+            "loss on old after re-warming on the new data, minus the loss before (nats)",
             "+0.27 (SlimPajama), +1.39 (German)",
             lambda run: run.old(runs.BASE) - run.old(runs.OLD),
             at_least=0.0,
         ),
         Claim(
-            "The more is replayed, the less is forgotten",
-            f"smallest fall of the loss on old from one share to the next of {_percent(shares)} % (nats)",
-            "falls from each to the next; smallest fall 0.01 (SlimPajama), 0.09 (German)",
+            "More replay means less forgetting",
+            f"smallest drop of the loss on old from one share to the next of {_percent(shares)} % (nats)",
+            "drops from each to the next; smallest drop 0.01 (SlimPajama), 0.09 (German)",
             lambda run: min(run.old(runs.replay_name(a)) - run.old(runs.replay_name(b)) for a, b in pairwise(shares)),
             at_least=0.0,
         ),
         Claim(
             "5 % replay removes at least half of the forgetting",
-            "share of the rise on old that 5 % replay takes away",
+            "share of the rise on old that 5 % replay prevents",
             "0.78 (SlimPajama), 0.71 (German)",
             lambda run: run.removed(runs.replay_name(0.05)),
             at_least=0.5,
         ),
         Claim(
             "Up to 25 % replay costs little on the new data",
-            "largest change of the loss on new against no replay (nats)",
+            "largest change of the loss on new relative to no replay (nats)",
             "at most 0.01 up to 10 % (SlimPajama), 0.05 up to 25 % (German)",
             lambda run: max(abs(run.new(runs.replay_name(s)) - run.new(runs.BASE)) for s in runs.SHARES if s <= 0.25),
             at_most=0.06,
         ),
         Claim(
             "Continual pre-training matches training from scratch on both",
-            f"average loss with {best * 100:g} % replay, the best share, less that of both from scratch (nats)",
+            f"average loss with {best * 100:g} % replay, the best share, minus that of both from scratch (nats)",
             "+0.00 (SlimPajama), -0.02 (German), both with 50 %",
             lambda run: run.average(runs.replay_name(best)) - run.average(runs.BOTH_SCRATCH),
             at_most=0.1,
         ),
         Claim(
-            "... at half of its compute on every dataset that follows",
-            "tokens of the continued stage over those of both from scratch",
+            "... at half of its compute on every further dataset",
+            "tokens of the continued stage divided by those of both from scratch",
             "0.5",
             lambda run: (run.tokens(runs.replay_name(best)) - run.tokens(runs.OLD)) / run.tokens(runs.BOTH_SCRATCH),
             at_most=0.5,
         ),
         Claim(
             "Starting from the old model helps on the new data",
-            "loss on new from scratch, less that of the re-warmed run (nats)",
+            "loss on new from scratch, minus that of the re-warmed run (nats)",
             "+0.05 (10B, SlimPajama: 2.05 from scratch, 2.00 re-warmed)",
             lambda run: run.new(runs.NEW_SCRATCH) - run.new(runs.BASE),
             at_least=0.0,
@@ -143,21 +143,21 @@ def _learning_rates() -> list[Claim[Losses]]:
     return [
         Claim(
             "Re-warming adapts better than a constant low learning rate",
-            "loss on new with the constant rate, less that of the re-warmed run (nats)",
+            "loss on new with the constant rate, minus that of the re-warmed run (nats)",
             "the constant rate adapts worst",
             lambda run: run.new(runs.LOW) - run.new(runs.BASE),
             at_least=0.1,
         ),
         Claim(
             "A constant low learning rate forgets less than re-warming",
-            "loss on old of the re-warmed run, less that with the constant rate (nats)",
+            "loss on old of the re-warmed run, minus that with the constant rate (nats)",
             "the constant rate forgets least",
             lambda run: run.old(runs.BASE) - run.old(runs.LOW),
             at_least=0.0,
         ),
         Claim(
             "A higher peak adapts more",
-            "smallest fall of the loss on new from half the peak to the peak to twice the peak (nats)",
+            "smallest drop of the loss on new from half the peak to the peak to twice the peak (nats)",
             "yes (peaks 1.5e-4, 3e-4, 6e-4)",
             lambda run: min(run.new(a) - run.new(b) for a, b in pairwise(peaks)),
             at_least=0.0,
@@ -170,23 +170,23 @@ def _learning_rates() -> list[Claim[Losses]]:
             at_least=0.0,
         ),
         Claim(
-            "The length of the warm-up hardly matters",
+            "The length of the warm-up barely matters",
             f"range of the average loss over warm-ups of {_percent(runs.WARMUPS)} % (nats)",
-            "they end the same",
+            "all end at the same loss",
             lambda run: max(map(run.average, warmups)) - min(map(run.average, warmups)),
             at_most=0.05,
         ),
         Claim(
-            "Re-warming raises the loss for a while even on the same data",
-            "highest loss on old while learning it again, less that before (nats)",
+            "Re-warming temporarily raises the loss even on the same data",
+            "highest loss on old while learning it again, minus the loss before (nats)",
             "+0.1 (peak 3e-4)",
             lambda run: run.rise(runs.again_name(1.0)),
             at_least=0.0,
         ),
         Claim(
-            "... and the more, the higher the peak",
-            "the same with twice the peak, less that with the peak (nats)",
-            "+0.1 (+0.2 at 6e-4 against +0.1 at 3e-4)",
+            "... and more with a higher peak",
+            "the same with twice the peak, minus that with the peak (nats)",
+            "+0.1 (+0.2 at 6e-4, +0.1 at 3e-4)",
             lambda run: run.rise(runs.again_name(2.0)) - run.rise(runs.again_name(1.0)),
             at_least=0.0,
         ),
@@ -197,7 +197,7 @@ def _chains() -> list[Claim[Losses]]:
     return [
         Claim(
             f"Over three splits the {name.replace('_', ' ')} schedule keeps up with a chain of cosines",
-            "loss on new after the third split, annealed, less that of the chain (nats)",
+            "loss on new after the third split, annealed, minus that of the chain (nats)",
             "about the same",
             lambda run, name=name: run.new(runs.split_name(name, 3)) - run.new(runs.split_name(runs.COSINE_CHAIN, 3)),  # type: ignore[misc]
             at_most=0.05,

@@ -1,4 +1,4 @@
-"""The two corpora that the experiments run on, and three splits of the new one: prepared here, or as they lie."""
+"""Prepare or find the two corpora of the experiments and three splits of the new one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SPLITS = 3
 
 @dataclass(frozen=True)
 class Data:
-    """Training corpora of either side by name, as configs give them, and the validation corpus of either side.
+    """Training and validation corpora of the old and the new data.
 
     Args:
-        old: Corpora learnt first.
-        new: Corpora learnt then.
-        val: Folders for validation: the old one and the new one, by name.
-        splits: Disjoint parts of the new data; empty where there are none.
+        old: Corpora to learn first, by name as in configs.
+        new: Corpora to learn next, by name as in configs.
+        val: Folders of the old and the new validation corpus, by name.
+        splits: Disjoint parts of the new data; empty if there are none.
     """
 
     old: Corpora
@@ -49,7 +49,7 @@ class Data:
 
 
 def of_recipe(scale: Scale) -> Data:
-    """The data that a scale's recipes name: replayed corpora are the old ones."""
+    """Return the data of a scale's recipes, in which replayed corpora are the old ones."""
     assert scale.data is not None
     arguments = load(CONFIGS / scale.data)["init_args"]
     corpora, val = arguments["corpora"], arguments["val"]
@@ -62,19 +62,19 @@ def of_recipe(scale: Scale) -> Data:
 
 
 def prepare(old: Sequence[str], new: Sequence[str], out: Path, scale: Scale, tokenizer: str | None = None) -> Data:
-    """Makes shards of two corpora under a folder; what is there already is not made again.
+    """Prepare two corpora under a folder; existing shards are kept.
 
     Args:
-        old: Sources, or one folder that ``rewurst prepare text`` wrote with a held-out part.
-        new: The same of the new corpus.
+        old: Sources, or one folder written by ``rewurst prepare text`` with a held-out part.
+        new: Sources or folder of the new corpus.
         out: Folder for tokenizer and shards.
-        scale: Says the length of rows, the vocabulary and the held-out shares.
-        tokenizer: Folder or hub name; by default one is trained over both corpora.
+        scale: Scale that sets the length of rows, the vocabulary and the held-out shares.
+        tokenizer: Folder or hub name; by default a tokenizer is trained on both corpora.
     """
     config = base_config(scale)
     ready = [_is_prepared(sources) for sources in (old, new)]
     if not all(ready) and any(ready):
-        raise UsageError(f"{(old, new)[ready.index(True)][0]} is prepared and the other corpus is not: prepare both")
+        raise UsageError(f"{(old, new)[ready.index(True)][0]} is prepared but the other corpus is not: prepare both")
     names = _names(old, new)
     if all(ready):
         folders = [Path(sources[0]) for sources in (old, new)]
@@ -116,7 +116,7 @@ def _is_prepared(sources: Sequence[str]) -> bool:
     if not (folder / "train" / "index.json").exists():
         return False
     if len(sources) > 1 or not (folder / "val" / "index.json").exists():
-        raise UsageError(f"{folder} is a prepared corpus: give it alone, with a part held out (--held_out)")
+        raise UsageError(f"{folder} is a prepared corpus: give only this folder, prepared with --held_out")
     return True
 
 
@@ -125,7 +125,7 @@ def _without_replay(corpus: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_splits(paths: Sequence[Path], sources: Sequence[str], held_out: float) -> None:
-    """Writes every document as a JSON line into one of the files; those held out for validation into none."""
+    """Write every document that is not held out for validation as a JSON line into one of the files."""
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("w", encoding="utf8")) for path in paths]
         for pieces in _documents(sources):
@@ -135,12 +135,12 @@ def _write_splits(paths: Sequence[Path], sources: Sequence[str], held_out: float
 
 
 def _split_of(text: str) -> int:
-    """A split (0 to 2) by the document's content, independent of what decides whether it is held out."""
+    """Return a document's split (0 to 2) by its content, independent of whether it is held out."""
     return hashlib.sha256(text.encode("utf8")).digest()[0] % SPLITS
 
 
 def _documents(sources: Sequence[str]) -> Iterator[list[str]]:
-    """Documents in pieces. What is skipped was reported when the corpus was prepared."""
+    """Yield documents in pieces. Skipped ones were reported when the corpus was prepared."""
     skipped = Skipped()
     for file in expand(list(sources), skipped):
         pieces: list[str] = []

@@ -1,4 +1,4 @@
-"""Figures in the papers' form: validation loss on old and new data over tokens, the seeds' mean and their range."""
+"""Draw figures like the papers': validation loss on old and new data over tokens, mean and range over seeds."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from . import runs
 from .jobs import RunJob
 from .results import Curve, Results
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the line styles tell them apart without colours.
+# Okabe and Ito's colors, which color-blind readers can tell apart; line styles work without colors.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_SHARES_MAP = "viridis"  # from dark to light, also for the colour-blind
+_SHARES_MAP = "viridis"  # from dark to light, suited to color-blind readers
 
 Style = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is drawn.
+    """Results to draw.
 
     Args:
         jobs: All runs of all seeds.
-        results: Those that have ended.
+        results: Results of finished runs.
         names: Names of the old and the new validation corpus.
     """
 
@@ -37,24 +37,24 @@ class Evidence:
     names: tuple[str, str]
 
     def curves(self, run: str, corpus: str) -> list[Curve]:
-        """A run's curve of each seed."""
+        """Return a run's curve for each seed."""
         found = [result for (name, _), result in self.results.items() if name == run]
         return [result.losses[corpus] for result in found if corpus in result.losses]
 
     def has(self, *names: str) -> bool:
-        """Whether every run has ended with one seed at least."""
+        """Return whether every run has ended with at least one seed."""
         there = {name for name, _ in self.results}
         return there.issuperset(names)
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens of a step."""
+        """Number of tokens per step."""
         result = next(iter(self.results.values()))
         return result.tokens / result.steps
 
 
 def draw_all(evidence: Evidence, folder: Path) -> dict[str, str]:
-    """Draws every figure that there are runs for; returns what each shows, by file name."""
+    """Draw every figure whose runs have ended; return the titles by file name."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -66,7 +66,7 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, str]:
         ),
         "peaks.png": (draw_peaks, [runs.OLD, runs.BASE, runs.LOW], "A constant low learning rate, and three peaks"),
         "warmups.png": (draw_warmups, [runs.OLD, runs.BASE], "Lengths of the warm-up"),
-        "again.png": (draw_again, [runs.OLD, runs.again_name(1.0)], "Re-warming on the data that was learnt already"),
+        "again.png": (draw_again, [runs.OLD, runs.again_name(1.0)], "Re-warming on the same data again"),
         "splits.png": (
             draw_splits,
             [runs.split_name(runs.COSINE_CHAIN, 3)],
@@ -82,7 +82,7 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, str]:
 
 
 def draw_replay(evidence: Evidence, path: Path) -> None:
-    """All replay shares, in the form of Ibrahim et al.'s figures 4 and 5."""
+    """Draw all replay shares like figures 4 and 5 of Ibrahim et al."""
     import matplotlib
 
     shares = (0.0, *runs.SHARES)
@@ -98,21 +98,21 @@ def draw_replay(evidence: Evidence, path: Path) -> None:
 
 
 def draw_peaks(evidence: Evidence, path: Path) -> None:
-    """No replay: the constant low rate, and the peaks."""
+    """Draw the constant low rate and the peaks, without replay."""
     lines = {runs.LOW: ("constant, a tenth of the peak", _style(3))}
     lines |= {runs.peak_name(f): (f"re-warmed to {f:g} x the peak", _style(i)) for i, f in enumerate(runs.PEAKS)}
     _draw_both(evidence, path, lines)
 
 
 def draw_warmups(evidence: Evidence, path: Path) -> None:
-    """No replay: the warm-up's length."""
+    """Draw the lengths of the warm-up, without replay."""
     _draw_both(
         evidence, path, {runs.warmup_name(w): (f"{w * 100:g} % warm-up", _style(i)) for i, w in enumerate(runs.WARMUPS)}
     )
 
 
 def draw_again(evidence: Evidence, path: Path) -> None:
-    """The same data again."""
+    """Draw runs on the same data again."""
     lines = {
         runs.again_name(f): (f"re-warmed to {f:g} x the peak", _style(i))
         for i, f in enumerate(f for f in runs.PEAKS if f >= 1)
@@ -121,7 +121,7 @@ def draw_again(evidence: Evidence, path: Path) -> None:
 
 
 def draw_splits(evidence: Evidence, path: Path) -> None:
-    """Loss on the new corpus over three splits, and the learning rates beneath."""
+    """Draw the loss on the new corpus over three splits, and the learning rates below."""
     from matplotlib import pyplot as plt
 
     canvas, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
@@ -140,7 +140,7 @@ def draw_splits(evidence: Evidence, path: Path) -> None:
         for end in ends:
             panel.axvline(end * evidence.tokens_per_step / size, color="grey", linewidth=0.8, linestyle=":")
         panel.grid(alpha=0.3)
-    above.set(ylabel="validation loss (nats a token)", title=f"held-out {evidence.names[1]}")
+    above.set(ylabel="validation loss (nats per token)", title=f"held-out {evidence.names[1]}")
     below.set(ylabel="learning rate", xlabel=f"tokens seen ({unit})", ylim=(0, None))
     above.legend()
     canvas.savefig(path, dpi=110)
@@ -148,7 +148,7 @@ def draw_splits(evidence: Evidence, path: Path) -> None:
 
 
 def _draw_both(evidence: Evidence, path: Path, lines: dict[str, tuple[str, Style]]) -> None:
-    """Old and new side by side; from the pre-training on, which all share."""
+    """Draw old and new side by side, including the pre-training that all runs share."""
     from matplotlib import pyplot as plt
 
     canvas, panels = plt.subplots(1, 2, figsize=(11, 4.8), sharex=True, layout="constrained")
@@ -162,7 +162,7 @@ def _draw_both(evidence: Evidence, path: Path, lines: dict[str, tuple[str, Style
             _line(panel, evidence.curves(run, corpus), scale, label, style)
         panel.axvline(begin * scale, color="grey", linewidth=0.8, linestyle=":")
         panel.set(title=f"held-out {corpus} ({side})", xlabel=f"tokens seen ({unit})")
-        panel.set(ylabel="validation loss (nats a token)", ylim=_limits(evidence, corpus, [runs.OLD, *lines]))
+        panel.set(ylabel="validation loss (nats per token)", ylim=_limits(evidence, corpus, [runs.OLD, *lines]))
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
@@ -171,7 +171,7 @@ def _draw_both(evidence: Evidence, path: Path, lines: dict[str, tuple[str, Style
 
 
 def _line(panel: Any, curves: Sequence[Curve], scale: float, label: str | None, style: Style) -> None:
-    """The mean over seeds as a line, from the least to the greatest as a band."""
+    """Draw the mean over seeds as a line and the range as a band."""
     if not curves:
         return
     by_seed = [dict(curve) for curve in curves]
@@ -185,7 +185,7 @@ def _line(panel: Any, curves: Sequence[Curve], scale: float, label: str | None, 
 
 
 def _limits(evidence: Evidence, corpus: str, names: Sequence[str]) -> tuple[float, float]:
-    """What shows every end, and every continued run whole; the first steps from fresh weights run out of the top."""
+    """Return limits that show every end and all continued runs; first steps from fresh weights are cut off."""
     ends, others = [], []
     for run in names:
         for curve in evidence.curves(run, corpus):

@@ -1,4 +1,4 @@
-"""Runs with a seed as complete configs for ``rewurst fit``, each known by the hash of what decides its outcome."""
+"""Runs with a seed as complete configs for ``rewurst fit``, each identified by a hash of what decides its outcome."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .corpora import Corpora, Data
 from .runs import Run, total_steps
 from .scales import Scale, base_config
 
-DECIDING = ("LRRewarming", "ReplayScheduler")  # the callbacks of the scales' configs log and save
+DECIDING = ("LRRewarming", "ReplayScheduler")  # the other callbacks of the scales' configs only log and save
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunJob(Job):
-    """A run of the grid with a seed.
+    """Job that is a run of the grid with a seed.
 
     Args:
-        run: What is run.
-        every: Steps between validations.
+        run: Run of the grid.
+        every: Number of steps between validations.
     """
 
     run: Run
@@ -31,23 +31,23 @@ class RunJob(Job):
 
     @property
     def parent(self) -> Job | None:
-        """The job that it continues."""
+        """Job that this one continues."""
         return self.needs[0] if self.needs else None
 
     @property
     def steps(self) -> int:
-        """Absolute steps at its end."""
+        """Absolute step at the end."""
         return self.start + self.own_steps
 
     @property
     def tokens_per_step(self) -> int:
-        """Predicted tokens in a global batch."""
+        """Number of predicted tokens per global batch."""
         sizes = self.config["data"]["init_args"]
         return int(sizes["global_batch_size"] * sizes["sequence_length"])
 
 
 def make_jobs(runs: list[Run], seeds: list[int], scale: Scale, data: Data, out: Path) -> list[RunJob]:
-    """A job for every run of every seed: all runs of the first seed, then of the next."""
+    """Return a job for every run of every seed: all runs of the first seed, then of the next."""
     base, by_name = base_config(scale), {run.name: run for run in runs}
     jobs: dict[tuple[str, int], RunJob] = {}
     for seed in seeds:
@@ -77,21 +77,21 @@ def _job(
 
 
 def interval(steps: int, every: int) -> int:
-    """Steps between validations: the divisor of a run's steps nearest to ``every``, so that its end is validated."""
+    """Return the divisor of a run's steps nearest to ``every``, so that a validation is at its end."""
     divisors = [number for number in range(1, steps + 1) if steps % number == 0]
     return min(divisors, key=lambda number: abs(math.log(number / every)))
 
 
 def config_key(config: Config, every: int, parent: str) -> str:
-    """Hash of what decides a run's outcome.
+    """Return a hash of everything that decides a run's outcome.
 
-    Every corpus stands for what it holds instead of where it lies. Left out are what only watches and saves, and the
-    devices, on which the global batches do not depend: a logger more is no reason to run everything again.
+    Corpora are hashed by content, not by path. Loggers, other callbacks and devices, which do not change the outcome,
+    are left out: adding a logger does not run everything again.
 
     Args:
-        config: Of the run.
-        every: Steps between validations.
-        parent: Key of the run that it continues, empty where it continues none.
+        config: Config of the run.
+        every: Number of steps between validations.
+        parent: Key of the run that it continues; empty if there is none.
     """
     arguments = dict(config["data"]["init_args"])
     arguments["corpora"] = [
@@ -103,7 +103,7 @@ def config_key(config: Config, every: int, parent: str) -> str:
 
 
 def _micro_batches(sizes: Config, trainer: Config) -> int:
-    """Micro-batches of a global batch on one device, which is what Lightning's interval counts."""
+    """Return the micro-batches per global batch on one device, in which Lightning's interval counts."""
     devices = trainer.get("devices", "auto")
     if not isinstance(devices, int):
         import torch
@@ -114,13 +114,13 @@ def _micro_batches(sizes: Config, trainer: Config) -> int:
 
 
 def _callbacks(run: Run, base: list[Config], data: Data, every: int) -> list[Config]:
-    """The scale's own but for sample texts, with this run's learning rate and replay."""
+    """Return the scale's callbacks without sample texts, with this run's learning rate and replay."""
     rewarming = named("LRRewarming", length=run.steps, schedule=run.schedule)
     if run.extension:
         rewarming["init_args"]["constant_extension"] = run.extension
     callbacks = [rewarming]
     for callback in base:
-        if callback["class_path"] in ("LRRewarming", "LogText"):  # nobody reads what 81 runs write
+        if callback["class_path"] in ("LRRewarming", "LogText"):  # nobody reads the samples of 81 runs
             continue
         arguments = dict(callback.get("init_args", {}))
         if "every_n_train_steps" in arguments:
@@ -141,7 +141,7 @@ def _data_config(run: Run, base: Config, data: Data, seed: int) -> Config:
 
 
 def _content(run: Run, data: Data) -> tuple[str, Corpora]:
-    """Name of the dataset and its corpora."""
+    """Return the name of the dataset and its corpora."""
     match run.content:
         case "old":
             return data.old_name, data.old
@@ -157,6 +157,6 @@ def _content(run: Run, data: Data) -> tuple[str, Corpora]:
 
 
 def _even(corpora: Corpora) -> Corpora:
-    """The same corpora with weights that add up to 1, so that either side gives as many tokens."""
+    """Return the corpora with weights that add up to 1, so that both sides give equally many tokens."""
     total = sum(corpus.get("weight", 1.0) for corpus in corpora.values())
     return {name: corpus | {"weight": corpus.get("weight", 1.0) / total} for name, corpus in corpora.items()}

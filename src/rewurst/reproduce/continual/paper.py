@@ -1,4 +1,4 @@
-"""What the papers published, beside which ours is put (405M parameters; losses in nats a token, one seed).
+"""Results published in the papers, for comparison (405M parameters; losses in nats per token, one seed).
 
 Ibrahim et al. 2024, Table 2 (section 6): Pile -> SlimPajama, a weak shift, and Pile -> German, a strong one.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Losses(NamedTuple):
-    """Validation losses at the end, and their mean as published: it was taken before rounding."""
+    """Final validation losses, and their mean as published, which was computed before rounding."""
 
     old: float
     new: float

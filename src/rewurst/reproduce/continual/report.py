@@ -1,4 +1,4 @@
-"""``report.md`` and ``report.json``: the papers' table beside ours, every claim and whether it held, figures."""
+"""Write ``report.md`` and ``report.json``: losses next to the papers', every claim's verdict, and figures."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .runs import OLD, Run
 from .scales import Scale
 
 METHOD = f"""\
-A claim is one number per seed, taken between runs of the same seed (they share initial weights, pre-training and the
-order of the data), and a bound that was fixed beforehand. *Ours* is its mean over the seeds, *spread* its standard
+A claim is one number per seed and a bound that was fixed in advance. The number compares runs of the same seed, which
+share initial weights, pre-training and the order of the data. *Ours* is its mean over the seeds, *spread* its standard
 deviation. {VERDICTS}"""
 
 
 def write_report(out: Path, scale: Scale, jobs: Sequence[RunJob], data: Data, results: Results) -> dict[str, Any]:
-    """Write both files and the figures; return what ``report.json`` holds."""
+    """Write both files and the figures; return the content of ``report.json``."""
     out.mkdir(parents=True, exist_ok=True)
     names, seeds = (data.old_name, data.new_name), sorted({job.seed for job in jobs})
     runs = list({job.run.name: job.run for job in jobs}.values())
@@ -48,7 +48,7 @@ def write_report(out: Path, scale: Scale, jobs: Sequence[RunJob], data: Data, re
 
 
 def _row(run: Run, results: Results, names: tuple[str, str]) -> Row | None:
-    """What became of a run over its seeds; nothing where none has ended."""
+    """Return a run's results over the seeds; None if no seed has ended."""
     found = [result for (name, _), result in results.items() if name == run.name]
     if not found:
         return None
@@ -84,21 +84,21 @@ def _head(content: dict[str, Any], scale: Scale, jobs: Sequence[RunJob]) -> list
     model = jobs[0].config["model"]["init_args"]["model"]
     sizes = jobs[0].config["data"]["init_args"]
     tokens = sizes["global_batch_size"] * sizes["sequence_length"]
-    done = f"{content['runs_done']} of {content['runs']} runs, {content['seeds']} seeds asked for"
+    done = f"{content['runs_done']} of {content['runs']} runs, {content['seeds']} seeds requested"
     return [
         "# Continual pre-training: the papers' claims, tested",
         "",
         "Gupta et al. 2023 ([arXiv 2308.04014](https://arxiv.org/abs/2308.04014)) and Ibrahim et al. 2024",
-        "([arXiv 2403.08763](https://arxiv.org/abs/2403.08763)) at another scale. Made by",
+        "([arXiv 2403.08763](https://arxiv.org/abs/2403.08763)) at another scale. Written by",
         f"`rewurst reproduce continual --scale {scale.name}`: {done}.",
         "",
         f"- Data: {content['old']} (old), then {content['new']} (new).",
         f"- Model: {model['model_type']}, {model['num_hidden_layers']} layers of width {model['hidden_size']}, "
         f"vocabulary {model['vocab_size']}, rows of {sizes['sequence_length']} tokens.",
-        f"- A stage: {scale.steps:,} steps of {tokens:,} tokens, {_count(scale.steps * tokens)}; a split: "
-        f"{scale.split_steps:,} steps.",
+        f"- Steps per stage: {scale.steps:,} of {tokens:,} tokens, {_count(scale.steps * tokens)} in total; per split: "
+        f"{scale.split_steps:,}.",
         f"- Learning rate: peak {scale.peak:g}, minimum a tenth of it, warm-up 1 %, cosine; the optimizer's state is "
-        "reset where it re-warms.",
+        "reset at each re-warming.",
         f"- Time: {content['hours']} hours of runs, on {machine()}.",
     ]
 
@@ -106,11 +106,10 @@ def _head(content: dict[str, Any], scale: Scale, jobs: Sequence[RunJob]) -> list
 def _losses_table(content: dict[str, Any]) -> list[str]:
     old, new = content["old"], content["new"]
     lines = [
-        "Nats per token on held-out documents, at the end; the mean over the seeds and their standard deviation. The",
-        "papers' columns are of their 405M model on the Pile (old), then SlimPajama or German (new): old / new /",
-        "average.",
+        "Final losses in nats per token on held-out documents: mean and standard deviation over the seeds. The papers'",
+        "columns are for their 405M model on the Pile (old), then SlimPajama or German (new): old / new / average.",
         "",
-        f"| run | {old} (old) | {new} (new) | average | old against old only | replay read | tokens | seeds "
+        f"| run | {old} (old) | {new} (new) | average | old minus old only | replay read | tokens | seeds "
         "| SlimPajama | German |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -128,7 +127,7 @@ def _losses_table(content: dict[str, Any]) -> list[str]:
 
 
 def _splits_table(rows: list[Row]) -> list[str]:
-    lines = ["| run | loss on new at its end | tokens | seeds |", "|---|---|---|---|"]
+    lines = ["| run | final loss on new | tokens | seeds |", "|---|---|---|---|"]
     for row in rows:
         lines.append(f"| {row['title']} | {_with_spread(row, 'new')} | {_count(row['tokens'])} | {row['seeds']} |")
     return lines

@@ -1,4 +1,4 @@
-"""What a finished run logged: losses over steps."""
+"""Read the losses over steps that a finished run logged."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class LossResult(Result):
-    """One finished run.
+    """Result of a finished run.
 
     Args:
-        losses: Validation loss in nats per token by corpus: (absolute steps done, loss), the start included if the
+        losses: Validation loss in nats per token by corpus: (absolute steps done, loss), including the start if the
             run continues another.
-        tokens: Predicted tokens at its end, those of the runs it continues included.
-        steps: Absolute steps at its end.
-        share_read: Share of its rows that were old ones.
+        tokens: Predicted tokens at the end, including those of the runs it continues.
+        steps: Absolute step at the end.
+        share_read: Share of old rows among those read.
     """
 
     losses: dict[str, Curve]
@@ -34,16 +34,16 @@ class LossResult(Result):
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> LossResult:
-        """Build a result from what ``result.json`` holds, where points are lists."""
+        """Build a result from the content of ``result.json``, in which points are lists."""
         curves = {corpus: [(int(step), loss) for step, loss in curve] for corpus, curve in content["losses"].items()}
         return cls(**(content | {"losses": curves}))
 
     def final(self, corpus: str) -> float:
-        """Return the loss at the end."""
+        """Return the final loss."""
         return self.losses[corpus][-1][1]
 
     def summary(self) -> str:
-        """Return the losses at the end."""
+        """Return the final losses."""
         losses = ", ".join(f"{corpus} {self.final(corpus):.3f}" for corpus in self.losses)
         return f"{losses} ({self.seconds:.0f} s)"
 
@@ -52,7 +52,7 @@ Results = Mapping[Name, LossResult]
 
 
 class LossLedger(Ledger[RunJob, LossResult]):
-    """Results of runs, read from what they logged."""
+    """Ledger that reads results of runs from their logs."""
 
     result = LossResult
 
@@ -73,10 +73,10 @@ class LossLedger(Ledger[RunJob, LossResult]):
 
 
 def _validations(job: RunJob, versions: list[Events], tag: str) -> Curve:
-    """A run's own validations: (steps done, loss), at its interval.
+    """Return a run's own validations at its interval: (steps done, loss).
 
-    With n steps done Lightning logs as step n - 1, or otherwise if the process resumed from a checkpoint. So what
-    was logged with it as ``tokens`` says how many there were. Validations in between are made as a process is stopped.
+    After n steps Lightning logs step n - 1, or another one if the process resumed from a checkpoint. So the logged
+    ``tokens`` give the number of steps. Validations off the interval were made when a process was stopped.
     """
     found: dict[int, float] = {}
     for events in versions:

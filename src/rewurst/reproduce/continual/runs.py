@@ -1,8 +1,8 @@
-"""The experiments of both papers as data: which run continues which, on what, under which learning rate.
+"""Define the experiments of both papers: which run continues which, on which data, with which learning rate.
 
 Gupta et al. 2023 (arXiv 2308.04014) and Ibrahim et al. 2024 (arXiv 2403.08763, Table 2 and section 7). One stage has
-``steps`` steps; everything else is a fraction or a multiple of that, and of the peak learning rate. Runs that several
-questions share (the pre-training, the re-warmed run with 1 % warm-up and the middle peak) are there once.
+``steps`` steps; everything else is a fraction or a multiple of that, and of the peak learning rate. Runs shared by
+several questions (the pre-training, the re-warmed run with 1 % warm-up and the middle peak) occur once.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Run:
     """One training run.
 
     Args:
-        name: Its name in files and in the report's JSON.
-        title: What the report calls it.
-        content: Which data it learns.
-        steps: Steps of its own, after those of the run that it continues.
-        schedule: Learning rate, as a config names it.
-        parent: The run that it continues, none for one from fresh weights.
+        name: Name in files and in the report's JSON.
+        title: Name in the report.
+        content: Data to learn.
+        steps: Number of own steps, after those of the run that it continues.
+        schedule: Learning rate schedule, as in a config.
+        parent: Run that it continues; None for fresh weights.
         share: Replay share of old data.
-        extension: Steps added to the constant phase of a schedule that never ends.
+        extension: Number of steps added to the constant phase of an infinite schedule.
     """
 
     name: str
@@ -55,37 +55,37 @@ class Run:
 
 
 def warmup_name(warmup: float) -> str:
-    """The run with this warm-up; 1 % is the base run."""
+    """Return the name of the run with this warm-up; 1 % is the base run."""
     return BASE if warmup == WARMUP else f"warmup_{warmup * 100:g}"
 
 
 def peak_name(factor: float) -> str:
-    """The run re-warmed to this multiple of the peak."""
+    """Return the name of the run re-warmed to this multiple of the peak."""
     return BASE if factor == 1 else f"peak_{factor:g}"
 
 
 def again_name(factor: float) -> str:
-    """The run that is re-warmed on the data it has learnt already."""
+    """Return the name of the run re-warmed on the same data to this multiple of the peak."""
     return f"again_peak_{factor:g}"
 
 
 def replay_name(share: float) -> str:
-    """The run with this replay share."""
+    """Return the name of the run with this replay share."""
     return f"replay_{share * 100:g}"
 
 
 def split_name(schedule: str, split: int) -> str:
-    """The run over a split (1 to 3) of a chain."""
+    """Return the name of the run over a split (1 to 3) of a chain."""
     return f"{schedule}_split_{split}"
 
 
 def grid(steps: int, split_steps: int, peak: float, splits: bool = True) -> list[Run]:
-    """All runs, every one after the run that it continues; those that most questions need come first.
+    """Return all runs, each after the run that it continues; those needed by most questions come first.
 
     Args:
-        steps: Steps of a stage.
-        split_steps: Steps on each of three splits of the new data.
-        peak: The peak learning rate of the pre-training.
+        steps: Number of steps per stage.
+        split_steps: Number of steps on each of three splits of the new data.
+        peak: Peak learning rate of the pre-training.
         splits: Whether there are splits to learn.
     """
 
@@ -123,10 +123,10 @@ def grid(steps: int, split_steps: int, peak: float, splits: bool = True) -> list
 
 
 def _chains(steps: int, cosine: dict[str, Any], peak: float) -> Iterable[Run]:
-    """Three splits one after the other: re-warmed cosines, and the schedules that never end.
+    """Yield runs over three splits in turn: re-warmed cosines and infinite schedules.
 
-    Of the latter only the last split is annealed. The constant phase of the first two is longer by the steps that an
-    annealing would have had, so that all chains see the same tokens.
+    Infinite schedules are annealed only on the last split. On the first two, the constant phase is longer by the steps
+    of an annealing, so that all chains see the same number of tokens.
     """
     levels = {"peak": peak, "constant": peak * CONSTANT, "minimum": peak * MINIMUM}
     fractions = {"warmup": WARMUP, "cooldown_until": 0.6, "constant_until": CONSTANT_UNTIL}
@@ -142,5 +142,5 @@ def _chains(steps: int, cosine: dict[str, Any], peak: float) -> Iterable[Run]:
 
 
 def total_steps(run: Run, runs: dict[str, Run]) -> int:
-    """Absolute steps at the end of a run: its own and those of all that it continues."""
+    """Return the absolute step at the end of a run: its own steps and those of all runs that it continues."""
     return run.steps + (total_steps(runs[run.parent], runs) if run.parent else 0)

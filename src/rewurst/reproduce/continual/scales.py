@@ -1,4 +1,4 @@
-"""How large: model, batch and trainer from the configs that users train with, and the numbers of a stage."""
+"""Scales of the experiments: model, batch and trainer from the configs for users, and the length of a stage."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "continual"
 
 @dataclass(frozen=True)
 class Scale:
-    """A size that the experiments run at.
+    """Size at which the experiments run.
 
     Args:
-        name: As the command line names it.
-        configs: Files under ``configs/continual``, one over the other.
-        steps: Steps of a stage.
-        split_steps: Steps on each of three splits.
+        name: Name on the command line.
+        configs: Files under ``configs/continual``; later ones override earlier ones.
+        steps: Number of steps per stage.
+        split_steps: Number of steps on each of three splits.
         peak: Peak learning rate.
-        every: Steps between validations, and between checkpoints, about.
-        data: Recipe of the default data, relative to ``configs/continual``; none for the built-in corpora.
+        every: Approximate number of steps between validations and between checkpoints.
+        data: Recipe of the default data, relative to ``configs/continual``; None for the built-in corpora.
         splits: Recipes of the three splits of its new data.
-        held_out: Share of the documents kept for validation where sources are prepared, old and new.
-        jobs: Runs at a time, none for one a core.
+        held_out: Shares of old and new documents held out for validation when sources are prepared.
+        jobs: Number of runs at a time; None for one per core.
     """
 
     name: str
@@ -63,7 +63,7 @@ SCALES = {
 
 
 def base_config(scale: Scale) -> Config:
-    """The scale's configs one over the other, with the settings of its default data beneath them."""
+    """Return the scale's merged configs, based on the settings of its default data."""
     config: Config = {} if scale.data is None else {"data": load(CONFIGS / scale.data)}
     for name in scale.configs:
         config = merge(config, load(CONFIGS / name))

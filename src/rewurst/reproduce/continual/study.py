@@ -1,4 +1,4 @@
-"""The experiments on continual pre-training, from data to report."""
+"""Run the experiments on continual pre-training, from data to report."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .scales import Scale
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for.
+    """Options of the reproduction.
 
     Args:
         out: Folder for data, runs and report.
         scale: Size of models and data.
-        seeds: How many, from 0 on.
-        at_once: Runs at a time.
-        old: Sources of the old corpus, none for the scale's own.
+        seeds: Number of seeds, from 0 on.
+        at_once: Number of runs at a time.
+        old: Sources of the old corpus; None for the scale's own.
         new: Sources of the new corpus.
-        tokenizer: Folder or hub name; none trains one.
-        report_only: Run nothing.
+        tokenizer: Folder or hub name; None to train one.
+        report_only: Whether to run nothing.
     """
 
     out: Path
@@ -40,7 +40,7 @@ class Options:
 
 
 def reproduce(options: Options) -> Results:
-    """Run what has not been run yet and write ``report.md``, ``report.json`` and figures, also when it is stopped.
+    """Run all unfinished runs and write ``report.md``, ``report.json`` and figures, even when stopped.
 
     Raises:
         UsageError: Runs failed; the report is written without them.
@@ -65,7 +65,7 @@ def _data(options: Options) -> Data:
 
 
 def _report_seed(options: Options, jobs: list[RunJob], data: Data, results: Results) -> None:
-    """Writes the report whenever a seed is complete: a figure costs more than looking at it is worth after each run."""
+    """Write the report whenever a seed is complete; figures take too long to draw them after each run."""
     runs = {job.run.name for job in jobs}
     if len(results) < len(jobs) and len(results) % len(runs) == 0:
         _report(options, jobs, data, results)

@@ -1,1 +1,1 @@
-"""The cascade against a single stage of the same size, at equal training FLOPs."""
+"""Comparison of the cascade with a single stage of the same size at equal training FLOPs."""

@@ -1,4 +1,4 @@
-"""FLOPs and parameters of each stage: of a step and of a picture, as trained here and as released, and A100-hours."""
+"""Count the parameters of each stage and its FLOPs per step and per picture, here and as released, and A100-hours."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from ...modules.shared.text_diffusion import TextStage
 from .recipes import Recipes, image_size_of, shape_of
 
 A100_HOURS = 24_602
-A100_FLOPS = 312e12  # a second, dense bfloat16 products: NVIDIA's data sheet
+A100_FLOPS = 312e12  # per second, dense bfloat16 products: NVIDIA's data sheet
 MFU = 0.4
-"""Share of them that large runs reach (PaLM: 46 % on other devices)."""
+"""Share of these FLOPs that large runs reach (PaLM: 46 % on other devices)."""
 PAPER_RUNS = ((12, 500_000, 1536), (24, 364_000, 1536), (24, 4_000, 768), (24, 50_000, 384))
 """Latents on a side, steps, batch of the released Stage C's four runs; from notes on the paper."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a stage.
+    """Cost of a stage.
 
     Args:
-        parameters: That are trained.
-        flops_a_step: Of training, on a global batch.
-        flops_a_picture: Of drawing one, with the recipe's steps and guidance.
+        parameters: Number of trained parameters.
+        flops_per_step: Training FLOPs per global batch.
+        flops_per_picture: FLOPs to draw a picture, with the recipe's steps and guidance.
     """
 
     parameters: int
-    flops_a_step: float
-    flops_a_picture: float
+    flops_per_step: float
+    flops_per_picture: float
 
 
 def costs_of(recipes: Recipes, tokenizer: str) -> dict[str, Cost]:
-    """Costs by stage, of modules with fresh weights: the stages' own ``flops(batch)`` says what a step takes."""
+    """Return the costs by stage of modules with fresh weights; ``flops(batch)`` of the stages counts a step."""
     side = image_size_of(recipes)
     models = {stage: dict(recipe["model"]["init_args"]) for stage, recipe in recipes.items()}
     sizes = {stage: int(recipe["data"]["init_args"]["global_batch_size"]) for stage, recipe in recipes.items()}
@@ -95,7 +95,7 @@ def _states(module: TextStage) -> tuple[int, int, int]:
 
 
 def _drawing(module: TextStage, forward: float) -> float:
-    """FLOPs of drawing a sample: with guidance every step looks at it twice."""
+    """Return the FLOPs of drawing a sample; guidance doubles the passes of every step."""
     passes = 2 if module.guidance_scale > 1 else 1
     return passes * (module.sampling_steps * forward + text_flops(module.encoder, 1))
 
@@ -109,7 +109,7 @@ def _count(module: torch.nn.Module) -> int:
 
 
 def released() -> list[dict[str, Any]]:
-    """Parameters and FLOPs of the released networks on a picture of 1024 pixels, by counting; nothing is timed."""
+    """Count parameters and FLOPs of the released networks on a picture of 1024 pixels; nothing is timed."""
     text_b, text_c = (1, 77, 1024), (1, 77, 1280)
     rows: list[dict[str, Any]] = []
     cases: list[tuple[str, type[Network], list[tuple[int, ...]], str, int]] = [
@@ -122,13 +122,13 @@ def released() -> list[dict[str, Any]]:
         with torch.device("meta"):
             empty = network.from_preset("released")
         forward = forward_flops(empty, list(shapes), method)
-        row = {"network": name, "parameters": _count(empty), "flops_a_pass": forward}
-        rows.append({**row, "passes_a_picture": passes, "flops_a_picture": passes * forward})
+        row = {"network": name, "parameters": _count(empty), "flops_per_pass": forward}
+        rows.append({**row, "passes_per_picture": passes, "flops_per_picture": passes * forward})
     return rows
 
 
 def a100_hours() -> dict[str, Any]:
-    """What 24,602 A100-hours are in FLOPs: at most, at a stated utilisation, and by counting what the runs took."""
+    """Return the FLOPs of 24,602 A100-hours: the maximum, at a stated utilization, and as counted from the runs."""
     with torch.device("meta"):
         prior = Prior.from_preset("released")
     runs = []
@@ -149,5 +149,5 @@ def a100_hours() -> dict[str, Any]:
 
 
 def as_rows(costs: dict[str, Cost]) -> list[dict[str, Any]]:
-    """Costs for a report."""
+    """Return the costs as rows of a report."""
     return [{"stage": stage, **asdict(cost)} for stage, cost in costs.items()]

@@ -1,4 +1,4 @@
-"""Scores over training FLOPs, and how many FLOPs one model needs for what another reaches: pure arithmetic."""
+"""Compare curves of scores over training FLOPs: how many FLOPs one model needs for the score of another."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from itertools import pairwise
 from typing import NamedTuple
 
 Curve = Sequence[tuple[float, float]]
-"""(training FLOPs, score), in the order of the FLOPs; higher scores are better."""
+"""Points (training FLOPs, score) in the order of the FLOPs; higher scores are better."""
 
 
 class EqualScore(NamedTuple):
-    """What two models need for the score that both reach.
+    """FLOPs that two models need for a score that both reach.
 
     Attributes:
-        score: The smaller of both final scores.
-        first: FLOPs at which the first model reaches it first.
-        second: The same of the second.
+        score: Smaller one of both final scores.
+        first: FLOPs at which the first model first reaches the score.
+        second: FLOPs at which the second model first reaches the score.
     """
 
     score: float
@@ -25,12 +25,12 @@ class EqualScore(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times as many FLOPs the second model needs."""
+        """FLOPs of the second model divided by those of the first."""
         return self.second / self.first
 
 
 def first_reach(curve: Curve, score: float) -> float | None:
-    """FLOPs at which a score is first reached, linearly between the points; none where it never is."""
+    """Return the FLOPs at which a score is first reached, by linear interpolation; None if it never is."""
     if not curve:
         return None
     if curve[0][1] >= score:
@@ -42,7 +42,7 @@ def first_reach(curve: Curve, score: float) -> float | None:
 
 
 def at_equal_score(first: Curve, second: Curve) -> EqualScore | None:
-    """FLOPs of both models at the smaller of their final scores; none where one is not known or 0."""
+    """Return the FLOPs of both models at the smaller of their final scores; None if one is unknown or 0."""
     if not first or not second:
         return None
     score = min(first[-1][1], second[-1][1])
@@ -51,5 +51,5 @@ def at_equal_score(first: Curve, second: Curve) -> EqualScore | None:
 
 
 def shifted(curve: Curve, flops: float) -> list[tuple[float, float]]:
-    """The same curve after FLOPs that were spent before."""
+    """Return the curve shifted by FLOPs that were spent before it."""
     return [(x + flops, y) for x, y in curve]

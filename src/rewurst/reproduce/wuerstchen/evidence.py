@@ -1,4 +1,4 @@
-"""What the runs found, put together: curves of both models, compressions, the claims' numbers of each seed."""
+"""Collect the runs' results: curves of both models, compressions, and the claims' numbers per seed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Evidence:
-    """What there is to report on.
+    """Results to report on.
 
     Args:
-        plan: What was asked for.
-        costs: By stage.
-        seeds: That were asked for.
-        outcomes: Of the jobs that have ended.
+        plan: Plan of the comparison.
+        costs: Costs by stage.
+        seeds: Requested seeds.
+        outcomes: Outcomes of finished jobs.
     """
 
     plan: Plan
@@ -35,20 +35,20 @@ class Evidence:
 
     @property
     def score(self) -> str | None:
-        """What the curves are of: ``all`` attributes, ``fid``, or nothing where neither can be judged."""
+        """Name of the curves' score: ``all`` attributes or ``fid``; None if neither can be judged."""
         return "all" if self.plan.pictures.drawn else "fid" if self.plan.inception else None
 
     def points(self, model: str, seed: int) -> list[dict[str, Any]]:
-        """Scores of each checkpoint of a model, with the steps and training FLOPs of its own."""
+        """Return the scores of each checkpoint of a model, with its own steps and training FLOPs."""
         outcome = self.outcomes.get((f"judge_{model}", seed))
         if outcome is None:
             return []
-        each = self.costs[model].flops_a_step
+        each = self.costs[model].flops_per_step
         found = sorted((int(step), scores) for step, scores in outcome.values["points"].items())
         return [{"steps": step, "flops": step * each, **scores} for step, scores in found]
 
     def curve(self, model: str, seed: int) -> Curve:
-        """Score over training FLOPs, higher is better; shares of right pictures begin at 0."""
+        """Return the score over training FLOPs, higher is better; shares of correct pictures start at 0."""
         name = self.score
         if name is None:
             return []
@@ -58,26 +58,26 @@ class Evidence:
     @property
     def flops_of_b(self) -> float:
         """Training FLOPs of Stage B and the compressor."""
-        return steps_of(self.plan.recipes["stage_b"]) * self.costs["stage_b"].flops_a_step
+        return steps_of(self.plan.recipes["stage_b"]) * self.costs["stage_b"].flops_per_step
 
     def flops(self, model: str) -> float:
-        """Training FLOPs of a whole run."""
+        """Return the training FLOPs of a whole run."""
         recipes = self.plan.recipes
         steps = baseline_steps(recipes, self.costs) if model == SINGLE else steps_of(recipes[model])
-        return steps * self.costs[model].flops_a_step
+        return steps * self.costs[model].flops_per_step
 
     def equal(self, seed: int, with_b: bool) -> EqualScore | None:
-        """FLOPs of cascade and baseline at equal score, those of Stage B counted or not."""
+        """Return the FLOPs of cascade and baseline at equal score, with or without those of Stage B."""
         cascade = self.curve(CASCADE, seed)
         return at_equal_score(shifted(cascade, self.flops_of_b) if with_b else cascade, self.curve(SINGLE, seed))
 
     def final(self, model: str, seed: int) -> float | None:
-        """Score at the end, as it is read (an FID is better when it is small)."""
+        """Return the final score as reported (a smaller FID is better)."""
         points = self.points(model, seed)
         return points[-1][self.score] if points and self.score else None
 
     def compressions(self, seed: int) -> list[dict[str, Any]]:
-        """Stage B's runs by what z is, from the least compressed on; the recipe's whole run stands last."""
+        """Return Stage B's runs by size of z, the least compressed first; the recipe's whole run is last."""
         side, rows = image_size_of(self.plan.recipes), []
         for kind, recipe in variants(self.plan.recipes).items():
             shape = shape_of(recipe, side)
@@ -90,9 +90,9 @@ class Evidence:
         return rows
 
     def seconds(self) -> dict[str, float] | None:
-        """Seconds a picture, by what was timed."""
+        """Return the measured seconds per picture by stage."""
         outcome = self.outcomes.get(("timing", self.seeds[0]))
-        return outcome.values["seconds_a_picture"] if outcome else None
+        return outcome.values["seconds_a_picture"] if outcome else None  # the key in stored results
 
 
 OfSeed = tuple[Evidence, int]
@@ -135,37 +135,37 @@ def _known(value: T | None) -> T:
 
 CLAIMS: tuple[Claim[OfSeed], ...] = (
     Claim(
-        "At equal accuracy the prior takes fewer training FLOPs than a single stage (Stage B is there already)",
-        "training FLOPs of the single stage over those of Stage C, where both reach the smaller final score",
-        "24,602 A100-hours of Stage C against 200,000 of Stable Diffusion 2.1: 8.1; no figure for its own baseline",
+        "At equal accuracy the prior takes fewer training FLOPs than a single stage (Stage B already exists)",
+        "training FLOPs of the single stage divided by those of Stage C, at the smaller of the final scores",
+        "24,602 A100-hours of Stage C, 200,000 of Stable Diffusion 2.1: 8.1; no number for its own baseline",
         _ratio(False),
         at_least=1.0,
     ),
     Claim(
-        "... also with Stage B and the compressor counted",
-        "the same over those of Stage B and Stage C",
-        "35,602 A100-hours (11,000 of them Stage B's*) against 200,000: 5.6",
+        "... also including Stage B and the compressor",
+        "the same divided by those of Stage B and Stage C",
+        "35,602 A100-hours (11,000 of them for Stage B*), 200,000: 5.6",
         _ratio(True),
         at_least=1.0,
     ),
     Claim(
         "At equal training FLOPs (B and C together) the cascade follows prompts better",
-        "final score of the cascade less that of the single stage (share of right pictures; FID: the other way round)",
-        "FID 23.6 against 43.5 of its own latent diffusion baseline*",
+        "final score of the cascade minus that of the single stage (share of correct pictures; FID: reversed)",
+        "FID 23.6, its own latent diffusion baseline 43.5*",
         _advantage,
         at_least=0.0,
     ),
     Claim(
         "The cascade draws a picture more than twice as fast",
-        "seconds a picture of the single stage over those of C, B and A",
+        "seconds per picture of the single stage divided by those of C, B and A",
         "more than twice as fast as Stable Diffusion 2.1",
         _speed,
         at_least=2.0,
     ),
     Claim(
-        "Compressing some 42 times costs reconstructions little",
-        "PSNR at the compression nearest to 42.67, less that at the least compression (dB)",
-        "nobody reports reconstructions",
+        "Compressing about 42 times costs little reconstruction quality",
+        "PSNR at the compression nearest to 42.67, minus that at the lowest compression (dB)",
+        "reconstructions not reported",
         _cost_of_compression,
         at_least=-3.0,
     ),

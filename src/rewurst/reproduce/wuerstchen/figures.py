@@ -1,4 +1,4 @@
-"""Figures: scores over training FLOPs, and Stage B's quality over the compression."""
+"""Draw figures of scores over training FLOPs, and of Stage B's quality over the compression."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..continual.figures import COLOURS, MARKERS, STYLES, Style
 from .curves import shifted
 from .evidence import CASCADE, SINGLE, Evidence
 
-LABELS = {"all": "share of pictures with all attributes right", "fid": "FID (lower is better)"}
+LABELS = {"all": "share of pictures with all attributes correct", "fid": "FID (lower is better)"}
 
 
 def draw_all(evidence: Evidence, folder: Path) -> dict[str, str]:
-    """Draws every figure that there are numbers for; returns what each shows, by file name."""
+    """Draw every figure for which there are results; return the titles by file name."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -29,12 +29,12 @@ def draw_all(evidence: Evidence, folder: Path) -> dict[str, str]:
 
 
 def draw_scores(evidence: Evidence, path: Path) -> None:
-    """Stage C alone and with Stage B before it, against the single stage; a line for each seed."""
+    """Draw Stage C only, Stage B followed by C, and the single stage, with a line per seed."""
     from matplotlib import pyplot as plt
 
     canvas, panel = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     lines = [
-        ("Stage C (Stage B is there already)", CASCADE, 0.0),
+        ("Stage C (Stage B already exists)", CASCADE, 0.0),
         ("Stage B, then Stage C", CASCADE, evidence.flops_of_b),
         ("single stage", SINGLE, 0.0),
     ]
@@ -60,7 +60,7 @@ def draw_scores(evidence: Evidence, path: Path) -> None:
 
 
 def draw_compressions(evidence: Evidence, path: Path) -> None:
-    """PSNR, and of drawn shapes the attributes that reconstructions keep, over pixels' numbers to z's."""
+    """Draw PSNR and, for drawn shapes, the attributes kept by reconstructions over the compression."""
     from matplotlib import pyplot as plt
 
     rows = [row for seed in evidence.seeds for row in evidence.compressions(seed)]
@@ -72,7 +72,7 @@ def draw_compressions(evidence: Evidence, path: Path) -> None:
         whole = [row for row in rows if row["run"] == "stage_b"]
         ends = {"color": COLOURS[1], "marker": MARKERS[1], "linestyle": "none", "label": "the recipe's whole run"}
         panel.plot([row["ratio"] for row in whole], [row[name] for row in whole], **ends)
-        panel.set(xlabel="numbers of a picture over those of z", ylabel=label, xscale="log")
+        panel.set(xlabel="numbers in a picture divided by those in z", ylabel=label, xscale="log")
         ticks = sorted({row["ratio"] for row in rows})
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.margins(x=0.15, y=0.12)  # room for the names of z
@@ -84,7 +84,7 @@ def draw_compressions(evidence: Evidence, path: Path) -> None:
 
 
 def _line(panel: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
-    """The mean over seeds at each z; two of one compression stand above each other, each with its z."""
+    """Draw the mean over seeds at each z; equal compressions are above each other, each labeled with its z."""
     found: dict[tuple[float, str], list[float]] = {}
     for row in rows:
         found.setdefault((row["ratio"], "x".join(map(str, row["z"]))), []).append(row[name])

@@ -1,4 +1,4 @@
-"""The comparison's processes: runs of ``rewurst fit``, latents, judging; each known by the hash of what decides it."""
+"""Jobs of the comparison: runs of ``rewurst fit``, latents and judging, each identified by a hash of its inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TASK, DONE = "task.json", "done.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Job):
-    """A task of :mod:`.work`.
+    """Job that is a task of :mod:`.work`.
 
     Args:
         task: Input of the task.
@@ -37,19 +37,19 @@ class Task(Job):
 
 
 def last_checkpoint(job: Job) -> str:
-    """Return the checkpoint at the end of a run that keeps one."""
+    """Return the last checkpoint of a run that keeps only one."""
     return str(job.folder / "checkpoints" / "last.ckpt")
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The data.
+    """Data of the comparison.
 
     Args:
         train: Folder of training images.
         val: Folders for validation by name.
-        tokenizer: Folder.
-        drawn: Whether they are ``builtin:shapes``, whose attributes can be read back.
+        tokenizer: Folder of the tokenizer.
+        drawn: Whether the pictures are ``builtin:shapes``, whose attributes can be read from them.
     """
 
     train: str
@@ -59,7 +59,7 @@ class Pictures:
 
     @property
     def content(self) -> Pictures:
-        """The same by what the folders hold."""
+        """The same data with hashes of contents instead of paths."""
         val = {name: fingerprint(path) for name, path in self.val.items()}
         tokenizer = digest((Path(self.tokenizer) / "tokenizer.json").read_text(encoding="utf8"))
         return Pictures(fingerprint(self.train), val, tokenizer, self.drawn)
@@ -67,15 +67,15 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the comparison is made of, beside its seeds.
+    """Plan of the comparison, without its seeds.
 
     Args:
-        recipes: By stage.
-        pictures: The data.
+        recipes: Recipes by stage.
+        pictures: Data of the comparison.
         out: Folder of all runs.
-        prompts: How many pictures are judged of each validation corpus.
-        inception: File of Inception's weights for FID, where attributes cannot be read.
-        short_steps: Of Stage B's runs with other compressions.
+        prompts: Number of pictures judged per validation corpus.
+        inception: File of Inception's weights for FID, if attributes cannot be read.
+        short_steps: Number of steps of Stage B's runs with other compressions.
     """
 
     recipes: Recipes
@@ -87,13 +87,13 @@ class Plan:
 
 
 def baseline_steps(recipes: Recipes, costs: dict[str, Cost]) -> int:
-    """Steps of the single stage that take the training FLOPs of Stage B and Stage C together, about."""
-    asked = sum(steps_of(recipes[stage]) * costs[stage].flops_a_step for stage in ("stage_b", "stage_c"))
-    return whole_parts(8 * max(1, round(asked / costs["single_stage"].flops_a_step / 8)))
+    """Return the steps of the single stage that take about the training FLOPs of Stages B and C together."""
+    asked = sum(steps_of(recipes[stage]) * costs[stage].flops_per_step for stage in ("stage_b", "stage_c"))
+    return whole_parts(8 * max(1, round(asked / costs["single_stage"].flops_per_step / 8)))
 
 
 def make_jobs(plan: Plan, costs: dict[str, Cost], seeds: Sequence[int]) -> list[Job]:
-    """All jobs, every one after those that it needs; the measuring of time comes last of all."""
+    """Return all jobs, each after those that it needs; the timing comes last."""
     jobs = [job for seed in seeds for job in _of_seed(plan, costs, seed)]
     first = {job.kind: job for job in jobs if job.seed == seeds[0]}
     stages = {stage: first[stage] for stage in ("stage_c", "single_stage")}

@@ -1,4 +1,4 @@
-"""What pictures show: attributes of drawn shapes by the nearest rendering, the distance to real ones (FID), PSNR."""
+"""Judge pictures by the attributes of drawn shapes (nearest rendering), FID to real pictures, and PSNR."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Drawer = StageC | LatentDiffusion
 
 
 def prompts_of(count: int) -> list[Shape]:
-    """Combinations asked for: ``count`` that training showed, at random, and as many that it never showed."""
+    """Return random combinations to draw: ``count`` seen in training and as many unseen ones."""
     unseen = shapes.held_out()
     shown = [shape for shape in shapes.combinations() if shape not in set(unseen)]
     return [*random.Random(0).sample(shown, count), *random.Random(0).sample(unseen, min(count, len(unseen)))]
 
 
 def draw_for_prompts(module: Drawer, asked: Sequence[Shape], side: int) -> Pixels:
-    """Pictures (n, side, side, 3); the noise of a picture belongs to its place, whatever draws it."""
+    """Return pictures (n, side, side, 3); the noise of a picture depends only on its place, not on the module."""
     drawn = []
     for first in range(0, len(asked), BATCH):
         captions = [shapes.caption(shape) for shape in asked[first : first + BATCH]]
@@ -42,16 +42,16 @@ def draw_for_prompts(module: Drawer, asked: Sequence[Shape], side: int) -> Pixel
 
 
 def draw(module: Drawer, captions: Sequence[str], side: int, randomness: list[Generator] | None) -> Tensor:
-    """Pictures (n, 3, side, side) in [0, 1]."""
+    """Return pictures (n, 3, side, side) in [0, 1]."""
     if isinstance(module, StageC):
         return module.draw(captions, module.compressor.module.latent_size((side, side)), randomness)
     return module.draw(captions, (side // module.stage_a.module.compression,) * 2, randomness)
 
 
 def read_attributes(asked: Sequence[Shape], pictures: Pixels) -> dict[str, float]:
-    """Share of the pictures in which each attribute, and all of them, are what was asked for.
+    """Return the shares of pictures in which each attribute, and all of them, are as requested.
 
-    ``all`` is over all of them; ``seen`` and ``unseen`` the same of combinations that training did and did not show.
+    ``all`` is over all pictures; ``seen`` and ``unseen`` are over combinations with and without training pictures.
     """
     found = Judge(pictures.shape[1]).read(pictures)
     pairs = list(zip(found, asked, strict=True))
@@ -66,7 +66,7 @@ def read_attributes(asked: Sequence[Shape], pictures: Pixels) -> dict[str, float
 
 
 def reconstructed(module: StageB, val: dict[str, str], side: int, count: int, drawn: bool) -> dict[str, Any]:
-    """PSNR and SSIM of what Stage B draws from the z of validation images; of shapes the attributes it kept, too."""
+    """Return PSNR and SSIM of Stage B's reconstructions of validation images and, for shapes, kept attributes."""
     by_caption = {shapes.caption(shape): shape for shape in shapes.combinations()}
     asked: list[Shape] = []
     pictures: list[Pixels] = []
@@ -83,7 +83,7 @@ def reconstructed(module: StageB, val: dict[str, str], side: int, count: int, dr
 
 
 def scored_by_fid(module: Drawer, val: dict[str, str], side: int, count: int, inception: str) -> dict[str, float]:
-    """FID of pictures drawn for the captions of validation images, against these."""
+    """Return the FID between validation images and pictures drawn for their captions."""
     judge = ImageJudge(load_inception(inception), None)
     for batch in _images(val, side, count):
         judge.take_images(pixels(batch))
@@ -102,6 +102,6 @@ def _share(right: Iterator[bool]) -> float:
 
 
 def as_bytes(pictures: Tensor) -> Pixels:
-    """Pictures (n, 3, h, w) in [0, 1] as bytes (n, h, w, 3)."""
+    """Return pictures (n, 3, h, w) in [0, 1] as bytes (n, h, w, 3)."""
     scaled = (pictures.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,4 @@
-"""Results of the comparison's processes."""
+"""Read the results of the comparison's jobs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ TAGS = ("val/loss", "val/psnr")
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome(Result):
-    """A finished job.
+    """Result of a finished job.
 
     Args:
-        values: Numbers by name: those that a run logged at its end, or those that a task found.
+        values: Numbers by name: a run's last logged values, or the findings of a task.
     """
 
     values: dict[str, Any]
 
     def summary(self) -> str:
-        """Return its numbers."""
+        """Return the numbers as text."""
         numbers = [f"{name} {value:.4g}" for name, value in self.values.items() if isinstance(value, float)]
         return f"{', '.join([*numbers, 'done'])} ({self.seconds:.0f} s)"
 
@@ -36,12 +36,12 @@ Outcomes = Mapping[Name, Outcome]
 
 
 class PictureLedger(Ledger[Job, Outcome]):
-    """Outcomes of runs and tasks."""
+    """Ledger of outcomes of runs and tasks."""
 
     result = Outcome
 
     def read(self, job: Job, results: Outcomes) -> dict[str, Any] | None:
-        """Return a task's findings; of a run what it logged, if its newest checkpoint is that of its last step."""
+        """Return a task's findings, or a run's logged values if its newest checkpoint is from the last step."""
         values = _found(job) if isinstance(job, Task) else _logged(job)
         return None if values is None else {"values": values}
 

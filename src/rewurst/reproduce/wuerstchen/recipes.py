@@ -1,4 +1,4 @@
-"""What is trained, read from the recipes that users train with: nothing of them is repeated here."""
+"""Read what to train from the recipes for users, without repeating anything of them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..configs import Config, load, named
 CONFIGS = Path(__file__).parents[2] / "configs" / "wuerstchen"
 STAGES = ("stage_a", "stage_b", "stage_c", "single_stage")
 COMPRESSIONS = ((16, 8), (4, 8), (2, 8), (4, 16))
-"""Channels of z, and pixels on each side of one of its places."""
+"""Channels of z, and side in pixels of the patch at each of its places."""
 SHORT_STEPS = 1000
 POINTS = (8, 10, 6, 5, 4)
-"""Into how many parts a run may be cut, the best first."""
+"""Numbers of equal parts that a run may be divided into, the best first."""
 
 Recipes = dict[str, Config]
 
 
 @dataclass(frozen=True)
 class Where:
-    """What a run reads, by paths or, for its key, by what these hold.
+    """Inputs of a run as paths or, for its key, as hashes of their contents.
 
     Args:
         train: Folder of the training images, or of their latents.
         val: Folders for validation by name.
-        tokenizer: Folder.
-        stage_a: Checkpoint.
-        stage_b: Checkpoint.
+        tokenizer: Folder of the tokenizer.
+        stage_a: Checkpoint of Stage A.
+        stage_b: Checkpoint of Stage B.
     """
 
     train: str
@@ -45,7 +45,7 @@ class Where:
 
 
 def read_recipes(folder: Path, image_size: int | None = None) -> Recipes:
-    """The recipes of a folder by stage; ``image_size`` takes the place of theirs."""
+    """Return the recipes of a folder by stage; ``image_size`` replaces theirs."""
     recipes = {}
     for stage in STAGES:
         path = folder / f"{stage}.yaml"
@@ -59,27 +59,27 @@ def read_recipes(folder: Path, image_size: int | None = None) -> Recipes:
 
 
 def image_size_of(recipes: Recipes) -> int:
-    """Side of the pictures in pixels."""
+    """Return the side of the pictures in pixels."""
     return int(recipes["stage_b"]["data"]["init_args"]["image_size"])
 
 
 def steps_of(recipe: Config) -> int:
-    """Steps, made such that a run can be cut into equal parts."""
+    """Return the steps of a recipe, reduced if needed to divide the run into equal parts."""
     return whole_parts(int(recipe["trainer"]["max_steps"]))
 
 
 def whole_parts(steps: int) -> int:
-    """Steps that ``parts`` cuts: the given ones, or the next fewer ones."""
+    """Return the given steps, or the next smaller number that ``parts`` can divide."""
     return steps if any(steps % number == 0 for number in POINTS) else max(POINTS[-1], steps - steps % POINTS[0])
 
 
 def parts(steps: int) -> int:
-    """Into how many parts a run of these steps is cut."""
+    """Return the number of parts into which a run of these steps is divided."""
     return next((number for number in POINTS if steps % number == 0), 1)
 
 
 def placed(recipe: Config, where: Where, seed: int, steps: int) -> Config:
-    """A recipe with other data, seed and length; what decides nothing, such as loggers, is left as it was."""
+    """Return a recipe with other data, seed and length; loggers and the like stay unchanged."""
     config = copy.deepcopy(recipe)
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     for stage in ("stage_a", "stage_b"):
@@ -96,7 +96,7 @@ def placed(recipe: Config, where: Where, seed: int, steps: int) -> Config:
 
 
 def watched(config: Config, folder: Path, steps: int, keep_all: bool) -> None:
-    """Has a config log and save in a folder, at equal parts of the run, and validate at its middle and end."""
+    """Make a config log and save in a folder at equal parts of the run, and validate at its middle and end."""
     every, trainer = steps // parts(steps), config["trainer"]
     data = config["data"]["init_args"]
     micro_batches = max(1, data["global_batch_size"] // data["micro_batch_size"])
@@ -110,7 +110,7 @@ def watched(config: Config, folder: Path, steps: int, keep_all: bool) -> None:
 
 
 def compressed(recipe: Config, channels: int, pixels: int) -> Config | None:
-    """Stage B's recipe with another z; none where its compressor cannot have that."""
+    """Return Stage B's recipe with another z; None if its compressor does not allow it."""
     config = copy.deepcopy(recipe)
     model = config["model"]["init_args"]
     settings = compressor_of(recipe)
@@ -126,13 +126,13 @@ def compressed(recipe: Config, channels: int, pixels: int) -> Config | None:
 
 
 def compressor_of(recipe: Config) -> dict[str, Any]:
-    """All arguments of Stage B's compressor."""
+    """Return all arguments of Stage B's compressor."""
     with torch.device("meta"):
         return dict(build(SemanticCompressor, recipe["model"]["init_args"].get("compressor", "paper")).config)
 
 
 def shape_of(recipe: Config, side: int) -> tuple[int, int, int]:
-    """Shape (c, h, w) of z of pictures of a side."""
+    """Return the shape (c, h, w) of z for pictures of the given side."""
     with torch.device("meta"):
         compressor = build(SemanticCompressor, recipe["model"]["init_args"].get("compressor", "paper"))
     height, width = compressor.latent_size((side, side))
@@ -140,12 +140,12 @@ def shape_of(recipe: Config, side: int) -> tuple[int, int, int]:
 
 
 def ratio_of(shape: tuple[int, int, int], side: int) -> float:
-    """How many times as many numbers a picture has as its z."""
+    """Return the number of values in a picture divided by that in its z."""
     return 3 * side * side / (shape[0] * shape[1] * shape[2])
 
 
 def variants(recipes: Recipes) -> dict[str, Config]:
-    """Short runs of Stage B by name, for every compression that fits, the recipe's own included."""
+    """Return short runs of Stage B by name for every possible compression, including the recipe's own."""
     recipe, side = recipes["stage_b"], image_size_of(recipes)
     candidates = [recipe, *(compressed(recipe, *numbers) for numbers in COMPRESSIONS)]
     found: dict[str, Config] = {}

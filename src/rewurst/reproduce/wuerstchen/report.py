@@ -1,4 +1,4 @@
-"""``report.md`` and ``report.json`` of the comparison: ratios, claims, points, costs, the paper's hours in FLOPs."""
+"""Write ``report.md`` and ``report.json`` of the comparison: ratios, claims, points, costs and the paper's FLOPs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ TITLES = {
 }
 
 METHOD = f"""\
-Both models are trained on the same pictures, in the same Stage A's latents (the single stage) or in what Stage B's
-compressor makes of them (Stage C), with the same loss, weights, text encoder, averaging of weights, sampling steps and
-guidance, as their recipes say. The single stage has as many steps as take the training FLOPs of Stage B and Stage C.
-FLOPs are the stages' own count of a step times steps; Stage A, which both need, and the encoding of the pictures, once,
-are left out. Points before the last are of the same run, whose learning rate has not fallen yet: a run of that length
-would do better, for both. A ratio is taken where both first reach the smaller of the two final scores, linearly between
-points. {VERDICTS}"""
+Both models are trained on the same pictures, the single stage in Stage A's latents and Stage C in the embeddings of
+Stage B's compressor. Loss, weights, text encoder, averaging of weights, sampling steps and guidance are the same, as in
+their recipes. The single stage has as many steps as take the training FLOPs of Stage B and Stage C together. FLOPs are
+counted per step by the stages. Stage A, which both need, and encoding the pictures once are not counted. Points before
+the last are from the same run, whose learning rate has not decayed yet; a run of that length would do better, for both.
+A ratio is taken where both first reach the smaller final score, interpolated linearly between points.
+{VERDICTS}"""
 
 
 def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
-    """Writes both files and the figures; returns what ``report.json`` holds."""
+    """Write both files and the figures; return the content of ``report.json``."""
     out = evidence.plan.out
     out.mkdir(parents=True, exist_ok=True)
     figures = draw_all(evidence, out)
@@ -51,7 +51,7 @@ def write_report(evidence: Evidence, jobs: int, command: str) -> Row:
         "equal_score": [_equal(evidence, seed, with_b) for seed in evidence.seeds for with_b in (False, True)],
         "costs": as_rows(evidence.costs),
         "training_flops": {stage: evidence.flops(stage) for stage in evidence.costs},
-        "seconds_a_picture": evidence.seconds(),
+        "seconds_per_picture": evidence.seconds(),
         "compressions": [{"seed": seed, **row} for seed in evidence.seeds for row in evidence.compressions(seed)],
         "logged": [
             {"run": kind, "seed": seed, **outcome.values}
@@ -78,7 +78,7 @@ def _markdown(content: Row, evidence: Evidence, figures: dict[str, str]) -> list
         ["## Claims", "", *claims_table(content["claims"]), "", METHOD],
         ["## Points along the runs", "", *_points(content, evidence)],
         ["## Compression", "", *_compressions(content)],
-        ["## What each stage costs here", "", *_costs(content, evidence)],
+        ["## Cost of each stage", "", *_costs(content, evidence)],
         ["## The released sizes", "", *_released(content)],
         ["## Figures", ""] + [f"![{shows}]({name})\n" for name, shows in figures.items()],
     ]
@@ -89,11 +89,11 @@ def _head(content: Row, evidence: Evidence) -> list[str]:
     recipes, side = evidence.plan.recipes, content["image_size"]
     z = "x".join(map(str, shape_of(recipes["stage_b"], side)))
     return [
-        "# Würstchen: the cascade against one stage of the same size",
+        "# Würstchen: the cascade compared with one stage of the same size",
         "",
         "Pernias, Rampas, Richter et al., ICLR 2024 ([arXiv 2306.00637](https://arxiv.org/abs/2306.00637)), at another",
-        f"scale. Made by `{content['command']}`:",
-        f"{content['jobs_done']} of {content['jobs']} jobs, {content['seeds']} seeds asked for.",
+        f"scale. Written by `{content['command']}`:",
+        f"{content['jobs_done']} of {content['jobs']} jobs, {content['seeds']} seeds requested.",
         "",
         f"- Data: {'drawn shapes' if evidence.plan.pictures.drawn else evidence.plan.pictures.train}, {side} pixels; "
         f"z is {z}.",
@@ -106,9 +106,9 @@ def _head(content: Row, evidence: Evidence) -> list[str]:
 def _ratios(content: Row, evidence: Evidence) -> list[str]:
     if evidence.score is None:
         return [
-            "Not judged: attributes can be read of `builtin:shapes` only, and FID needs Inception's weights",
-            "(`--inception`). What remains are the losses that the runs logged, which are of different data and cannot",
-            "be compared with each other, and the PSNR of Stage B.",
+            "Not judged: attributes can be read only from `builtin:shapes`, and FID needs Inception's weights",
+            "(`--inception`). Only the logged losses, which are for different data and cannot be compared, and the",
+            "PSNR of Stage B are left.",
             "",
             *_logged(content),
         ]
@@ -117,9 +117,9 @@ def _ratios(content: Row, evidence: Evidence) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in content["equal_score"]:
-        counted = "Stage B and Stage C" if row["stage_b_counted"] else "Stage C alone: B is there already"
+        counted = "Stage B and Stage C" if row["stage_b_counted"] else "only Stage C: B already exists"
         if row["ratio"] is None:
-            lines.append(f"| {row['seed']} | {counted} | | | | not known |")
+            lines.append(f"| {row['seed']} | {counted} | | | | unknown |")
             continue
         score = abs(row["score"])
         numbers = f"{row['cascade']:.3g} | {row['single_stage']:.3g} | **{row['ratio']:.2f}**"
@@ -128,7 +128,7 @@ def _ratios(content: Row, evidence: Evidence) -> list[str]:
 
 
 def _never(evidence: Evidence, seed: int) -> list[str]:
-    """Says which of both never comes to where the other ends."""
+    """Return a line about whether the worse model reached the final score of the better one before its end."""
     ends = {"the cascade": evidence.final(CASCADE, seed), "the single stage": evidence.final(SINGLE, seed)}
     known = {name: end for name, end in ends.items() if end is not None}
     if len(known) < 2:
@@ -138,12 +138,12 @@ def _never(evidence: Evidence, seed: int) -> list[str]:
     if known[worse] == known[better]:
         return [f"Seed {seed}: both end at {known[better]:.3f}."]
     best = max(y for _, y in evidence.curve(CASCADE if worse == "the cascade" else SINGLE, seed))
-    never = "never comes to that" if best < sign * known[better] else "came to that before its end"
+    never = "never reaches that" if best < sign * known[better] else "reached that before its end"
     return [f"Seed {seed}: {better} ends at {known[better]:.3f}; {worse} ends at {known[worse]:.3f} and {never}."]
 
 
 def _logged(content: Row) -> list[str]:
-    lines = ["| run | seed | at its end |", "|---|---|---|"]
+    lines = ["| run | seed | final values |", "|---|---|---|"]
     for row in content["logged"]:
         values = [f"{name} {value:.4g}" for name, value in row.items() if name not in ("run", "seed")]
         lines.append(f"| {TITLES[row['run']]} | {row['seed']} | {', '.join(values)} |")
@@ -155,8 +155,8 @@ def _points(content: Row, evidence: Evidence) -> list[str]:
     if not content["table"]:
         return ["None."]
     lines = [
-        "Averaged weights; all, seen and unseen are shares of pictures in which every attribute is right, of",
-        "combinations that training showed, and that it did not; then each attribute by itself.",
+        "Averaged weights. *all* is the share of pictures in which every attribute is correct, *seen* and *unseen* are",
+        "the same for combinations with and without training pictures. The other columns are for single attributes.",
         "",
     ]
     lines += [
@@ -173,8 +173,8 @@ def _compressions(content: Row) -> list[str]:
     if not content["compressions"]:
         return ["None."]
     lines = [
-        "Pictures that Stage B draws from the true z of validation pictures. The last row of a seed is the",
-        "recipe's whole run; the others are short ones.",
+        "Pictures drawn by Stage B from the true z of validation pictures. The last row of a seed is the recipe's",
+        "whole run; the others are short runs.",
         "",
         "| z | numbers of a picture / of z | seed | PSNR (dB) | SSIM | all attributes kept |",
         "|---|---|---|---|---|---|",
@@ -188,24 +188,24 @@ def _compressions(content: Row) -> list[str]:
 
 def _costs(content: Row, evidence: Evidence) -> list[str]:
     lines = [
-        "| stage | parameters trained | FLOPs a step | training FLOPs | FLOPs a picture drawn |",
+        "| stage | parameters trained | FLOPs per step | training FLOPs | FLOPs per picture drawn |",
         "|---|---|---|---|---|",
     ]
     for row in content["costs"]:
         total = content["training_flops"][row["stage"]]
         numbers = [
             f"{row['parameters']:,}",
-            *(f"{n:.3g}" for n in (row["flops_a_step"], total, row["flops_a_picture"])),
+            *(f"{n:.3g}" for n in (row["flops_per_step"], total, row["flops_per_picture"])),
         ]
         lines.append(f"| {TITLES[row['stage']]} | {' | '.join(numbers)} |")
-    seconds = content["seconds_a_picture"]
+    seconds = content["seconds_per_picture"]
     if seconds is None:
-        return [*lines, "", "Seconds a picture were not measured."]
+        return [*lines, "", "Seconds per picture were not measured."]
     b = seconds["stage_b_and_a"] - seconds["stage_a"]
     return [
         *lines,
         "",
-        "Seconds a picture, eight at once, one thread, on this machine (median of three): Stage C "
+        "Seconds per picture, eight at a time, one thread, on this machine (median of three): Stage C "
         f"{seconds['stage_c']:.3f}, Stage B {b:.3f}, Stage A {seconds['stage_a']:.4f}; cascade "
         f"{seconds['stage_c'] + seconds['stage_b_and_a']:.3f}, single stage and A {seconds['single_stage']:.3f}.",
     ]
@@ -215,11 +215,11 @@ def _released(content: Row) -> list[str]:
     lines = [
         "Counted, not timed: a picture of 1024 pixels, 60 steps of Stage C with guidance (120 passes), 12 of Stage B.",
         "",
-        "| network | parameters | FLOPs a pass | passes a picture | FLOPs a picture |",
+        "| network | parameters | FLOPs per pass | passes per picture | FLOPs per picture |",
         "|---|---|---|---|---|",
     ]
     for row in content["released"]:
-        flops = f"{row['flops_a_pass']:.3g} | {row['passes_a_picture']} | {row['flops_a_picture']:.3g}"
+        flops = f"{row['flops_per_pass']:.3g} | {row['passes_per_picture']} | {row['flops_per_picture']:.3g}"
         lines.append(f"| {row['network']} | {row['parameters']:,} | {flops} |")
     hours = content["a100_hours"]
     runs = "; ".join(
@@ -229,12 +229,12 @@ def _released(content: Row) -> list[str]:
     return [
         *lines,
         "",
-        f"Stage C's {hours['hours']:,} A100-hours are at most {hours['flops_at_most']:.3g} FLOPs (312e12 a second,",
-        f"all of the time), {hours['flops_at_mfu']:.3g} at {hours['mfu']:.0%} of that. Counted from its runs* (steps x",
+        f"Stage C's {hours['hours']:,} A100-hours are at most {hours['flops_at_most']:.3g} FLOPs (312e12 per second,",
+        f"all the time), {hours['flops_at_mfu']:.3g} at {hours['mfu']:.0%} of that. Counted from its runs* (steps x",
         "batch x three forward passes of the released prior):",
         f"{runs};",
-        f"together **{hours['flops_counted']:.3g} FLOPs**, {hours['mfu_counted']:.1%} of what the hours allow.",
-        "The frozen compressor and text encoder, which see every picture, are not in it, nor what is recomputed.",
+        f"together **{hours['flops_counted']:.3g} FLOPs**, {hours['mfu_counted']:.1%} of the maximum.",
+        "This excludes the frozen compressor and text encoder, which process every picture, and recomputation.",
         "",
         "\\* from notes on the paper, not checked against its text.",
     ]

@@ -1,4 +1,4 @@
-"""The comparison from data to report."""
+"""Run the comparison, from data to report."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from .ledger import Outcome, Outcomes, PictureLedger
 from .recipes import CONFIGS, SHORT_STEPS, read_recipes
 from .report import write_report
 
-VOCABULARY = {True: 400, False: 2048}  # of captions, where they are drawn shapes' and where not
+VOCABULARY = {True: 400, False: 2048}  # of captions, by whether the pictures are drawn shapes
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for.
+    """Options of the comparison.
 
     Args:
         out: Folder for data, runs and report.
-        seeds: How many, from 0 on.
-        at_once: Runs at a time.
-        data: Indexed shards of captioned images to train on; none for drawn shapes.
-        val: The same for validation.
-        image_size: Side in pixels, by default the recipes'.
-        tokenizer: Folder; none trains one on the captions.
+        seeds: Number of seeds, from 0 on.
+        at_once: Number of runs at a time.
+        data: Indexed shards of captioned images to train on; None for drawn shapes.
+        val: Indexed shards of captioned images for validation.
+        image_size: Side in pixels; the recipes' by default.
+        tokenizer: Folder of a tokenizer; None to train one on the captions.
         inception: File of Inception's weights, for FID.
-        prompts: Pictures judged of each validation corpus.
-        recipes: Folder of recipes; by default those of shapes, or for given data those of emoji.
-        short_steps: Steps of Stage B's runs with other compressions.
-        pictures: Drawn of each combination of shapes.
-        report_only: Run nothing.
-        command: As typed, for the report.
+        prompts: Number of pictures judged per validation corpus.
+        recipes: Folder of recipes; by default those of shapes, or of emoji if data is given.
+        short_steps: Number of steps of Stage B's runs with other compressions.
+        pictures: Number of pictures drawn per combination of shapes.
+        report_only: Whether to run nothing.
+        command: Command as typed, for the report.
     """
 
     out: Path
@@ -60,10 +60,10 @@ class Options:
 
 
 def reproduce(options: Options) -> Outcomes:
-    """Run what has not been run yet and write ``report.md``, ``report.json`` and figures, also when it is stopped.
+    """Run all unfinished jobs and write ``report.md``, ``report.json`` and figures, even when stopped.
 
     Raises:
-        UsageError: Something given is missing or does not fit, or jobs failed; the report is written without them.
+        UsageError: An option is wrong, or jobs failed; the report is written without them.
     """
     if options.inception is not None and not Path(options.inception).is_file():
         raise UsageError(f"--inception {options.inception} is not a file: give torch-fidelity's Inception weights")
@@ -79,7 +79,7 @@ def reproduce(options: Options) -> Outcomes:
 
 
 def prepare(options: Options) -> Pictures:
-    """Draws pictures unless some are given, and trains a tokenizer on captions; what is there is not made again."""
+    """Draw pictures and train a tokenizer on captions unless they are given or exist already."""
     if options.data is not None and options.val is not None:
         train, val = options.data, {"val": options.val}
         for path in (train, options.val):

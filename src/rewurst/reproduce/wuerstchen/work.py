@@ -1,6 +1,6 @@
-"""Tasks of the comparison as processes of their own: latents, judging of checkpoints, measuring of time.
+"""Run a task of the comparison in its own process: latents, judging of checkpoints, or timing.
 
-``python -m rewurst.reproduce.wuerstchen.work TASK.json`` writes ``done.json`` beside its task.
+``python -m rewurst.reproduce.wuerstchen.work TASK.json`` writes ``done.json`` next to its task.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .jobs import DONE
 from .judging import draw_for_prompts, prompts_of, read_attributes, reconstructed, scored_by_fid
 
 ROUNDS = 3
-TIMED = 8  # pictures at once
+TIMED = 8  # pictures at a time
 
 Task = dict[str, Any]
 
 
 def main(path: Path) -> None:
-    """Does a task."""
+    """Run a task."""
     task: Task = json.loads(path.read_text(encoding="utf8"))
     kinds: dict[str, Callable[[Task, Path], Task]] = {"latents": make_latents, "judge": judge, "timing": measure_time}
     write_atomically(path.with_name(DONE), json.dumps(kinds[task["kind"]](task, path.parent)) + "\n")
 
 
 def make_latents(task: Task, folder: Path) -> Task:
-    """What Stage B's compressor, and Stage A, make of every picture; what is there already is not made again."""
+    """Encode every picture with Stage B's compressor and Stage A, unless this is done already."""
     what = task["what"].split(",")
     for name, source in task["sources"].items():
         prepare_latents(source, folder / name, task["stage_b"], task["side"], what=what, progress=False)
@@ -48,7 +48,7 @@ def make_latents(task: Task, folder: Path) -> Task:
 
 
 def judge(task: Task, folder: Path) -> Task:
-    """Scores of every checkpoint of a run, or of a Stage B its reconstructions; those known already are kept."""
+    """Return the scores of every checkpoint of a run, or of Stage B's reconstructions; known scores are kept."""
     run = Path(task["run"])
     module = load_module(run)
     if isinstance(module, StageB):
@@ -72,7 +72,7 @@ def judge(task: Task, folder: Path) -> Task:
 
 
 def measure_time(task: Task, folder: Path) -> Task:
-    """Seconds that each stage takes for a picture, the median of a few rounds of several pictures on one thread."""
+    """Return each stage's seconds per picture: the median of a few rounds of several pictures on one thread."""
     torch.set_num_threads(1)
     c, single = (load_module(Path(task["runs"][stage])) for stage in ("stage_c", "single_stage"))
     assert isinstance(c, StageC)
@@ -107,19 +107,19 @@ def _median(draw: Callable[[], object]) -> float:
 
 
 def load_module(run: Path) -> LightningModule:
-    """A run's module, with fresh weights."""
+    """Return a run's module with fresh weights."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf8"))["model"]
     module: LightningModule = getattr(modules, config["class_path"].rsplit(".", 1)[-1])(**config["init_args"])
     return module.eval()
 
 
 def take_weights(module: LightningModule, path: Path) -> None:
-    """Loads a checkpoint's weights, the averaged ones where it has any."""
+    """Load a checkpoint's weights, the averaged ones if it has any."""
     module.load_state_dict(read_file(path)["state_dict"])
 
 
 def checkpoints(run: Path) -> Sequence[tuple[int, Path]]:
-    """A run's checkpoints with the steps they are named after, in their order."""
+    """Return a run's checkpoints and the steps in their names, in order."""
     found = [(match, path) for path in run.rglob("*.ckpt") if (match := re.fullmatch(r"step=(\d+)\.ckpt", path.name))]
     return sorted((int(match[1]), path) for match, path in found)
 

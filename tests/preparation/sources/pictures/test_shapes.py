@@ -1,4 +1,4 @@
-"""Drawn pictures: the same everywhere, told apart by the judge, and balanced between seen and held-out combinations."""
+"""Drawn pictures are the same everywhere, recognized by the judge, and balanced between seen and held-out ones."""
 
 import hashlib
 from collections import Counter
@@ -40,7 +40,7 @@ def test_a_tenth_of_the_combinations_is_held_out_and_every_value_is_often_seen(f
             assert 0.05 * count <= hidden[value] <= 0.15 * count, (attribute, value)
 
 
-def test_families_share_no_shape_and_no_colour() -> None:
+def test_families_share_no_shape_and_no_color() -> None:
     old, new = (combinations(family) for family in FAMILIES)
     assert not {shape.shape for shape in old} & {shape.shape for shape in new}
     assert not {shape.colour for shape in old} & {shape.colour for shape in new}
@@ -72,7 +72,7 @@ def test_pictures_of_one_combination_differ() -> None:
 
 @pytest.mark.parametrize("size", [32, 64, 160])
 def test_a_picture_shows_its_attributes(size: int) -> None:
-    """An oracle of another kind: the shades of corner and middle, the middle of mass, the area."""
+    """Checked independently by the shades of corner and middle, the center of mass, and the area."""
     areas: dict[str, list[float]] = {"small": [], "large": []}
     for i, shape in enumerate(combinations()[::7]):
         picture = draw(shape, i, size)
@@ -91,12 +91,12 @@ def test_a_picture_shows_its_attributes(size: int) -> None:
 
 
 def test_edges_are_antialiased() -> None:
-    """A small picture is a large one averaged, as supersampling would have it."""
+    """A small picture is an averaged large one, as with supersampling."""
     for i, shape in enumerate([*combinations()[::97], *combinations("builtin:shapes-new")[::97]]):
         large = draw(shape, i, 512).astype(float).reshape(64, 8, 64, 8, 3).mean((1, 3))
         difference = np.abs(draw(shape, i, 64) - large)
         assert difference.mean() < 0.5
-        assert difference.max() < 80  # at tips, where a distance is no area
+        assert difference.max() < 80  # at tips, where a distance is not an area
 
 
 @pytest.mark.parametrize("families", [[family] for family in FAMILIES] + [list(FAMILIES)], ids=["old", "new", "both"])
@@ -113,7 +113,7 @@ def test_the_judge_reads_real_pictures(families: list[str]) -> None:
 
 
 def test_the_judge_is_the_nearest_rendering() -> None:
-    """Its sums against renderings that are drawn in full and compared one by one."""
+    """Its sums equal comparisons with fully drawn renderings one by one."""
     judge = Judge(16, renderings=2)
     pictures = np.random.default_rng(0).integers(256, size=(4, 16, 16, 3), dtype=np.uint8)
     m = judge._coverage.astype(float)[:, None, :, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from .... import UsageError
 from ....datamodules.imaging.facts import IMAGE_SUFFIXES
 from ....datamodules.storage.url import Place, Url, find
 from ..source_files import walk
-from .listing import SIDES, Listing, Picture, refuse_gaps, split_of
+from .listing import SIDES, SPLITS, Listing, Picture, refuse_gaps, split_of
 from .tables import CAPTION_FIELDS, table, table_kind
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as imagefolder calls them
@@ -37,22 +37,34 @@ def folder_listing(folder: Place, image_field: str | None, caption_field: str | 
     if tables := [folder / name for name in TABLES if (folder / name).is_file()]:
         return _tables(folder, tables, image_field, caption_field)
     files: Sequence[Place] = find(folder.url) if isinstance(folder, Url) else _sorted(folder)
-    visible = [path for path in files if not path.name.startswith(".")]
-    if tables := [path for path in visible if path.name in TABLES]:
-        return _tables(folder, tables, image_field, caption_field)
+    visible = [path for path in files if not any(part.startswith(".") for part in _below(folder, path))]
     images = [path for path in visible if path.suffix.lower()[1:] in IMAGE_SUFFIXES]
+    if tables := [path for path in visible if path.name in TABLES]:
+        return _tables(folder, tables, image_field, caption_field)._replace(remark=_outside(folder, tables, images))
     if images:
         if image_field is not None:
             raise UsageError(f"image_field is {image_field!r}, which is for tables; {folder} has image files")
         return _images(folder, files, images, caption_field)
     if tables := [path for path in visible if table_kind(path)]:
         return _tables(folder, tables, image_field, caption_field)
+    raise _nothing(folder, {path.suffix.lower() for path in files})
+
+
+def _nothing(folder: Place, suffixes: set[str]) -> UsageError:
     kinds = [f".{suffix}" for suffix in IMAGE_SUFFIXES]
-    tars = "; its tars are for rewurst prepare index" if any(path.suffix == ".tar" for path in files) else ""
-    raise UsageError(
-        f"source {folder}: the folder has no image ({', '.join(kinds[:5])}), nor a {', '.join(kinds[5:])}{tars}; "
+    advice = "; its tars are for rewurst prepare index" if ".tar" in suffixes else ""
+    advice += "; convert its HEIC files to JPEG" if suffixes & {".heic", ".heif"} else ""
+    return UsageError(
+        f"source {folder}: the folder has no image ({', '.join(kinds[:5])}), nor a {', '.join(kinds[5:])}{advice}; "
         f"expected {EXPECTED}"
     )
+
+
+def _outside(folder: Place, tables: Sequence[Place], images: Sequence[Place]) -> str:
+    """Say how many images are not in the folder of a table."""
+    inside = [_below(folder, path)[:-1] for path in tables]
+    others = [path for path in images if not any(_below(folder, path)[: len(part)] == part for part in inside)]
+    return f"{len(others)} images in folders without a table left out (the first: {others[0]})" if others else ""
 
 
 def _tables(folder: Place, tables: Sequence[Place], image_field: str | None, caption_field: str | None) -> Listing:
@@ -63,6 +75,10 @@ def _tables(folder: Place, tables: Sequence[Place], image_field: str | None, cap
         if len(several := [name for name in known if name in TABLES]) > 1:
             raise UsageError(f"source {folder}: it has {' and '.join(several)}; name the one to read")
         refuse_gaps("/".join([str(folder), *inside]), known)
+    plain = {part[:-1] for part in parts if part[-1] not in TABLES and not (part[:-1] and part[-2].lower() in SPLITS)}
+    if len(plain) > 1:
+        listed = ", ".join("/".join(inside) or "." for inside in sorted(plain))
+        raise UsageError(f"source {folder}: it has tables in the folders {listed}; name the one to read, or several")
     sides = [split_of(part) for part in parts]
     found = [side for side in SIDES if side in sides or (side == "train" and None in sides)]
     alone = found == ["train"]  # --held_out may take some of it
@@ -75,14 +91,13 @@ def _tables(folder: Place, tables: Sequence[Place], image_field: str | None, cap
 
 
 def _images(folder: Place, files: Sequence[Place], images: Sequence[Place], caption_field: str | None) -> Listing:
-    known = set(files)
+    known = {path.with_suffix(path.suffix.lower()): path for path in files}
+    images = [path for path in images if not _is_mask(path, known)]
     fields = CAPTION_FIELDS if caption_field is None else (caption_field,)
     pictures = []
     for path in images:
-        texts = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES] if caption_field is None else []
-        caption = next((text for text in texts if text in known), None)
-        values = path.with_suffix(".json")
-        pictures.append(Picture(str(path), path, caption, values if values in known else {}, None, fields))
+        caption = _beside(path, CAPTION_SUFFIXES, known) if caption_field is None else None
+        pictures.append(Picture(str(path), path, caption, _beside(path, (".json",), known) or {}, None, fields))
     if all(picture.caption is None for picture in pictures):
         _refuse_bare(folder, pictures, caption_field)
     used = {*images, *(p.caption for p in pictures if not isinstance(p.caption, list | str))}
@@ -94,6 +109,22 @@ def _images(folder: Place, files: Sequence[Place], images: Sequence[Place], capt
         return Listing(pictures, len(pictures), remark=remark)
     split = [picture._replace(side=side) for picture, side in zip(pictures, sides, strict=True)]
     return Listing(split, len(split), tuple(side for side in SIDES if side in sides), remark)
+
+
+def _beside(path: Place, suffixes: Sequence[str], known: Mapping[Place, Place]) -> Place | None:
+    """Return the first file that has a picture's name with one of the suffixes instead of its own, or after it."""
+    names = [path.with_suffix(suffix) for suffix in suffixes]
+    names += [path.parent / f"{path.name}{suffix}" for suffix in suffixes if isinstance(path, Path)]
+    return next((known[name] for name in names if name in known), None)
+
+
+def _is_mask(path: Place, known: Mapping[Place, Place]) -> bool:
+    """Say whether an image is a mask that OneTrainer has put next to its picture."""
+    for mark in ("-masklabel.", "-condlabel."):
+        stem, found, _ = path.name.rpartition(mark)
+        if found and any(path.parent / f"{stem}.{suffix}" in known for suffix in IMAGE_SUFFIXES):
+            return True
+    return False
 
 
 def _refuse_bare(folder: Place, pictures: Sequence[Picture], caption_field: str | None) -> None:
