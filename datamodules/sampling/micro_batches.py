@@ -15,7 +15,6 @@ from .buckets import Lanes
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
-UNKNOWN_ROWS = 2**40  # rows of a stream, whose length is unknown
 BLOCK = 4096  # number of counters permuted together
 
 Batch = dict[str, Any]
@@ -122,6 +121,7 @@ class MicroBatches(Dataset[Batch]):
         self._lanes, self._orders, self._sources, self._read = lanes, orders, sources, read
         self._slots, self._accumulation, self._start, self._seed = slots, accumulation, start, seed
         self._blocks: dict[tuple[int, int], tuple[int, Numbers]] = {}
+        self._numbered = [not isinstance(source, Streamed) for source in sources]
         self._streams = [source for source in sources if isinstance(source, Streamed)]
 
     def rows_of(self, number: int) -> Numbers:
@@ -144,7 +144,7 @@ class MicroBatches(Dataset[Batch]):
             mine = corpus == index
             if mine.any():
                 own = int(self._lanes.lane_of[index, lane])
-                numbered = source.lanes[own] != UNKNOWN_ROWS
+                numbered = self._numbered[index]
                 rows[mine] = source.in_lane(own, self._index(index, own, counter[mine])) if numbered else counter[mine]
         for stream in self._streams:
             stream.seek(number)
