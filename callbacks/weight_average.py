@@ -178,6 +178,7 @@ class WeightAverage(StepCallback, WeightAveraging):
         if "current_model_state" not in checkpoint or (not self._leads and self.state_key not in checkpoint):
             rank_zero_info("WeightAverage: the checkpoint holds no average, which begins with its weights")
             return
+        self._adopt_state(trainer, checkpoint["callbacks"])
         current: State = dict(checkpoint["current_model_state"])
         kept = checkpoint["state_dict"] | checkpoint.get("averaging_state", {})
         kept = kept if self._leads else checkpoint[self.state_key]
@@ -191,6 +192,13 @@ class WeightAverage(StepCallback, WeightAveraging):
         if self._leads:
             put(current, pl_module)
         self._ended, self._restored = {}, True
+
+    def _adopt_state(self, trainer: Trainer, states: dict[str, Any]) -> None:
+        """Take the step from the only other average there was, if its settings have been changed since."""
+        claimed = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        others = [key for key in states if str(key).startswith("WeightAverage{") and key not in claimed]
+        if self.state_key not in states and "WeightAverage" not in states and len(others) == 1:
+            states[self.state_key] = states[others[0]]
 
     def _replace(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the average in ``state_dict``, unless it was never updated or the module has other weights by now."""

@@ -340,7 +340,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
                 source.deal(self.trainer.global_rank, order, self.progress.step * self.accumulation, places)
 
     def _used(self, batch: Batch) -> dict[str, float]:
-        if "places" in batch:
+        if isinstance(batch, dict) and "places" in batch:
             self._places.used([name for name in self._order_of_names() if self.corpora[name].stream], batch["places"])
         return self.batch_used(batch)
 

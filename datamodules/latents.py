@@ -159,7 +159,7 @@ class LatentDataModule(ImageTextDataModule):
         rank_zero_info(describe_left_out(name, rows))
         return rows
 
-    def reader(self, sources: Sequence[ImageRows]) -> Reader:
+    def reader(self, sources: Sequence[Any]) -> Reader:
         """Reads arrays."""
         return LatentReader(sources, self._showing)
 
@@ -170,7 +170,7 @@ class LatentDataModule(ImageTextDataModule):
             UsageError: The first corpus is missing.
         """
         name, corpus = next(iter(self.corpora.items()))
-        rows = self._opened.get(corpus.path) or self.open_corpus(name, corpus.path)
+        rows: Any = self._opened.get(corpus.path) or self.open_corpus(name, corpus.path)
         lanes = [lane for lane, count in enumerate(rows.lanes) if count]
         lane = max(lanes, key=lambda lane: self.sizes[lane][0] * self.sizes[lane][1])
         zeros = np.zeros(micro_batch_size, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from .language.head import blocks, checkpoint_activations, set_attention
 from .language.hugging_face import align_tokens, write_folder
 from .language.initial_weights import check_weights, load_initial_weights
 from .language.limits import extend_vocabulary, require_positions_for, require_vocabulary, vocabulary_of
-from .language.lora import add_adapters, trained_names
+from .language.lora import add_adapters, merge_adapters, trained_names
 from .language.objective import Losses, Objective, busiest_share, compute_losses, find_objective
 from .language.probes import require_causal, require_separate_documents
 from .optimizers.choice import OptimizerChoice, OptimizerSettings, make_optimizer
@@ -153,8 +154,13 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
             raise UsageError("the weights are spread over processes: use `rewurst export hf CHECKPOINT OUT`")
         words, data = load_auto_tokenizer(tokenizer), self.trainer.datamodule  # type: ignore[attr-defined]
-        align_tokens(self.model, words, getattr(data, "end_token", None), getattr(data, "begin_tokens", None))
-        write_folder(self.model, words, folder)
+        model = self.model
+        if self.lora is not None:
+            model = copy.deepcopy(self.model)
+            merge_adapters(model)
+        around = (getattr(data, "end_token", None), getattr(data, "begin_tokens", None))
+        align_tokens(model, words, *around)
+        write_folder(model, words, folder, *around)
 
     def setup(self, stage: str) -> None:
         """Checks that the model knows every token of the data, and how its loss can be computed."""

@@ -62,6 +62,29 @@ def language_model(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
     return {"model": part("CausalLM", model=model), "data": part("TextDataModule", **data)}
 
 
+def streamed(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
+    """Tars without an index, new ones and replayed ones: text that is tokenized as it comes."""
+    import webdataset as wds
+
+    from rewurst.preparation.tokenizer import train_tokenizer
+
+    (tmp_path / "a.txt").write_text("the cat sat on the mat " * 40)
+    train_tokenizer([str(tmp_path / "a.txt")], 264, tmp_path / "tokenizer", progress=False)
+    for name in ("new", "old"):
+        for shard in range(4):
+            with wds.TarWriter(str(tmp_path / f"{name}-{shard}.tar")) as writer:
+                for i in range(12):
+                    writer.write({"__key__": f"{i:03d}", "txt": f"{name} cat {shard} sat on mat {i} " * 4})
+    parts = language_model(write_corpus, tmp_path)
+    parts["model"]["init_args"]["model"] |= {"vocab_size": 264}
+    corpora = {
+        name: {"stream": str(tmp_path / f"{name}-{{0..3}}.tar"), "replay": name == "old"} for name in ("new", "old")
+    }
+    data = {"dataset": "new", "corpora": corpora, "val": {}, "sequence_length": 8}
+    more = {"tokenizer": str(tmp_path / "tokenizer"), "cache_dir": str(tmp_path / "cache")}
+    return parts | {"data": part("TextDataModule", **data, **more)}
+
+
 def write_shapes(tmp_path: Path) -> None:
     """Write old and new drawn shapes."""
     from rewurst.preparation.images import prepare_images
@@ -137,7 +160,13 @@ def stage_c(write_corpus: Callable[..., str], tmp_path: Path) -> Parts:
     return {"model": model, "data": data, "average": part("WeightAverage", decay=0.9, start_step=10)}
 
 
-KINDS = {"language model": language_model, "stage A": stage_a, "stage B": stage_b, "stage C": stage_c}
+KINDS = {
+    "language model": language_model,
+    "stream": streamed,
+    "stage A": stage_a,
+    "stage B": stage_b,
+    "stage C": stage_c,
+}
 
 
 def part(class_path: str, /, **arguments: Any) -> Parts:
@@ -205,11 +234,17 @@ def kill_when(process: Process, reached: Callable[[], bool]) -> bool:
 
 
 def survive(
-    start: Start, tmp_path: Path, steps: int, kills: int, seed: int, popen: Callable[..., Process] = fork_server.Popen
+    start: Start,
+    tmp_path: Path,
+    steps: int,
+    kills: int,
+    seed: int,
+    popen: Callable[..., Process] = fork_server.Popen,
+    workers: int = 2,
 ) -> None:
     """Compare a run that is killed several times with one that is not; ``popen`` starts the last process.
 
-    Every third kill comes within a save; the others come at any moment.
+    Every third kill comes within a save; the others come at any moment. Every other part is read by loader workers.
     """
     reference = start("whole", 0, steps)
     assert reference.wait(timeout=DEADLINE_SECONDS) == 0, (tmp_path / "whole/said.txt").read_text()[-2000:]
@@ -228,7 +263,7 @@ def survive(
             return not within_save or any(folder.rglob(".*.tmp"))
 
         newest = newest_step(folder)
-        if not kill_when(start("killed", 2 * (number % 2), steps), reached):
+        if not kill_when(start("killed", workers * (number % 2), steps), reached):
             break  # it ended first
         first = first_step_since(folder, seen)
         assert first is None or number == 0 or first > 0
@@ -260,6 +295,11 @@ def test_killed_and_started_again_by_a_new_interpreter(start: Start, tmp_path: P
     survive(start, tmp_path, STEPS, kills=2, seed=0, popen=subprocess.Popen)
 
 
+@pytest.mark.parametrize("start", ["stream"], indirect=True)
+def test_a_stream_killed(start: Start, tmp_path: Path) -> None:
+    survive(start, tmp_path, STEPS, kills=2, seed=0, workers=0)
+
+
 @pytest.mark.parametrize("start", ["stage A", "stage B", "stage C"], indirect=True)
 def test_stages_killed(start: Start, tmp_path: Path) -> None:
     survive(start, tmp_path, STEPS, kills=2, seed=0)
@@ -268,5 +308,7 @@ def test_stages_killed(start: Start, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("start", KINDS, indirect=True)
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_twenty_times(start: Start, tmp_path: Path, seed: int) -> None:
-    survive(start, tmp_path, SOAK_STEPS, kills=5, seed=seed + 1)
+def test_killed_twenty_times(start: Start, tmp_path: Path, seed: int, request: pytest.FixtureRequest) -> None:
+    # The place in a stream belongs to the number of workers; other corpora are read alike by any.
+    workers = 0 if "stream" in request.node.callspec.id else 2
+    survive(start, tmp_path, SOAK_STEPS, kills=5, seed=seed + 1, workers=workers)

@@ -153,8 +153,9 @@ class MicroBatches(Dataset[Batch]):
         picks = Picks(corpus, rows, seeds, lane, training=True, quantile=quantiles)
         # Arrays that only the host reads stay NumPy: each tensor costs a shared memory file and a device copy.
         batch = self._read(picks)
-        if getattr(self._read, "names_origin", True):
-            batch |= {"corpus": corpus, "row": rows}
+        if not getattr(self._read, "names_origin", True):
+            return batch
+        batch |= {"corpus": corpus, "row": rows}
         if self._streams:
             batch["places"] = np.array([stream.place() for stream in self._streams], dtype=np.int64)
         return batch

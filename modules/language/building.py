@@ -90,6 +90,7 @@ def _from_folder(model: str) -> nn.Module:
         raise UsageError(f"model {model!r} could not be loaded: {_reason(error)}") from error
     built: nn.Module = loaded[0]
     _require_all(model, loaded[1])
+    _forget_quantization(model, built)
     _notice_untied(built)
     return built
 
@@ -119,6 +120,22 @@ def _require_all(model: str, found: dict[str, Any]) -> None:
         )
     if errors := found.get("error_msgs"):
         raise UsageError(f"model {model!r} could not be loaded: {str(errors[0]).splitlines()[0]}")
+
+
+def _forget_quantization(model: str, built: Any) -> None:
+    """Let a model whose weights were expanded when they were read be an ordinary one, and refuse one that is packed."""
+    method = getattr(built.config, "quantization_config", None)
+    if method is None:
+        return
+    tensors = [*built.parameters(), *(buffer for buffer in built.buffers() if buffer.numel() > 1)]
+    if any(tensor.element_size() < 4 or not tensor.is_floating_point() for tensor in tensors):
+        raise UsageError(
+            f"model {model!r} is quantized, so that its weights cannot be trained: take the model that it was made from"
+        )
+    del built.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        built.__dict__.pop(name, None)
+    built.is_quantized = False
 
 
 def _notice_untied(model: Any) -> None:

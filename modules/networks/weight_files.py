@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ... import UsageError
+from ...checkpoints.checksums import check_file
 from ...checkpoints.sharded_files import is_sharded
 from ...hints import did_you_mean
 
@@ -109,6 +110,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
+        check_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, just before the error that says it in our words
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

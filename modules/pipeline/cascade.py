@@ -117,7 +117,9 @@ class Cascade:
             device: Device that they work on.
         """
         self.to("cpu")
-        self._offloaded_from = torch.device(device) if gpu_id is None else torch.device(str(device), gpu_id)
+        self._offloaded_from = (
+            torch.device(device) if gpu_id is None else torch.device(torch.device(device).type, gpu_id)
+        )
         return self
 
     @contextmanager

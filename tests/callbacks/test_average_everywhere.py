@@ -305,3 +305,23 @@ def test_several_averages(tmp_path: Path) -> None:
     assert same(ended, both[0].average), "the first is the one that counts"
     for average in (both[1], resumed[1]):
         assert same(average.average, alone.average)
+
+
+@pytest.mark.parametrize("key", ["same", "changed", "older"])
+def test_the_step_is_found_under_every_key(tmp_path: Path, key: str) -> None:
+    """Also where the settings have been changed, and in checkpoints from before there could be several averages."""
+    save = ModelCheckpoint(tmp_path, "a", every_n_train_steps=4)
+    first = WeightAverage(0.8, start_step=2)
+    trainer_of(4, first, save).fit(Net(), loader())
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    if key == "older":
+        content["callbacks"]["WeightAverage"] = {"step": content["callbacks"].pop(first.state_key)["step"]}
+    torch.save(content, tmp_path / "b.ckpt")
+    average = WeightAverage(0.9 if key == "changed" else 0.8, start_step=2)
+    trainer_of(5, average).fit(Net(), loader(), ckpt_path=tmp_path / "b.ckpt", weights_only=True)
+    assert average.step == 5
+    decay = 0.9 if key == "changed" else 0.8
+    before, after = content["state_dict"]["head.weight"], average.average["head.weight"]
+    assert not torch.equal(before, after)
+    raw = average._ended["head.weight"]
+    torch.testing.assert_close(after, decay * before + (1 - decay) * raw)

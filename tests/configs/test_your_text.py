@@ -98,6 +98,15 @@ def test_one_command_from_a_folder_of_text_to_an_exported_model(
     assert replay["init_args"]["share"] == 0.5
 
 
+def test_low_rank_adapters_end_in_a_plain_model(here: Path, hub_model: str) -> None:
+    lora = ["--model.init_args.lora", "{r: 2, lora_alpha: 4, target_modules: [q_proj]}", "--peak", "1e-2"]
+    assert main(command(hub_model, *lora)) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (hub_model, here / "runs/your_text/model"))
+    old, new = before.state_dict(), after.state_dict()
+    assert old.keys() == new.keys()
+    assert {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])} == {"q_proj"}
+
+
 def test_something_else_in_the_place_of_the_export_is_refused_before_training(
     here: Path, hub_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from .. import UsageError
 from ..files import replacing
+from .checksums import check_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -21,6 +22,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Use ``Trainer(plugins=[AtomicCheckpointIO()])``; the command line does so already.
     """
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint after checking its checksums.
+
+        Raises:
+            UsageError: The file has changed since it was saved, or is not complete.
+        """
+        if not Path(path).is_file():
+            return super().load_checkpoint(path, *args, **kwargs)
+        check_file(Path(path))
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint completely or not at all.

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from .. import UsageError
+from .checksums import check_file
 from .sharded_files import LEFTOVERS, is_whole, tidy
 from .sharded_reading import describe_checkpoint
 
@@ -24,7 +25,7 @@ def newest_checkpoint(
     """Return the complete ``.ckpt`` file or folder of shards with the latest step under any of the folders.
 
     The step stored in a checkpoint decides, because copies lose their times. Of several with the same step, the one
-    written last is taken. A truncated checkpoint is skipped with a warning.
+    written last is taken. A truncated or damaged checkpoint is skipped with a warning.
 
     Args:
         folders: Folders to search, including all ``version_N``.
@@ -48,13 +49,27 @@ def newest_checkpoint(
     if only_weights:
         say = rank_zero_info if steps else rank_zero_warn
         say(f"{only_weights[0]} contains only weights, so there is no run to resume: skipped")
-    if not steps:
-        return None
-    latest = next(iter(steps))
-    best = max(steps, key=lambda path: steps[path])  # of equal ones the first, which was written last
-    if steps[best] > steps[latest]:
-        rank_zero_warn(f"{best} at step {steps[best]} is used, although {latest} at step {steps[latest]} is newer")
-    return best
+    while steps:
+        latest = next(iter(steps))
+        best = max(steps, key=lambda path: steps[path])  # of equal ones the first, which was written last
+        if damage := _damage(best):
+            rank_zero_warn(f"{damage}: an older checkpoint is used instead")
+            del steps[best]
+            continue
+        if steps[best] > steps[latest]:
+            rank_zero_warn(f"{best} at step {steps[best]} is used, although {latest} at step {steps[latest]} is newer")
+        return best
+    return None
+
+
+def _damage(path: Path) -> str:
+    """Return what is wrong with a checkpoint's file, empty if nothing is."""
+    try:
+        for file in [path] if path.is_file() else sorted(path.glob("*.pt")):
+            check_file(file)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def describe(path: Path) -> Content | None:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from .. import UsageError
+from .checksums import check_file
 
 Shapes = dict[str, dict[str, Tensor]]
 """Tensors without values, by key of the checkpoint and name."""
@@ -101,6 +102,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     if not is_sharded(folder):
         raise UsageError(f"{folder} is not a sharded checkpoint: meta.pt or .metadata is missing")
+    check_file(folder / "meta.pt")
     try:
         meta: dict[str, Any] = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .. import UsageError
 from ..dtensor import like_parameter, local_part
+from .checksums import check_file
 from .optimizer_names import by_names
 from .sharded_files import SafeReader, Shapes, read_meta, require_files, shapes
 
@@ -144,6 +145,7 @@ def _optimizer_templates(
 @torch.no_grad()
 def _load_file(path: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> Checkpoint:
     """Read an unsharded checkpoint: every process maps the file and takes its parts."""
+    check_file(path)
     content: Checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     own, whole = module.state_dict(), content["state_dict"]
     require_same(own, whole, path)

@@ -79,6 +79,8 @@ def instantiate(kind: type, settings: Mapping[str, Any]) -> Any:
 _SAID_ALREADY = (
     "The dirpath has changed",  # a run that goes on has a new version_N, on purpose
     ".*LeafSpec.*deprecated",  # Lightning's own use of torch
+    # Keys of checkpoints from before there could be several of these callbacks, which still find their state.
+    r"(?s)Be aware .* callbacks: \[(?:'(?:Forgetting|WeightAverage|LogSamples|LogText|ImageScores)'(?:, )?)+\]",
 )
 
 

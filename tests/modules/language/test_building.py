@@ -181,3 +181,17 @@ def test_weights_to_train_are_float32(folder: Path, dtype: str) -> None:
     build(LLAMA).to(getattr(torch, dtype)).save_pretrained(folder)  # type: ignore[operator]
     for model in (str(folder), {**LLAMA, "torch_dtype": dtype}, {**LLAMA, "dtype": dtype}):
         assert {parameter.dtype for parameter in CausalLM(model).parameters()} == {torch.float32}
+
+
+def test_a_model_that_was_quantized(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    quantized = {"quant_method": "gguf", "gguf_file": "a.gguf", "dequantize": False}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
+    module = CausalLM(str(folder))
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["model_config"]
+    assert stored.get("quantization_config") is None
+    module.model.save_pretrained(tmp_path / "again")  # type: ignore[operator]
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())

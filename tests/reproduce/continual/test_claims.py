@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rewurst.reproduce.continual.claims import best_share, claims, of_seeds
+from rewurst.reproduce.continual.claims import claims, of_seeds
 from rewurst.reproduce.continual.results import LossResult
 from rewurst.reproduce.verdicts import Judged, judge, quantile
 
@@ -80,16 +80,31 @@ def test_the_order_of_seeds_does_not_matter_and_spread_is_the_standard_deviation
 
 def judged(results: Results, seeds: list[int] = SEEDS) -> dict[str, Judged]:
     losses = of_seeds(results, seeds, "old", "new")
-    return {claim.claim: claim.judged(losses) for claim in claims(best_share(losses))}
+    return {claim.claim: claim.judged(losses) for claim in claims()}
 
 
 def verdicts(results: Results, seeds: list[int] = SEEDS) -> dict[str, str]:
     return {claim: each.verdict for claim, each in judged(results, seeds).items()}
 
 
+WEAK = "5 % replay, the papers' share for a weak shift, matches training from scratch on both"
+LEAD = "The constant rate's lead on the old data shrinks with time (Gupta)"
+RECOVERY = "... and does not recover from that (Gupta)"
+NOT_HELD = {WEAK, LEAD, RECOVERY}  # the trial's shift is strong, its runs are short, and it recovers on the same data
+
+
 def test_the_trials_numbers_hold(results: Results) -> None:
     found = verdicts(results)
-    assert set(found.values()) == {"held"}, {claim: verdict for claim, verdict in found.items() if verdict != "held"}
+    assert {claim for claim, verdict in found.items() if verdict == "not held"} == NOT_HELD
+    assert set(found.values()) == {"held", "not held"}
+
+
+@pytest.mark.parametrize(
+    ("run", "by", "claim"),
+    [("replay_5", -0.6, WEAK), ("replay_0", -0.7, LEAD), ("again_peak_1", 0.5, RECOVERY)],
+)
+def test_claims_hold_with_other_numbers(results: Results, run: str, by: float, claim: str) -> None:
+    assert verdicts(change(results, run, "old", by))[claim] == "held"
 
 
 def change(results: Results, run: str, corpus: str, by: float) -> Results:
@@ -109,8 +124,11 @@ def change(results: Results, run: str, corpus: str, by: float) -> Results:
         ("replay_1", "old", 0.5, "More replay means less forgetting"),
         ("replay_5", "old", 0.8, "5 % replay removes at least half of the forgetting"),
         ("replay_25", "new", 0.1, "Up to 25 % replay costs little on the new data"),
-        ("replay_50", "new", 1.0, None),  # beyond 25 %: another share is the best then
-        ("both_from_scratch", "old", -0.6, "Continual pre-training matches training from scratch on both"),
+        ("replay_50", "new", 1.0, None),  # beyond 25 %: no claim is about that
+        (
+            "both_from_scratch", "old", -0.6,
+            "25 % replay, the papers' share for a strong shift, matches training from scratch on both",
+        ),
         ("new_from_scratch", "new", -0.4, "Starting from the old model helps on the new data"),
         ("constant", "new", -0.3, "Re-warming adapts better than a constant low learning rate"),
         ("constant", "old", 0.8, "A constant low learning rate forgets less than re-warming"),
@@ -125,7 +143,7 @@ def change(results: Results, run: str, corpus: str, by: float) -> Results:
 )  # fmt: skip
 def test_each_claim_falls_with_its_runs(results: Results, run: str, corpus: str, by: float, claim: str | None) -> None:
     found = verdicts(change(results, run, corpus, by))
-    fallen = {each for each, verdict in found.items() if verdict == "not held"}
+    fallen = {each for each, verdict in found.items() if verdict == "not held"} - NOT_HELD
     assert claim in fallen if claim else not fallen
 
 
@@ -140,11 +158,6 @@ def test_claims_with_missing_runs_are_undecided(results: Results) -> None:
 def test_without_forgetting_no_share_of_it_can_be_removed(results: Results) -> None:
     found = verdicts(change(results, "replay_0", "old", -2.0))
     assert found["5 % replay removes at least half of the forgetting"] == "undecided"
-
-
-def test_the_best_share_is_one_for_all_seeds(results: Results) -> None:
-    assert best_share(of_seeds(results, SEEDS, "old", "new")) == 0.25  # 3.565 on average, 3.575 with 50 %
-    assert best_share(of_seeds(change(results, "replay_10", "old", -1.0), SEEDS, "old", "new")) == 0.1
 
 
 def test_claims_have_one_bound_and_one_name() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..report import VERDICTS, claims_table, hours, machine, write
 from ..verdicts import Row
-from .claims import best_share, claims, of_seeds
+from .claims import claims, of_seeds
 from .corpora import Data
 from .figures import Evidence, draw_all
 from .jobs import RunJob
@@ -41,7 +41,7 @@ def write_report(out: Path, scale: Scale, jobs: Sequence[RunJob], data: Data, re
         "runs_done": len(results),
         "hours": hours(results),
         "table": table,
-        "claims": [claim.row(losses) for claim in claims(best_share(losses), splits=bool(data.splits))],
+        "claims": [claim.row(losses) for claim in claims(splits=bool(data.splits))],
     }
     write(out, content, _markdown(content, scale, jobs, figures))
     return content
@@ -69,7 +69,17 @@ _PAPER: dict[str, dict[str, Losses]] = {"slimpajama": WEAK, "german": STRONG}
 
 
 def _markdown(content: dict[str, Any], scale: Scale, jobs: Sequence[RunJob], figures: dict[str, str]) -> list[str]:
-    lines = [*_head(content, scale, jobs), "", "## Claims", "", *claims_table(content["claims"]), "", METHOD, ""]
+    lines = [
+        *_head(content, scale, jobs),
+        "",
+        "## Claims",
+        "",
+        *claims_table(content["claims"]),
+        "",
+        METHOD,
+        "",
+        *_at_once(content),
+    ]
     lines += ["## Losses", "", *_losses_table(content), ""]
     splits = [row for row in content["table"] if row["old"] is None]
     if splits:
@@ -78,6 +88,16 @@ def _markdown(content: dict[str, Any], scale: Scale, jobs: Sequence[RunJob], fig
     for name, shows in figures.items():
         lines += [f"### {shows}", "", f"![{shows}: validation losses over tokens]({name})", ""]
     return lines
+
+
+def _at_once(content: dict[str, Any]) -> list[str]:
+    """Return how many claims are tested, and how many verdicts chance alone would give."""
+    count = len(content["claims"])
+    return [
+        f"{count} claims are tested at once, each with an error of 5 % on either side: if the truth were exactly at",
+        f"every bound, chance alone would call {count * 0.05:.1f} of them held and as many not held.",
+        "",
+    ]
 
 
 def _head(content: dict[str, Any], scale: Scale, jobs: Sequence[RunJob]) -> list[str]:
