@@ -77,7 +77,7 @@ class Rows(Protocol):
 
 @runtime_checkable
 class Streamed(Protocol):
-    """A corpus whose rows come in sequence, without numbers."""
+    """Corpus whose rows are read in sequence, without numbers."""
 
     streamed: bool
 
@@ -85,7 +85,7 @@ class Streamed(Protocol):
         """Choose the reader of a micro-batch."""
 
     def place(self) -> tuple[int, int, int, int]:
-        """Return the worker of the latest micro-batch, and where its reader is after it."""
+        """Return the worker of the latest micro-batch and the position of its reader after it."""
         ...
 
 
@@ -125,7 +125,7 @@ class MicroBatches(Dataset[Batch]):
         self._streams = [source for source in sources if isinstance(source, Streamed)]
 
     def rows_of(self, number: int) -> Numbers:
-        """Return how many samples of each corpus a micro-batch has, without reading it."""
+        """Return the number of samples from each corpus in a micro-batch, without reading it."""
         slots = self._slots_of(number % self._accumulation)
         corpus, _, _ = self._lanes.batch(number // self._accumulation - self._start)
         return np.bincount(corpus[slots.start : slots.stop], minlength=len(self._sources))
