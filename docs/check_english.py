@@ -27,6 +27,20 @@ CLEAN = (
     "src/rewurst/checkpoints",
     "src/rewurst/evaluation",
     "src/rewurst/reproduce",
+    "modules/networks",
+    "modules/losses",
+    "modules/optimizers",
+    "modules/shared",
+    "modules/__init__.py",
+    "modules/latent_diffusion.py",
+    "modules/stage_a.py",
+    "modules/stage_b.py",
+    "modules/stage_c.py",
+    "callbacks/fsdp",
+    "callbacks/monitoring",
+    "callbacks/learning_rate",
+    "callbacks/samples",
+    "datamodules/imaging",
 )
 SKIPPED = (
     "docs/reports",  # written by `rewurst reproduce`, whose texts are in src/rewurst/reproduce

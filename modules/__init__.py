@@ -1,6 +1,6 @@
 """LightningModules, and the pipeline from text to images.
 
-Classes are imported when they are asked for: a language model needs no torchvision, an image model no tokenizer.
+Classes are imported on first use, so that language models do not need torchvision, nor image models tokenizers.
 """
 
 from typing import TYPE_CHECKING, Any

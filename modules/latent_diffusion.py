@@ -1,4 +1,4 @@
-"""Latent diffusion in one stage: from text to Stage A's latents, the baseline that the cascade is held against."""
+"""Single-stage latent diffusion, from text to Stage A's latents: the baseline for the cascade."""
 
 from __future__ import annotations
 
@@ -23,40 +23,39 @@ from .shared.text_diffusion import TextStage
 class LatentDiffusion(TextStage):
     """Text-conditional diffusion in a frozen Stage A's latents, without a compressor (Rombach et al. 2022).
 
-    The Würstchen paper's own baseline: the network is Stage B's, without the compressor's latents at any level, and
-    everything else is Stage C's: the loss, its weights, dropped captions, sampling with guidance.
+    This is the Würstchen paper's own baseline. The network is Stage B's, without the compressor's latents at any level.
+    Everything else is as in Stage C: the loss, its weights, dropped captions, sampling with guidance.
 
     Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], or ``a`` (n, 4, h, w), Stage A's
-    latents, with ``caption``, a list of n texts, or ``text``, its states (n, 77, c) from a frozen encoder, and with
-    ``seed``, (n,). All that is drawn for a sample comes from its seed; its time from ``quantile``, (n,) in [0, 1), if
-    it is there. Where the data module has latents that were made beforehand, other networks than those that made them
-    are refused.
+    latents; with ``caption``, a list of n texts, or ``text``, its states (n, 77, c) from a frozen encoder; and with
+    ``seed``, (n,). A sample's random numbers come from its seed, and its time from ``quantile``, (n,) in [0, 1), if
+    present. If the data module provides prepared latents, only the networks that made them are accepted.
 
-    Logs what :class:`StageC` logs.
+    It logs the same as :class:`StageC`.
 
     Args:
         stage_a: Checkpoint or folder of Stage A.
-        unet: Preset of :class:`StageBUNet`, or its arguments; no level may see the compressor's latents, which is what
-            a preset's ``inject_effnet`` is taken to say here.
-        text_encoder: Folder or hub name of a frozen CLIP text model with its tokenizer; or settings of a small one that
-            is trained along: those of ``transformers.CLIPTextConfig``, and ``tokenizer``, a folder.
-        init_from: Weights of the U-Net to begin with: a checkpoint of any layout. Where it is one of ours with a text
-            encoder that was trained along, that one's too.
-        optimizer: Of the U-Net, and of a text encoder that is trained along: ``adamw``, ``adamw_8bit``, ``lion``,
-            ``lion_8bit``, ``muon``, or any over parameter groups.
-        max_loss_weight: As in :class:`StageC`.
-        high_noise_share: As in :class:`StageC`.
-        high_noise_steps: As in :class:`StageC`.
-        sampling_steps: For pictures.
-        guidance_scale: The same; up to 1 there is no guidance.
-        max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
+        unet: Preset of :class:`StageBUNet`, or its arguments; no level may see the compressor's latents, so a preset's
+            ``inject_effnet`` is turned off.
+        text_encoder: Folder or hub name of a frozen CLIP text model with its tokenizer; or settings of a small one to
+            train: those of ``transformers.CLIPTextConfig``, and ``tokenizer``, a folder.
+        init_from: Checkpoint, in any format, with initial weights of the U-Net, and of a trained text encoder if the
+            checkpoint has one.
+        optimizer: Optimizer of the U-Net and of a trained text encoder: ``adamw``, ``adamw_8bit``, ``lion``,
+            ``lion_8bit``, ``muon``, or any other optimizer over parameter groups.
+        max_loss_weight: Largest factor of the loss near t = 1, as in :class:`StageC`.
+        high_noise_share: Share of training samples with high noise, as in :class:`StageC`.
+        high_noise_steps: Number of initial steps with only high noise, as in :class:`StageC`.
+        sampling_steps: Number of sampling steps per image.
+        guidance_scale: Scale of the guidance in sampling; off up to 1.
+        max_grad_norm: Norm to clip gradients to, or None for no clipping; ``Trainer(gradient_clip_val)`` overrides it.
 
     Raises:
-        UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
+        UsageError: A network's argument is unknown, or networks or weights do not fit.
     """
 
     planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None}
-    """Arguments that `rewurst plan` replaces: weights change no tensor's size."""
+    """Arguments that `rewurst plan` replaces, because weights do not change the sizes of tensors."""
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class LatentDiffusion(TextStage):
         super().__init__(optimizer, max_grad_norm, *noise, sampling_steps, guidance_scale)
         self.unet = build(StageBUNet, without_embedding(unet))
         if self.unet.config["c_hidden"][0] < AUTHORS_WIDTH:
-            # As the prior: zero padding tells a place only where channels are not zero, so they begin with a constant.
+            # Only zero padding tells positions apart, and only if channels are not zero, so they start with a constant.
             nn.init.normal_(self.unet.get_parameter("embedding.1.bias"))
         self.stage_a = Frozen(VQGAN.from_checkpoint(stage_a, torch.float32), stage_a)
         self.take_text_encoder(text_encoder)
@@ -86,9 +85,9 @@ class LatentDiffusion(TextStage):
             self.initialise_text(init_from)
 
     def data_of(self, batch: Batch) -> Tensor:
-        """Stage A's latents, in the scale that the U-Net works in: a batch's ``a``, or of its images.
+        """Return Stage A's latents in the U-Net's scale, from a batch's ``a`` or from its images.
 
-        Stage A works in float32 under mixed precision too: latents that were made beforehand are the same.
+        Stage A runs in float32 even under mixed precision, so that the latents are equal to prepared ones.
         """
         if "a" in batch:
             latents: Tensor = batch["a"]
@@ -100,17 +99,17 @@ class LatentDiffusion(TextStage):
             return self.stage_a.on(images.device).to_latents(images).float()
 
     def predict_noise(self, x: Tensor, t: Tensor, text: Tensor, cache: ConditionCache | None = None) -> Tensor:
-        """What the U-Net predicts."""
+        """Return the U-Net's prediction of the noise."""
         times = len(text) // len(x)
         noise: Tensor = self.unet(x.repeat(times, 1, 1, 1), t.repeat(times), None, text, cache)
         return noise
 
     def samples_in(self, batch: Batch) -> int:
-        """How many samples a batch has."""
+        """Return the number of samples in a batch."""
         return len(batch["caption"])
 
     def flops(self, batch: Batch) -> float:
-        """FLOPs of a training step on a micro-batch; the frozen networks pass it forward only, if at all."""
+        """Return the FLOPs of a training step on a micro-batch; frozen networks run forward only, if at all."""
         vqgan, encoder, n = self.stage_a.module, self.encoder, self.samples_in(batch)
         total = self.text_flops_of(batch)
         if "a" in batch:
@@ -123,12 +122,12 @@ class LatentDiffusion(TextStage):
 
     @torch.no_grad()
     def draw(self, captions: Sequence[str], size: Sequence[int], randomness: list[Generator] | None = None) -> Tensor:
-        """Draw pictures (n, 3, height, width) in [0, 1] for captions; ``size`` is that of the latents."""
+        """Generate images (n, 3, height, width) in [0, 1] for captions; ``size`` is that of the latents."""
         x = self.draw_data(captions, (self.unet.config["c_in"], *size), randomness)
         return self.stage_a.on(x.device).to_images(x).float()
 
     def draw_samples(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures for :class:`~rewurst.callbacks.LogSamples`: originals, through Stage A, and from the caption."""
+        """Return originals, Stage A's reconstructions and generated images for ``LogSamples``."""
         latents = self.data_of(batch)
         pictures = {"original": pixels(batch)} if "image" in batch else {}
         pictures["A"] = self.stage_a.on(latents.device).to_images(latents).float()
@@ -136,12 +135,12 @@ class LatentDiffusion(TextStage):
         return pictures
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Pictures drawn for the captions, without samples that only fill up."""
+        """Return images generated for the captions, without padding samples."""
         drawn = self.draw(batch["caption"], self.data_of(batch).shape[-2:], generators(batch))
         return drawn[valid_samples(batch, drawn)]
 
     def frozen_parts(self) -> dict[str, Frozen[Any] | None]:
-        """Stage A, and the text encoder where it is not trained along."""
+        """Return Stage A, and the text encoder unless it is trained."""
         return {"stage_a": self.stage_a, "text_encoder": self.text_encoder}
 
     def _check_widths(self) -> None:
@@ -158,10 +157,10 @@ class LatentDiffusion(TextStage):
 
 
 def without_embedding(unet: Settings) -> dict[str, Any]:
-    """Arguments of a U-Net, with no level that sees the compressor's latents.
+    """Return a U-Net's arguments such that no level sees the compressor's latents.
 
     Raises:
-        UsageError: The arguments themselves say that one does.
+        UsageError: The arguments explicitly let a level see them.
     """
     arguments = {"preset": unet} if isinstance(unet, str) else dict(unet)
     if any(arguments.get("inject_effnet", [])):

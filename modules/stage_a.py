@@ -35,41 +35,41 @@ Losses = dict[str, Tensor]
 class StageA(MeasuredByCorpus, LightningModule):
     """Würstchen's Stage A as a LightningModule.
 
-    The loss is ``mse + perceptual_weight lpips + codebook + adversarial_weight adversarial``; from step
-    ``adversarial_start`` on the discriminator learns too. A step is one completed global batch: that is also what
-    ``trainer.global_step`` and ``max_steps`` count here, although two optimizers step. Both learning rates are
-    re-warmed by :class:`~rewurst.callbacks.LRRewarming`, which keeps their ratio.
+    The loss is ``mse + perceptual_weight lpips + codebook + adversarial_weight adversarial``. From step
+    ``adversarial_start``, the discriminator is trained too. ``trainer.global_step`` and ``max_steps`` count global
+    batches here, although two optimizers step in each. :class:`~rewurst.callbacks.LRRewarming` re-warms both learning
+    rates and keeps their ratio.
 
     Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], and ``seed``, (n,).
 
-    Logs ``train/loss`` and its terms (means over the global batch), ``train/discriminator``, ``train/grad_norm``,
-    ``train/codebook_usage`` (share of the codes taken within 10 steps), ``train/latent_std``; for each corpus
-    ``val/loss`` (mse and perceptual), ``val/psnr`` (mean over images of each image's), ``val/ssim``, ``val/lpips``,
+    It logs ``train/loss`` and its terms (means over the global batch), ``train/discriminator``, ``train/grad_norm``,
+    ``train/codebook_usage`` (share of codes used within 10 steps), ``train/latent_std``; and per corpus
+    ``val/loss`` (mse and perceptual), ``val/psnr`` (mean of each image's), ``val/ssim``, ``val/lpips``,
     ``val/codebook_usage``.
 
     Args:
-        vqgan: Preset of :class:`VQGAN`, or its arguments. Where ``scale_factor`` is not among them, checkpoints hold
-            the latents' measured standard deviation as such, so that Stage B sees latents of deviation 1.
-        discriminator: Preset or arguments of :class:`PatchDiscriminator`; none for no adversary.
-        init_from: Weights of the VQGAN to begin with: a checkpoint of any layout, or a folder.
-        optimizer: Of the VQGAN: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, ``muon``, or any over
-            parameter groups.
-        discriminator_optimizer: Of the discriminator, likewise.
-        fast_lr_scale: Learning rate of the codebook and the blocks' scalars, as a multiple of the others'.
-        perceptual_weight: Of LPIPS on VGG16.
-        vgg16: torchvision's ``vgg16-397923af.pth``; by default where torchvision keeps its downloads. Where there is
-            none, training goes without the perceptual loss and says so once.
-        download_vgg16: Fetch it if it is missing.
-        adversarial_weight: Of the adversarial loss.
-        adversarial_start: Step from which it counts and the discriminator learns.
-        adversarial_loss: "hinge" or "non_saturating".
-        drop_quantisation: Share of the samples that are decoded from latents that were not quantised.
-        revive_after: Codes that no latent was snapped to for so many steps are put where latents are; none leaves them.
-        accumulation: Micro-batches in a global batch, where the data module has no ``accumulation``.
-        max_grad_norm: Norm that the gradients of each network are clipped to, none for no clipping.
+        vqgan: Preset of :class:`VQGAN`, or its arguments. Unless they set ``scale_factor``, checkpoints store the
+            latents' measured standard deviation there, so that Stage B sees latents of deviation 1.
+        discriminator: Preset or arguments of :class:`PatchDiscriminator`, or None for no discriminator.
+        init_from: Checkpoint, in any format, or folder with initial weights of the VQGAN.
+        optimizer: Optimizer of the VQGAN: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, ``muon``, or any
+            other optimizer over parameter groups.
+        discriminator_optimizer: Optimizer of the discriminator, likewise.
+        fast_lr_scale: Factor of the learning rate for the codebook and the blocks' scalars.
+        perceptual_weight: Weight of LPIPS on VGG16.
+        vgg16: Path of torchvision's ``vgg16-397923af.pth`` (default: the one in torchvision's download folder). If it
+            is missing, training warns once and omits the perceptual loss.
+        download_vgg16: Whether to download the file if it is missing.
+        adversarial_weight: Weight of the adversarial loss.
+        adversarial_start: Step from which the adversarial loss counts and the discriminator is trained.
+        adversarial_loss: Kind of adversarial loss, "hinge" or "non_saturating".
+        drop_quantisation: Share of samples that are decoded without quantization.
+        revive_after: Number of steps after which unused codes are replaced with latents, or None for never.
+        accumulation: Number of micro-batches per global batch, if the data module has no ``accumulation``.
+        max_grad_norm: Norm to clip each network's gradients to, or None for no clipping.
 
     Raises:
-        UsageError: An argument of a network is unknown, weights do not fit, a number is out of range.
+        UsageError: A network's argument is unknown, weights do not fit, or a number is out of range.
     """
 
     latent_std: Tensor
@@ -81,8 +81,8 @@ class StageA(MeasuredByCorpus, LightningModule):
     }
     flops_formula = "3 x forward passes"
     planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None, "revive_after": None, "adversarial_start": 0}
-    """Arguments that `rewurst plan` replaces: reviving reads values, and the discriminator takes part in most steps."""
-    counted_optimizers = 1  # of which trainer.global_step counts the steps
+    """Arguments that `rewurst plan` replaces: reviving reads values, and most steps train the discriminator."""
+    counted_optimizers = 1  # the number of optimizers whose steps trainer.global_step counts
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class StageA(MeasuredByCorpus, LightningModule):
         super().__init__()
         self.automatic_optimization = False
         if not 0 <= drop_quantisation < 1:
-            raise UsageError(f"drop_quantisation {drop_quantisation} must lie in [0, 1)")
+            raise UsageError(f"drop_quantisation {drop_quantisation} must be in [0, 1)")
         check_max_grad_norm(max_grad_norm)
         if adversarial_loss not in ADVERSARIAL:
             raise UsageError(f"adversarial_loss {adversarial_loss!r} is unknown: choose hinge or non_saturating")
@@ -133,26 +133,26 @@ class StageA(MeasuredByCorpus, LightningModule):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in a global batch."""
+        """Number of micro-batches per global batch."""
         of_data = getattr(self.trainer.datamodule, "accumulation", None)  # type: ignore[attr-defined]
         return int(self._accumulation or of_data or 1)
 
     @property
     def adversary(self) -> PatchDiscriminator | None:
-        """The discriminator, from the step on at which it takes part."""
+        """Discriminator, or None before the step in which its training starts."""
         return self.discriminator if self.step >= self.adversarial_start else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Reconstructions of images in [0, 1], through the codebook."""
+        """Return reconstructions of images in [0, 1], with quantization."""
         reconstructions: Tensor = self.vqgan(images.to(self.dtype))[0]
         return reconstructions.float().clamp(0, 1)
 
     def flops(self, batch: Batch) -> float:
-        """FLOPs of a training step on a micro-batch, the adversary and LPIPS included where they take part."""
+        """Return the FLOPs of a training step on a micro-batch, including discriminator and LPIPS if in use."""
         return stage_a_flops(self.vqgan, tuple(batch["image"].shape), self.adversary, self.lpips is not None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the gradients of a micro-batch; the last one of a global batch steps both optimizers."""
+        """Accumulate the gradients of a micro-batch; after the last one of a global batch, step both optimizers."""
         self._window.append({})
         terms = self._losses(batch)
         loss = sum(terms.values(), torch.zeros((), device=self.device))
@@ -162,11 +162,11 @@ class StageA(MeasuredByCorpus, LightningModule):
             self.manual_backward(loss / self.accumulation)
         if closes:
             self._step()
-        else:  # for the loggers Lightning counts each batch of manual optimization as one that stepped
+        else:  # for loggers, Lightning counts every batch of manual optimization as a step
             uncount_batch(self.trainer)
 
     def _losses(self, batch: Batch) -> Losses:
-        """Weighted terms of both networks: one backward pass gives each network the gradients of its own terms."""
+        """Return both networks' weighted terms; one backward pass gives each network its own gradients."""
         images = pixels(batch)
         latents = self.vqgan.encode(images.to(self.dtype))
         quantized = self.vqgan.quantize(latents)
@@ -186,13 +186,13 @@ class StageA(MeasuredByCorpus, LightningModule):
             real, fake = self.adversary(torch.cat([images.to(decoded), decoded.detach()])).chunk(2)
             terms["discriminator"] = self.adversarial.discriminator(widened(real), widened(fake))
             self._window[-1]["discriminator"] = terms["discriminator"].detach()
-        elif self.discriminator is not None:  # DDP wants a gradient of every parameter from every backward pass
+        elif self.discriminator is not None:  # DDP needs a gradient for every parameter in every backward pass
             terms["discriminator"] = 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
         return terms
 
     @torch.no_grad()
     def _observe(self, latents: Tensor, indices: Tensor) -> None:
-        """Keep what the end of the global batch looks at."""
+        """Record statistics for the end of the global batch."""
         deviation = latents.std()
         self.latent_std.copy_(
             torch.where(self.latent_std == 0, deviation, self.latent_std.lerp(deviation.to(self.latent_std), 0.01))
@@ -202,7 +202,7 @@ class StageA(MeasuredByCorpus, LightningModule):
         self._latents = latents if self.revive_after is not None else None
 
     def _step(self) -> None:
-        """Step the optimizers at the end of a global batch, and count it once."""
+        """Step the optimizers at the end of a global batch, and count this as one step."""
         optimizers = self.optimizers()
         first, *second = optimizers if isinstance(optimizers, list) else [optimizers]
         assert isinstance(first, LightningOptimizer)
@@ -210,7 +210,7 @@ class StageA(MeasuredByCorpus, LightningModule):
         for optimizer in second:
             assert isinstance(optimizer, LightningOptimizer)
             if self.adversary is not None:
-                # Lightning would count this step as another one of the run.
+                # Lightning would count this as another step of the run.
                 optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
                 optimizer.step()
             optimizer.zero_grad()
@@ -220,7 +220,7 @@ class StageA(MeasuredByCorpus, LightningModule):
         self.step += 1
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clips the gradients of one network, and watches and logs their norm."""
+        """Clip the gradients of one network, and record and log their norm."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
         if not scales_losses(self.trainer):
@@ -248,7 +248,7 @@ class StageA(MeasuredByCorpus, LightningModule):
         self.log("train/revived_codes", float(len(dead)), batch_size=1)
 
     def _log_window(self) -> None:
-        """Logs the means over the global batch."""
+        """Log the means over the global batch."""
         window, self._window = self._window, []
         means = {name: torch.stack([terms[name] for terms in window]).mean() for name in window[0]}
         if "discriminator" in means:
@@ -258,29 +258,29 @@ class StageA(MeasuredByCorpus, LightningModule):
         self.log("train/loss", torch.stack(list(means.values())).sum(), prog_bar=True, sync_dist=True, batch_size=1)
 
     def _gradients(self, synchronised: bool) -> AbstractContextManager[None]:
-        """DDP reduces gradients at the last micro-batch of a global batch only."""
+        """Return a context in which DDP reduces gradients only at the last micro-batch of a global batch."""
         wrapped = self.trainer.strategy.model
         if synchronised or not isinstance(wrapped, DistributedDataParallel):
             return nullcontext()
         return wrapped.no_sync()
 
     def on_train_start(self) -> None:
-        """A global batch that was not complete is read again from its start."""
-        # A checkpoint holds the weights after the step that it is named after, as with automatic optimization.
+        """Reset the micro-batch count, because an incomplete global batch is read again from its start."""
+        # A checkpoint contains the weights after the step in its name, as with automatic optimization.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         self._window, self._counts = [], None
         self._watch.forget()
 
     def on_validation_start(self) -> None:
-        """A validation waits for the device anyway."""
+        """Check the values so far, as a validation waits for the device anyway."""
         look(self._watch, self.trainer)
 
     def on_train_end(self) -> None:
-        """Looks at the steps since the last logging interval."""
+        """Check the steps since the last logging interval."""
         look(self._watch, self.trainer)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Takes in each sample's metrics, through the codebook."""
+        """Record each sample's metrics, with quantization."""
         images = pixels(batch)
         decoded, quantized = self.vqgan(images.to(self.dtype))
         decoded, counted = widened(decoded), valid_samples(batch, images)
@@ -304,18 +304,18 @@ class StageA(MeasuredByCorpus, LightningModule):
         log_means(self, means, stage, loaders)
 
     def draw_samples(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures for :class:`~rewurst.callbacks.LogSamples`: originals, and what A makes of them."""
+        """Return originals and their reconstructions for :class:`~rewurst.callbacks.LogSamples`."""
         images = pixels(batch)
         return {"original": images, "A": self(images)}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Reconstructions, without samples that only fill up."""
+        """Return reconstructions, without padding samples."""
         images = pixels(batch)
         reconstructions: Tensor = self(images)
         return reconstructions[valid_samples(batch, images)]
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """One optimizer for each network. Weight decay, if there is any, acts on matrices, not on the codebook."""
+        """Build an optimizer per network. Weight decay, if any, applies to matrices except the codebook."""
         fast = [p for name, p in self.vqgan.named_parameters() if name.endswith("gammas") or "embedding" in name]
         others = [p for p in self.vqgan.parameters() if all(p is not one for one in fast)]
         groups: list[dict[str, Any]] = [
@@ -331,7 +331,7 @@ class StageA(MeasuredByCorpus, LightningModule):
         return [optimizer, make_optimizer(self.discriminator_optimizer, STAGES, self.discriminator, parameters)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the step, and which attribute is which network, with the measured scale of the latents."""
+        """Add the step and descriptions of the networks, with the measured scale of the latents."""
         look(self._watch, self._trainer)
         if self._measures_scale and self.latent_std > 0:
             self.vqgan.scale_factor = self.vqgan.config["scale_factor"] = round(float(self.latent_std), 4)
@@ -339,21 +339,21 @@ class StageA(MeasuredByCorpus, LightningModule):
         checkpoint["completed_steps"] = self.step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the step over."""
+        """Restore the step."""
         self.step = checkpoint.get("completed_steps", 0)
 
 
 def frozen_lpips(path: str | None, download: bool) -> Frozen[LPIPS] | None:
-    """Load LPIPS for training, or say once that there is none.
+    """Load LPIPS for training, or warn once if its weights are not available.
 
     Raises:
-        UsageError: A file that is given is missing, cannot be read, or holds another network.
+        UsageError: A given file is missing, cannot be read, or contains a different network.
     """
     lpips = LPIPS.from_files(path, download)
     if lpips is not None:
         return Frozen(lpips, str(path or cached_vgg16()))
     rank_zero_warn(
-        f"there is no {cached_vgg16()}: training goes without the perceptual loss; give vgg16, or set download_vgg16 "
-        "to fetch it, or perceptual_weight to 0"
+        f"{cached_vgg16()} does not exist, so training omits the perceptual loss; give vgg16, or set download_vgg16 to "
+        "download it, or perceptual_weight to 0"
     )
     return None

@@ -1,4 +1,4 @@
-"""Stage B with the Semantic Compressor: diffusion in Stage A's latents, from latents 42 times smaller than pixels."""
+"""Stage B with the Semantic Compressor: diffusion in Stage A's latents, from latents 42 times smaller than images."""
 
 from __future__ import annotations
 
@@ -24,51 +24,51 @@ from .shared.image_metrics import psnr, ssim, valid_samples
 class StageB(DiffusionStage):
     """Würstchen's Stage B and Semantic Compressor, trained together (arXiv 2306.00637).
 
-    A frozen Stage A turns images into the latents that the U-Net denoises; the compressor turns them into the embedding
-    z that it sees. While training, a sample's z is zeroed with probability ``zero_share``, else noised with
-    probability ``noise_share`` to a time drawn from U(0, ``noise_until``), so that Stage B forgives Stage C's errors.
-    The loss is the mean squared error of the predicted noise.
+    A frozen Stage A encodes images as the latents that the U-Net denoises. The compressor encodes them as the embedding
+    z that the U-Net is conditioned on. In training, a sample's z is zeroed with probability ``zero_share``, or else
+    noised with probability ``noise_share`` to a time from U(0, ``noise_until``), so that Stage B tolerates Stage C's
+    errors. The loss is the mean squared error of the predicted noise.
 
     Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], ``caption``, a list of n texts,
-    and ``seed``, (n,). All that is drawn for a sample comes from its seed; its time from ``quantile``, (n,) in [0, 1),
-    where there is one.
+    and ``seed``, (n,). A sample's random numbers come from its seed, and its time from ``quantile``, (n,) in [0, 1), if
+    present.
 
-    Logs ``train/loss``, ``train/grad_norm``; for each corpus ``val/loss`` (t evenly spread over [0, 1]), ``val/psnr``
-    (mean over images of each image's) and ``val/ssim`` of pictures drawn from z, and over all corpora
-    ``val/loss_at/<interval of t>``. Times and noise of validation are the same every time.
+    It logs ``train/loss`` and ``train/grad_norm``; per corpus ``val/loss`` (t evenly spread over [0, 1]), and
+    ``val/psnr`` (mean of each image's) and ``val/ssim`` of images generated from z; and over all corpora
+    ``val/loss_at/<interval of t>``. Every validation uses the same times and noise.
 
     Args:
         stage_a: Checkpoint or folder of Stage A.
         unet: Preset of :class:`StageBUNet`, or its arguments.
         compressor: Preset of :class:`SemanticCompressor`, or its arguments.
-        text_encoder: Folder or hub name of a frozen CLIP text model with its tokenizer. Without one the U-Net is made
-            blind to text (its ``clip_mapper`` has no weights), whatever states it is given later.
-        text_length: States that it sees in the place of text then; a text encoder for it has as many.
-        init_from: Weights to begin with: a checkpoint of any layout; the compressor's too, where it holds them.
-        backbone_weights: torchvision's ``efficientnet_v2_s-dd5fe13b.pth`` for a fresh compressor.
-        optimizer: Of both networks: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, ``muon``, or any over
-            parameter groups.
-        zero_share: Share of the samples whose embedding is zeroed.
-        noise_share: Share of the others whose embedding is noised.
-        noise_until: Largest time to which it is noised.
-        max_loss_weight: A sample's loss is weighted with 1 / snr(t), which this bounds; 1 is the paper's. Near t = 1,
-            where z alone knows the picture, the noise's error hardly tells what is missing, and at smaller t simple
-            pictures shine through the noise: without weight a small model learns next to nothing of z.
+        text_encoder: Folder or hub name of a frozen CLIP text model with its tokenizer. Without one, the U-Net ignores
+            any text (its ``clip_mapper`` has zero weights).
+        text_length: Number of states in place of a text without a text encoder; a later encoder must have as many.
+        init_from: Checkpoint, in any format, with initial weights of the U-Net, and of the compressor if it has them.
+        backbone_weights: Path of torchvision's ``efficientnet_v2_s-dd5fe13b.pth``, to initialize a compressor.
+        optimizer: Optimizer of both networks: ``adamw``, ``adamw_8bit``, ``lion``, ``lion_8bit``, ``muon``, or any
+            other optimizer over parameter groups.
+        zero_share: Share of samples whose embedding is zeroed.
+        noise_share: Share of the other samples whose embedding is noised.
+        noise_until: Largest time to noise embeddings to.
+        max_loss_weight: Upper bound of a loss's weight 1 / snr(t); the paper uses 1. Near t = 1 only z describes the
+            image, but the noise's error hardly shows what is missing. At smaller t, simple images are visible through
+            the noise. So without the weight a small model learns almost nothing from z.
         min_loss_weight: Lower bound of that weight, up to 1. At small t, where 1 / snr is near 0, the noise's error is
-            large: with a weight of 1 it is most of the loss, and what z has to tell is learnt late.
-        sampling_steps: Steps of pictures drawn in validation.
-        guidance_scale: Guidance of these pictures, away from no embedding and the text ""; up to 1 there is none. The
-            paper samples with 4 (section 4), diffusers without.
-        sampled_batches: Validation batches of each corpus, on each rank, from which pictures are drawn.
-        max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
+            large; with a weight of 1 it dominates the loss and delays learning from z.
+        sampling_steps: Number of sampling steps per image in validation.
+        guidance_scale: Scale of the guidance of these images, away from the zero embedding and the text ""; off up to
+            1. The paper uses 4 (section 4), diffusers none.
+        sampled_batches: Number of validation batches per corpus and rank for which images are generated.
+        max_grad_norm: Norm to clip gradients to, or None for no clipping; ``Trainer(gradient_clip_val)`` overrides it.
 
     Raises:
-        UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
+        UsageError: A network's argument is unknown, or networks or weights do not fit.
     """
 
     optimizer_settings: ClassVar[OptimizerSettings] = STAGE_B
     planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None, "backbone_weights": None}
-    """Arguments that `rewurst plan` replaces: they change no tensor's size."""
+    """Arguments that `rewurst plan` replaces, because they do not change the sizes of tensors."""
     charts: ClassVar[dict[str, list[str]]] = {
         "PSNR of pictures (dB)": ["val/psnr/.*"],
         "SSIM of pictures": ["val/ssim/.*"],
@@ -99,7 +99,7 @@ class StageB(DiffusionStage):
         shares = {"zero_share": zero_share, "noise_share": noise_share, "noise_until": noise_until}
         for name, value in (shares | {"min_loss_weight": min_loss_weight}).items():
             if not 0 <= value <= 1:
-                raise UsageError(f"{name} {value} must lie in [0, 1]")
+                raise UsageError(f"{name} {value} must be in [0, 1]")
         self.unet, self.compressor = build(StageBUNet, unet), build(SemanticCompressor, compressor)
         if backbone_weights is not None:
             _load_backbone(self.compressor, backbone_weights)
@@ -121,12 +121,12 @@ class StageB(DiffusionStage):
         self.guidance_scale = guidance_scale
 
     def latents(self, images: Tensor) -> Tensor:
-        """Stage A's latents (n, 4, h, w) of images in [0, 1], in the scale that the U-Net works in."""
+        """Return Stage A's latents (n, 4, h, w) of images in [0, 1], in the U-Net's scale."""
         with torch.no_grad():
             return self.stage_a.on(images.device).to_latents(images).float()
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
-        """States (n, length, width) of captions; zeros without a text encoder."""
+        """Return the states (n, length, width) of captions, or zeros without a text encoder."""
         if self.text_encoder is None:
             width = self.unet.config["clip_embd"]
             return torch.zeros(len(captions), self.text_length, width, device=self.device)
@@ -138,7 +138,7 @@ class StageB(DiffusionStage):
         return states
 
     def flops(self, batch: Batch) -> float:
-        """FLOPs of a training step on a micro-batch; the frozen networks pass it forward only."""
+        """Return the FLOPs of a training step on a micro-batch; frozen networks run forward only."""
         images, vqgan, config = tuple(batch["image"].shape), self.stage_a.module, self.unet.config
         n, length = images[0], self.text_length
         total = FROZEN * forward_flops(vqgan, [images], "encode") + TRAINED * forward_flops(self.compressor, [images])
@@ -150,7 +150,7 @@ class StageB(DiffusionStage):
         return total + TRAINED * forward_flops(self.unet, [latents, (n,), z, (n, length, config["clip_embd"])])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of a micro-batch."""
+        """Return the mean loss of a micro-batch."""
         images, randomness = pixels(batch), generators(batch)
         chance, zeroed, noised, level = uniforms(randomness, len(images), 4, images.device)
         t, latents = diffusion.training_times(self.quantiles(batch, chance)), self.latents(images)
@@ -161,20 +161,20 @@ class StageB(DiffusionStage):
         return self.watch((losses * self._weight(t)).mean(), batch)
 
     def _weight(self, t: Tensor) -> Tensor:
-        """Weight (n,) of the noise's error at t."""
+        """Return the weight (n,) of the noise's error at t."""
         return diffusion.inverse_snr_weight(t, self.max_loss_weight, self.min_loss_weight)
 
     def _disturbed(
         self, z: Tensor, zeroed: Tensor, noised: Tensor, level: Tensor, randomness: list[Generator] | None
     ) -> Tensor:
-        """Zero or noise a sample's embedding by its three uniform numbers, (n,) each."""
+        """Zero or noise each sample's embedding according to its three uniform numbers, (n,) each."""
         noise = diffusion.draw(z.shape, randomness, z.detach())
         with_noise = diffusion.diffuse(z, level * self.noise_until, noise)
         z = torch.where((noised < self.noise_share)[:, None, None, None], with_noise, z)
         return torch.where((zeroed < self.zero_share)[:, None, None, None], 0.0, z)
 
     def _losses(self, latents: Tensor, t: Tensor, noise: Tensor, z: Tensor, text: Tensor) -> Tensor:
-        """Mean squared error (n,) of the noise predicted at t."""
+        """Return the mean squared error (n,) of the noise predicted at t."""
         predicted = self.unet(diffusion.diffuse(latents, t, noise), t, z, text).float()
         losses: Tensor = (predicted - noise).square().mean((1, 2, 3))
         return losses
@@ -183,7 +183,7 @@ class StageB(DiffusionStage):
     def draw_latents(
         self, z: Tensor, text: Tensor, size: Sequence[int], randomness: list[Generator] | None, steps: int | None = None
     ) -> Tensor:
-        """Draw Stage A latents (n, 4, *size) from embeddings (n, 16, h, w), by DDPM in evenly spaced steps."""
+        """Generate Stage A latents (n, 4, *size) from embeddings (n, 16, h, w), by DDPM in evenly spaced steps."""
         like = torch.empty(0, device=z.device)
         x = diffusion.draw((len(z), self.unet.config["c_in"], *size), randomness, like)
         if self.guidance_scale > 1:
@@ -193,7 +193,7 @@ class StageB(DiffusionStage):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> Tensor:
-        """Pictures in [0, 1] drawn from the embeddings of a batch's images, with the noise of its seeds."""
+        """Return images in [0, 1] generated from the embeddings of a batch's images, with its seeds' noise."""
         images = pixels(batch)
         stage_a = self.stage_a.on(images.device)
         size = [side // stage_a.compression for side in images.shape[-2:]]
@@ -201,11 +201,11 @@ class StageB(DiffusionStage):
         return stage_a.to_images(self.draw_latents(z, text, size, generators(batch))).float()
 
     def forward(self, batch: Batch) -> Tensor:
-        """As ``reconstruct``."""
+        """Return the same as ``reconstruct``."""
         return self.reconstruct(batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Takes in each sample's loss at its own time, and how near a picture drawn from z is in the first batches."""
+        """Record each sample's loss at its own time, and in the first batches metrics of images generated from z."""
         images, randomness = pixels(batch), generators(batch)
         counted = valid_samples(batch, images)
         bucket, t = self.validation_times(batch, len(images), randomness)
@@ -220,18 +220,18 @@ class StageB(DiffusionStage):
             self._means.add("ssim", dataloader_idx, ssim(drawn, images), counted)
 
     def draw_samples(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures for :class:`~rewurst.callbacks.LogSamples`: originals, through A, and drawn by B from z."""
+        """Return originals, A's reconstructions and B's images from z for ``LogSamples``."""
         images = pixels(batch)
         stage_a = self.stage_a.on(images.device)
         return {"original": images, "A": stage_a.to_images(self.latents(images)), "B": self.reconstruct(batch)}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Pictures drawn from z, without samples that only fill up."""
+        """Return images generated from z, without padding samples."""
         drawn = self.reconstruct(batch)
         return drawn[valid_samples(batch, drawn)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps which text Stage B sees too."""
+        """Add the description of the text that Stage B sees."""
         super().on_save_checkpoint(checkpoint)
         if self.text_encoder is not None:
             checkpoint["text_encoder"] = self.text_encoder.source
@@ -239,7 +239,7 @@ class StageB(DiffusionStage):
             checkpoint["text_length"] = self.text_length
 
     def frozen_parts(self) -> dict[str, Frozen[Any] | None]:
-        """Stage A, and the text encoder where there is one."""
+        """Return Stage A, and the text encoder if there is one."""
         return {"stage_a": self.stage_a, "text_encoder": self.text_encoder}
 
     def _check_widths(self) -> None:
@@ -257,9 +257,9 @@ class StageB(DiffusionStage):
 
 
 def _load_backbone(compressor: SemanticCompressor, path: str) -> None:
-    """Take EfficientNetV2-S's features from torchvision's file."""
+    """Load EfficientNetV2-S's features from torchvision's file."""
     state = {name.removeprefix("features."): tensor for name, tensor in read_file(path).items()}
     own = compressor.backbone.state_dict()
     if wrong := [name for name in own if name not in state or state[name].shape != own[name].shape]:
-        raise UsageError(f"{path} has no features.{wrong[0]} as the backbone has: give efficientnet_v2_s-dd5fe13b.pth")
+        raise UsageError(f"{path} lacks the backbone's features.{wrong[0]}: give efficientnet_v2_s-dd5fe13b.pth")
     compressor.backbone.load_state_dict({name: state[name] for name in own})

@@ -1,4 +1,4 @@
-"""Stage C: diffusion in the Semantic Compressor's latents, from text: the prior that made Würstchen cheap."""
+"""Stage C: the text-conditional diffusion prior in the Semantic Compressor's latents."""
 
 from __future__ import annotations
 
@@ -25,56 +25,55 @@ from .shared.text_diffusion import TextStage
 class StageC(TextStage):
     """Würstchen's Stage C, the text-conditional prior (arXiv 2306.00637).
 
-    It learns to denoise x = (z + latent_std) / latent_mean, z being what the frozen Semantic Compressor makes of an
-    image. The loss is the mean squared error of the predicted noise, weighted with p2 = 1 - alpha_bar(t), and more
-    near t = 1 where ``max_loss_weight`` says so. Captions are seen through all states of a text encoder, padding
-    included; one that was dropped is the text "".
+    It learns to denoise x = (z + latent_std) / latent_mean, where z is the frozen Semantic Compressor's embedding of an
+    image. The loss is the mean squared error of the predicted noise, weighted by p2 = 1 - alpha_bar(t), and more near
+    t = 1 with ``max_loss_weight``. Captions are encoded as all states of a text encoder, including padding; a dropped
+    caption is the text "".
 
-    Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], or ``z`` (n, 16, h, w), with
-    ``caption``, a list of n texts, or ``text``, its states (n, 77, c) from a frozen encoder, and with ``seed``, (n,).
-    All that is drawn for a sample comes from its seed; its time from ``quantile``, (n,) in [0, 1), where there is one.
-    Where the data module has latents that were made beforehand, it says so by ``made_by``, and other networks than
-    those that made them are refused.
+    Batches are dicts with ``image`` (n, 3, height, width), bytes or floats in [0, 1], or ``z`` (n, 16, h, w); with
+    ``caption``, a list of n texts, or ``text``, its states (n, 77, c) from a frozen encoder; and with ``seed``, (n,).
+    A sample's random numbers come from its seed, and its time from ``quantile``, (n,) in [0, 1), if present. A data
+    module with prepared latents names the networks that made them in ``made_by``, and only these networks are
+    accepted.
 
-    Logs ``train/loss``, ``train/grad_norm``; for each corpus ``val/loss`` (weighted as in training, t evenly spread
-    over [0, 1]), and over all corpora ``val/loss_at/<interval of t>``, without the weight. Times and noise of
-    validation are the same every time.
+    It logs ``train/loss`` and ``train/grad_norm``; per corpus ``val/loss`` (weighted as in training, t evenly spread
+    over [0, 1]); and over all corpora ``val/loss_at/<interval of t>``, without the weight. Every validation uses the
+    same times and noise.
 
     Args:
-        stage_b: Checkpoint of Stage B, with the compressor; the compressor's folder is enough where nothing is drawn.
+        stage_b: Checkpoint of Stage B, with the compressor; if no images are generated, the compressor's folder.
         prior: Preset of :class:`Prior`, or its arguments.
-        text_encoder: Folder or hub name of a frozen CLIP text model with its tokenizer; or settings of a small one that
-            is trained along: those of ``transformers.CLIPTextConfig``, and ``tokenizer``, a folder.
-        init_from: Weights of the prior to begin with: a checkpoint of any layout, or a folder. Where it is one of ours
-            with a text encoder that was trained along, that one's too.
-        optimizer: Of the prior, and of a text encoder that is trained along: ``adamw``, ``adamw_8bit``, ``lion``,
-            ``lion_8bit``, ``muon``, or any over parameter groups.
-        latent_mean: With ``latent_std`` the scale of z (diffusers' names); the defaults are the released compressor's.
-            None for numbers that bring this compressor's z to mean 0 and deviation 1, which a small one needs.
-        latent_std: See ``latent_mean``.
-        stage_a: Checkpoint or folder of Stage A, for pictures; by default the one that Stage B's checkpoint names.
-        max_loss_weight: The loss is weighted with 1 / snr(t) too, kept in [1, max_loss_weight]; 1 is the paper's. Near
-            t = 1, where the text alone knows the picture, the noise's error hardly tells what is missing: in a short
-            run a small model learns the text from this weight.
-        high_noise_share: Share of the training samples that are noised to a t in [0.85, 0.99), beyond those that are
-            anyhow: what only the text tells, such as the place of a thing, is learnt there or nowhere.
-        high_noise_steps: Steps at the beginning in which all training samples are: what only the text tells first.
-        sampling_steps: Of Stage C, for pictures.
-        guidance_scale: The same; up to 1 there is no guidance.
-        stage_b_steps: Sampling steps of Stage B, for pictures.
-        stage_b_guidance_scale: Guidance of Stage B, for pictures; up to 1 there is none. The paper samples with 4
-            (section 4), diffusers without.
-        max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
-        lora: Train low-rank adapters of the prior alone, on top of ``init_from``: settings of ``peft.LoraConfig``, such
-            as ``{r: 16, lora_alpha: 32}``. Everything else is frozen, a text encoder of settings too. ``rewurst export
-            lora`` writes them for diffusers; every other export and ``init_from`` take the merged weights.
+        text_encoder: Folder or hub name of a frozen CLIP text model with its tokenizer; or settings of a small one to
+            train: those of ``transformers.CLIPTextConfig``, and ``tokenizer``, a folder.
+        init_from: Checkpoint, in any format, or folder with initial weights of the prior, and of a trained text encoder
+            if the checkpoint has one.
+        optimizer: Optimizer of the prior and of a trained text encoder: ``adamw``, ``adamw_8bit``, ``lion``,
+            ``lion_8bit``, ``muon``, or any other optimizer over parameter groups.
+        latent_mean: Divisor in the scale of z (diffusers' name); the default is the released compressor's. With None,
+            this compressor's z is scaled to mean 0 and deviation 1, which small compressors need.
+        latent_std: Offset in the scale of z, likewise.
+        stage_a: Checkpoint or folder of Stage A, for images (default: the one that Stage B's checkpoint names).
+        max_loss_weight: Upper bound of an additional weight of the loss, 1 / snr(t) and at least 1; the paper uses 1.
+            Near t = 1 only the text describes the image, but the noise's error hardly shows what is missing. This
+            weight lets a small model learn the text in a short run.
+        high_noise_share: Share of training samples whose t is in [0.85, 0.99), in addition to those that are there
+            anyway. Only there is information learned that only the text has, such as an object's position.
+        high_noise_steps: Number of steps at the beginning in which that share is 1, so that the text is learned first.
+        sampling_steps: Number of Stage C's sampling steps per image.
+        guidance_scale: Scale of Stage C's guidance; off up to 1.
+        stage_b_steps: Number of Stage B's sampling steps per image.
+        stage_b_guidance_scale: Scale of Stage B's guidance; off up to 1. The paper uses 4 (section 4), diffusers none.
+        max_grad_norm: Norm to clip gradients to, or None for no clipping; ``Trainer(gradient_clip_val)`` overrides it.
+        lora: ``peft.LoraConfig`` settings, such as ``{r: 16, lora_alpha: 32}``, to train only low-rank adapters of the
+            prior, on top of ``init_from``. Everything else is frozen, even a text encoder given by settings. ``rewurst
+            export lora`` writes them for diffusers; every other export and ``init_from`` use the merged weights.
 
     Raises:
-        UsageError: An argument of a network is unknown, networks do not fit each other, weights do not fit.
+        UsageError: A network's argument is unknown, or networks or weights do not fit.
     """
 
     planning_arguments: ClassVar[dict[str, Any]] = {"init_from": None, "latent_mean": 1.0, "latent_std": 0.0}
-    """Arguments that `rewurst plan` replaces: the compressor's own scale would be read from its weights."""
+    """Arguments that `rewurst plan` replaces: the compressor's scale would be read from its weights."""
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class StageC(TextStage):
         self._lower: LowerStages | None = None
 
     def on_fit_start(self) -> None:
-        """Refuse adapters of a prior that has learned nothing."""
+        """Check that adapters are not added to an untrained prior."""
         super().on_fit_start()
         planned = isinstance(next(self.prior.parameters()), FakeTensor)  # by `rewurst plan`, which loads nothing
         if self.prior.lora and not self._has_base and self.trainer.ckpt_path is None and not planned:
@@ -124,7 +123,7 @@ class StageC(TextStage):
 
     def _set_scale(self, latent_mean: float | None, latent_std: float | None) -> None:
         if (latent_mean is None) != (latent_std is None):
-            raise UsageError(f"latent_mean {latent_mean} and latent_std {latent_std}: give both, or none of them")
+            raise UsageError(f"latent_mean {latent_mean} and latent_std {latent_std}: give both or neither")
         if latent_mean is None or latent_std is None:
             latent_mean, latent_std = own_scale(self.compressor.module)
             rank_zero_info(f"Stage C learns (z + latent_std) / latent_mean with {latent_std} and {latent_mean}")
@@ -133,9 +132,9 @@ class StageC(TextStage):
         self.prior.latent_mean, self.prior.latent_std = latent_mean, latent_std
 
     def embeddings(self, batch: Batch) -> Tensor:
-        """Stage C's data: x (n, c, h, w) from a batch's ``z``, or from its images.
+        """Return Stage C's data, x (n, c, h, w), from a batch's ``z`` or from its images.
 
-        The compressor works in float32 under mixed precision too: latents that were made beforehand are the same.
+        The compressor runs in float32 even under mixed precision, so that the latents are equal to prepared ones.
         """
         z = batch.get("z")
         if z is None:
@@ -145,20 +144,20 @@ class StageC(TextStage):
         return self.prior.normalize(z.float())
 
     def data_of(self, batch: Batch) -> Tensor:
-        """As ``embeddings``."""
+        """Return the same as ``embeddings``."""
         return self.embeddings(batch)
 
     def predict_noise(self, x: Tensor, t: Tensor, text: Tensor, cache: ConditionCache | None = None) -> Tensor:
-        """What the prior predicts."""
+        """Return the prior's prediction of the noise."""
         noise: Tensor = self.prior(x, t, text, cache)
         return noise
 
     def samples_in(self, batch: Batch) -> int:
-        """How many samples a batch has."""
+        """Return the number of samples in a batch."""
         return len(batch["z"] if "z" in batch else batch["image"])
 
     def flops(self, batch: Batch) -> float:
-        """FLOPs of a training step on a micro-batch; the frozen networks pass it forward only, if at all."""
+        """Return the FLOPs of a training step on a micro-batch; frozen networks run forward only, if at all."""
         compressor, encoder, n = self.compressor.module, self.encoder, self.samples_in(batch)
         total = self.text_flops_of(batch)
         if "z" in batch:
@@ -174,12 +173,12 @@ class StageC(TextStage):
     def draw_embeddings(
         self, captions: Sequence[str], size: Sequence[int], randomness: list[Generator] | None = None
     ) -> Tensor:
-        """Draw z (n, c, *size), in the compressor's scale, for captions."""
+        """Generate z (n, c, *size), in the compressor's scale, for captions."""
         return self.prior.denormalize(self.draw_data(captions, (self.prior.config["c_in"], *size), randomness))
 
     @torch.no_grad()
     def draw(self, captions: Sequence[str], size: Sequence[int], randomness: list[Generator] | None = None) -> Tensor:
-        """Draw pictures (n, 3, height, width) in [0, 1] for captions, from embeddings of height and width ``size``."""
+        """Generate images (n, 3, height, width) in [0, 1] for captions; ``size`` is that of the embeddings."""
         z = self.draw_embeddings(captions, size, randomness)
         return self._decode(z, captions, randomness)
 
@@ -188,13 +187,13 @@ class StageC(TextStage):
 
     @property
     def lower_stages(self) -> LowerStages:
-        """Stage B and Stage A, loaded when the first picture is drawn."""
+        """Stage B and Stage A, loaded for the first image."""
         if self._lower is None:
             self._lower = LowerStages(self._stage_b, self._stage_a, self.compressor.module.pixels_per_latent)
         return self._lower
 
     def draw_samples(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures for :class:`~rewurst.callbacks.LogSamples`: originals, by B from z, by C from the caption."""
+        """Return originals, B's images from z and C's images from the caption for ``LogSamples``."""
         z = self.prior.denormalize(self.embeddings(batch))
         pictures = {"original": pixels(batch)} if "image" in batch else {}
         pictures["B"] = self._decode(z, batch["caption"], generators(batch))
@@ -202,17 +201,17 @@ class StageC(TextStage):
         return pictures
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Pictures drawn for the captions, without samples that only fill up."""
+        """Return images generated for the captions, without padding samples."""
         drawn = self.draw(batch["caption"], self.embeddings(batch).shape[-2:], generators(batch))
         return drawn[valid_samples(batch, drawn)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the scale of z too."""
+        """Add the scale of z."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["latent_scale"] = self._scale()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that was trained with another compressor, text encoder or scale."""
+        """Check that the checkpoint was trained with the same compressor, text encoder and scale."""
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get("latent_scale", self._scale())
         if kept != self._scale():
@@ -222,7 +221,7 @@ class StageC(TextStage):
         return {"latent_mean": self.prior.latent_mean, "latent_std": self.prior.latent_std}
 
     def frozen_parts(self) -> dict[str, Frozen[Any] | None]:
-        """The compressor, and the text encoder where it is not trained along."""
+        """Return the compressor, and the text encoder unless it is trained."""
         return {"compressor": self.compressor, "text_encoder": self.text_encoder}
 
     def _check_widths(self) -> None:
@@ -237,25 +236,25 @@ class StageC(TextStage):
 
 
 class LowerStages:
-    """From embeddings to pictures.
+    """Stages B and A, which decode embeddings into images.
 
     Args:
         stage_b: Checkpoint with Stage B and its compressor.
-        stage_a: Checkpoint or folder of Stage A; by default the one that Stage B's checkpoint names.
-        pixels_per_latent: Of the compressor.
+        stage_a: Checkpoint or folder of Stage A (default: the one that Stage B's checkpoint names).
+        pixels_per_latent: Side length of a latent's square in pixels, a property of the compressor.
 
     Raises:
-        UsageError: There is no Stage B or no Stage A, or the latter is not the one that B was trained with.
+        UsageError: Stage B or Stage A is missing, or Stage A is not the one that B was trained with.
     """
 
     def __init__(self, stage_b: str, stage_a: str | None, pixels_per_latent: float) -> None:
         if not holds(stage_b, StageBUNet):
-            raise UsageError(f"{stage_b} holds no StageBUNet, which pictures are drawn with: give Stage B's checkpoint")
+            raise UsageError(f"{stage_b} has no StageBUNet, which generates images: give Stage B's checkpoint")
         content = read_file(stage_b)
         kept = content.get("frozen", {}).get("stage_a")
         source = stage_a or (kept or {}).get("source")
         if source is None:
-            raise UsageError(f"{stage_b} names no Stage A, which pictures are drawn with: give stage_a")
+            raise UsageError(f"{stage_b} names no Stage A, which is needed to generate images: give stage_a")
         self.stage_a = Frozen(VQGAN.from_checkpoint(source, torch.float32), source)
         self.stage_a.check(kept, "stage_a")
         self.unet = Frozen(StageBUNet.from_checkpoint(stage_b, torch.float32), stage_b)
@@ -273,7 +272,7 @@ class LowerStages:
         steps: int,
         guidance_scale: float = 0.0,
     ) -> Tensor:
-        """Draw pictures (n, 3, height, width) in [0, 1] from embeddings (n, c, h, w) in the compressor's scale."""
+        """Generate images (n, 3, height, width) in [0, 1] from embeddings (n, c, h, w) in the compressor's scale."""
         unet, vqgan = self.unet.on(z.device), self.stage_a.on(z.device)
         text = self._text([*captions, *([""] * len(captions) if guidance_scale > 1 else [])], z.device)
         size = [int(side * self._scale) for side in z.shape[-2:]]
@@ -290,8 +289,8 @@ class LowerStages:
 def own_scale(compressor: SemanticCompressor) -> tuple[float, float]:
     """Return ``latent_mean`` and ``latent_std`` that bring a compressor's z to mean 0 and deviation 1.
 
-    Its last layer is a BatchNorm, whose output has the mean ``bias`` and the deviation ``weight`` in every channel: no
-    image has to be looked at, and every process finds the same numbers.
+    Its last layer is a BatchNorm, whose output has the mean ``bias`` and the deviation ``weight`` in every channel, so
+    no images are needed, and every process computes the same numbers.
     """
     norm: Any = compressor.mapper[1]
     weight, bias = norm.weight.detach().double(), norm.bias.detach().double()

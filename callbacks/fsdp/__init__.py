@@ -1,1 +1,1 @@
-"""FSDP2 for any LightningModule: the strategy, which blocks it shards, and how weights get in and out."""
+"""FSDP2 for any LightningModule: the strategy, its choice of blocks, and distribution of weights."""

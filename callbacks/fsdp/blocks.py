@@ -1,4 +1,4 @@
-"""Which parts of a module are sharded together, and in what precision, recomputed or compiled."""
+"""Choice of the blocks to shard, their precision, recomputation and compilation."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 def find_blocks(module: nn.Module, names: Sequence[str] | None = None) -> list[nn.Module]:
-    """The blocks of a module, inner ones before those that hold them, as ``fully_shard`` wants them.
+    """Return the blocks of a module, with inner blocks before the outer ones, as ``fully_shard`` requires.
 
     Args:
-        module: Any module.
-        names: Class names of its blocks. By default those that the module, or any module in it, lists in
-            ``_no_split_modules`` (transformers' models and our networks do); where none does, the modules that stand
-            at least twice in one ``ModuleList``, such as the layers of ``nn.TransformerEncoder``, or else in one
-            ``Sequential``.
+        module: Module to search.
+        names: Class names of its blocks. By default, those that it or one of its submodules lists in
+            ``_no_split_modules`` (as transformers' models and our networks do); without such a list, classes that
+            occur at least twice in one ``ModuleList``, such as the layers of ``nn.TransformerEncoder``, or else in
+            one ``Sequential``.
 
     Raises:
-        UsageError: A name matches nothing, or there is nothing that repeats.
+        UsageError: A name matches nothing, or no class repeats.
     """
     there = Counter(type(part).__name__ for part in module.modules())
     for name in names or ():
         if name not in there:
             repeated = [f"{kind} ({count})" for kind, count in there.most_common() if count > 1]
             raise UsageError(
-                f"blocks {name!r} matches nothing in {type(module).__name__}{closest(name, there)}; what repeats in it "
-                f"is {', '.join(repeated[:8]) or 'nothing'}"
+                f"blocks {name!r} matches nothing in {type(module).__name__}{closest(name, there)}; these classes "
+                f"repeat in it: {', '.join(repeated[:8]) or 'none'}"
             )
     wanted = set(names or ()) or _listed(module)
     found = [part for part in module.modules() if type(part).__name__ in wanted]
@@ -46,20 +46,20 @@ def find_blocks(module: nn.Module, names: Sequence[str] | None = None) -> list[n
     found = [block for block in found if any(True for _ in block.parameters())]
     if not found:
         raise UsageError(
-            f"{type(module).__name__} does not say which its blocks are and holds no list or sequence of alike "
-            "modules: name their classes, FSDP(blocks=[...])"
+            f"{type(module).__name__} does not name its blocks and has no list or sequence of modules of one class: "
+            "name the blocks' classes, FSDP(blocks=[...])"
         )
-    return found[::-1]  # `modules` walks from the outside inwards
+    return found[::-1]  # `modules` goes from the outside in
 
 
 def _listed(module: nn.Module) -> set[str]:
-    """Class names in any ``_no_split_modules``, of classes that are there."""
+    """Return the class names in any ``_no_split_modules`` that occur in the module."""
     lists: Iterable[Any] = (getattr(part, "_no_split_modules", None) or () for part in module.modules())
     return {name for names in lists for name in names}
 
 
 def _repeated(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
-    """Return entries that stand at least twice, by class, in one container, and have parameters."""
+    """Return entries with parameters whose class occurs at least twice in one container."""
     found = []
     for container in module.modules():
         if isinstance(container, kind):
@@ -70,13 +70,13 @@ def _repeated(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
 
 
 def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
-    """Leave out what is within another block: a block's own layers often stand in a ``Sequential`` too."""
+    """Leave out blocks within another block, because a block's own layers are often in a ``Sequential`` too."""
     inner = {part for block in blocks for part in block.modules() if part is not block}
     return [block for block in blocks if block not in inner]
 
 
 def frozen_children(module: nn.Module) -> list[nn.Module]:
-    """Direct children that train nothing, such as an encoder beside the network that learns."""
+    """Return direct children without trained parameters, such as an encoder next to the network that learns."""
     return [
         child
         for child in module.children()
@@ -85,9 +85,9 @@ def frozen_children(module: nn.Module) -> list[nn.Module]:
 
 
 def mixed_precision(plugin: Precision, param_dtype: DType | None, reduce_dtype: DType) -> MixedPrecisionPolicy:
-    """What blocks are gathered, computed and reduced in.
+    """Return the precision that blocks are gathered, computed and reduced in.
 
-    Inputs are not cast under autocast, which does it itself: targets must not lose precision.
+    Inputs are not cast under autocast, which casts them itself, so that targets do not lose precision.
 
     Raises:
         UsageError: The precision needs a loss scaler.
@@ -105,16 +105,16 @@ def mixed_precision(plugin: Precision, param_dtype: DType | None, reduce_dtype: 
 
 
 def recompute(blocks: Sequence[nn.Module], every: int) -> None:
-    """Has every n-th block keep its inputs alone and compute the rest anew in the backward pass.
+    """Let every n-th block keep only its inputs and recompute the rest in the backward pass.
 
-    Hooks, FSDP's too, stay outside: they run once, around the block, and its parameters are there in the backward pass.
+    Hooks, including FSDP's, stay outside: they run once, around the block, and gather its parameters for backward.
     """
     for block in blocks[::every]:
         _replace_forward(block, _recomputed)
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compiles each block's own computation; hooks stay outside and run as they are."""
+    """Compile each block's own computation; hooks stay outside and are not compiled."""
     for block in blocks:
         _replace_forward(block, torch.compile)
 
@@ -134,5 +134,5 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers, those that checkpoints leave out too; shared ones under their first name."""
+    """Return parameters and all buffers, even those not in checkpoints; shared ones under their first name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -33,50 +33,50 @@ from .blocks import DType, compile_blocks, find_blocks, frozen_children, mixed_p
 from .weights import any_rank_is_empty, hand_out, refuse_empty_frozen, share_buffers, whole_on_rank_zero
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step", "draw_samples")
-"""What is called from outside of ``forward`` and computes with the module's parameters."""
+"""Methods that compute with the module's parameters and are called from outside ``forward``."""
 
 
 class FSDP(ModelParallelStrategy):
-    """Shards parameters, gradients and optimizer states of any LightningModule over processes (FSDP2).
+    """Strategy that shards parameters, gradients and optimizer states of any LightningModule over processes (FSDP2).
 
-    Each block is gathered when it computes and let go after it; what is outside of blocks (embeddings, heads, the
-    module's own parameters) is one more group, gathered once a step. The module needs no ``configure_model``: it is
-    built as ever, or under :func:`~rewurst.callbacks.construct_on_rank_zero` where it is too large for every process
-    of a node to hold it whole. It has to be one with automatic optimization. Direct children that are frozen stay
-    whole in every process.
+    Each block is gathered for its computation and freed after it. Everything outside of blocks (embeddings, heads, the
+    module's own parameters) forms one more group, gathered once per step. The module does not need
+    ``configure_model``: build it as usual, or under :func:`~rewurst.callbacks.construct_on_rank_zero` if it is too
+    large for every process of a node to have a whole copy. It must use automatic optimization. Frozen direct children
+    are not sharded.
 
-    Norm clipping works, by the Trainer or by ``nn.utils.clip_grad_norm_``. Checkpoints are folders
-    (:mod:`rewurst.checkpoints.sharded_writing`) that load at any number of processes; ``fit`` also resumes from an
+    Norm clipping works, through the Trainer or ``nn.utils.clip_grad_norm_``. Checkpoints are folders
+    (:mod:`rewurst.checkpoints.sharded_writing`) that load with any number of processes; ``fit`` also resumes from an
     unsharded file.
 
     Args:
-        blocks: Class names of the blocks; by default what :func:`.blocks.find_blocks` finds.
-        replicas: Hybrid sharding: as many groups of processes hold a whole copy each and shard it among themselves,
-            ``"nodes"`` for one on each node. Where gradients are accumulated, groups talk once a step.
-        param_dtype: What parameters are gathered and computed in; by default bfloat16 under ``precision:
-            bf16-mixed``, else their own. Shards and optimizer states keep their own.
-        reduce_dtype: What gradients are summed in.
-        activation_checkpointing: Recompute every n-th block in the backward pass, none by default.
-        compile: Compile each block.
-        cpu_offload: Keep shards, and step the optimizer, in the host's memory.
-        reshard_after_forward: Let a block's parameters go after its forward and gather them again for backward; an
-            integer keeps them sharded over that many processes instead.
-        forward_methods: More methods of the module that compute with its parameters and are called from outside.
-        process_group_backend: As Lightning's.
-        timeout: As Lightning's.
+        blocks: Class names of the blocks (default: those that :func:`.blocks.find_blocks` finds).
+        replicas: Number of groups of processes for hybrid sharding, each with a whole copy that it shards, or
+            ``"nodes"`` for a group per node. With gradient accumulation, groups communicate once per step.
+        param_dtype: Data type in which parameters are gathered and used (default: bfloat16 under ``precision:
+            bf16-mixed``, otherwise their own). Shards and optimizer states keep their own.
+        reduce_dtype: Data type in which gradients are summed.
+        activation_checkpointing: Number n, to recompute every n-th block in the backward pass (default: none).
+        compile: Whether to compile each block.
+        cpu_offload: Whether to keep shards, and step the optimizer, in host memory.
+        reshard_after_forward: Whether to free a block's parameters after its forward and gather them again for
+            backward, or the number of processes to keep them sharded over instead.
+        forward_methods: Additional methods of the module that compute with its parameters and are called from outside.
+        process_group_backend: Backend of the process group, as in Lightning.
+        timeout: Timeout of the process group, as in Lightning.
 
     Raises:
-        UsageError: Blocks that match nothing, replicas that do not divide the processes, manual optimization, an
-            optimizer that cannot step on shards, a checkpoint of another model or without all of its files.
+        UsageError: Blocks match nothing, replicas do not divide the processes, optimization is manual, the optimizer
+            cannot step on shards, or a checkpoint is incomplete or of a different model.
 
     Example::
 
         Trainer(strategy=FSDP(), devices=8, precision="bf16-mixed").fit(module, data)
-        Trainer(strategy="rewurst.callbacks.FSDP", devices=8).fit(module, data)  # and so in YAML
+        Trainer(strategy="rewurst.callbacks.FSDP", devices=8).fit(module, data)  # as in YAML
     """
 
     computes_together = True
-    """No process can compute with the module alone: all call it, as often."""
+    """All processes must call the module equally often, because none can compute alone."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class FSDP(ModelParallelStrategy):
         param_dtype: DType | None = None,
         reduce_dtype: DType = "float32",
         activation_checkpointing: int | None = None,
-        compile: bool = False,  # noqa: A002  # the field's word
+        compile: bool = False,  # noqa: A002  # the established term
         cpu_offload: bool = False,
         reshard_after_forward: bool | int = True,
         forward_methods: Sequence[str] = (),
@@ -107,16 +107,16 @@ class FSDP(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Optimizers are restored after callbacks have looked at the checkpoint, which may leave their states out."""
+        """Whether Lightning restores optimizers after callbacks, which may remove states from the checkpoint."""
         return True
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every process has rows of its own."""
+        """Arguments with which every process reads different rows."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def setup_environment(self) -> None:
-        """Connects the processes and lays them out as replicas times shards."""
+        """Connect the processes and arrange them as replicas times shards."""
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup_device(self.root_device)
@@ -129,7 +129,7 @@ class FSDP(ModelParallelStrategy):
         self.lightning_module._device_mesh = self._device_mesh
 
     def setup(self, trainer: Trainer) -> None:
-        """Shards the module and makes its optimizers."""
+        """Shard the module and build its optimizers."""
         module = self.lightning_module
         assert self.accelerator is not None
         assert module is not None
@@ -150,7 +150,7 @@ class FSDP(ModelParallelStrategy):
             optimizers_to_device(self.optimizers, self.root_device)
 
     def _shard_and_fill(self, module: nn.Module) -> nn.Module:
-        """Shards; where a process has no memory yet, or replicas could differ, the first one's values go to all."""
+        """Shard, and broadcast the first process's values if a process has none or replicas could differ."""
         refuse_empty_frozen(module)
         empty = any_rank_is_empty(module, self.root_device)
         handed_out = empty or self.device_mesh["replicate"].size() > 1
@@ -189,12 +189,12 @@ class FSDP(ModelParallelStrategy):
         rank_zero_info(f"FSDP: {len(blocks)} blocks ({kinds}), replicas x shards {tuple(self.device_mesh.shape)}")
 
     def _sharding_mesh(self) -> DeviceMesh:
-        """Two dimensions for hybrid sharding, one where there is one replica."""
+        """Return a mesh of two dimensions for hybrid sharding, or of one for a single replica."""
         return self.device_mesh if self.device_mesh["replicate"].size() > 1 else self.device_mesh["shard"]
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """While gradients accumulate, replicas sum theirs only once, at the last micro-batch."""
+        """Let replicas sum accumulated gradients only once, at the last micro-batch."""
         module = self.lightning_module
         if not isinstance(module, FSDPModule) or self.device_mesh["replicate"].size() == 1:
             yield
@@ -206,69 +206,69 @@ class FSDP(ModelParallelStrategy):
             module.set_requires_all_reduce(True)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with buffers that all processes share."""
+        """Run the module's step, with buffers that all processes share."""
         self._share_buffers()
         return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with buffers that all processes share."""
+        """Run the module's step, with buffers that all processes share."""
         self._share_buffers()
         return super().test_step(*args, **kwargs)
 
     def on_validation_start(self) -> None:
-        """Steps will share buffers: once, when callbacks have put those in place that are judged."""
+        """Schedule sharing buffers in the first step, after callbacks have swapped in those to evaluate."""
         self._buffers_shared = False
 
     def on_test_start(self) -> None:
-        """As before validation."""
+        """Do the same as before validation."""
         self._buffers_shared = False
 
     def _share_buffers(self) -> None:
-        """Statistics of BatchNorm are each process's own while training; the first one's are saved and judged."""
+        """Share buffers: in training each process has its own BatchNorm statistics; the first's are evaluated."""
         assert self.lightning_module is not None
         if not self._buffers_shared:
             share_buffers(self.lightning_module)
             self._buffers_shared = True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's tensors, sharded ones as they are."""
+        """Return the module's tensors; sharded tensors stay sharded."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """An optimizer's state by the names of parameters."""
+        """Return an optimizer's state by parameter names."""
         assert self.lightning_module is not None
         return named_state(getattr(optimizer, "_optimizer", optimizer), self.lightning_module)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Writes a folder that is there whole or not at all."""
+        """Write a checkpoint folder atomically."""
         path = str(self.broadcast(str(filepath)))
         if storage_options is not None or "://" in path:
-            raise UsageError(f"FSDP: sharded checkpoints are written to a file system, not to {path}")
+            raise UsageError(f"FSDP: sharded checkpoints are only written to a file system, not to {path}")
         save_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads what this process holds of a checkpoint; nothing is executed, whatever ``weights_only`` says."""
+        """Read this process's part of a checkpoint; no code is executed, regardless of ``weights_only``."""
         module = self.lightning_module
         assert module is not None
-        training = module.trainer.state.fn == TrainerFn.FITTING  # optimizers stay after it, and test needs weights only
+        training = module.trainer.state.fn == TrainerFn.FITTING  # optimizers persist after it; test needs only weights
         path = Path(self.broadcast(str(checkpoint_path)))
         return load_checkpoint(path, module, self.optimizers if training else [])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: the module's tensors were read in place."""
+        """Do nothing, because the module's tensors were read in place."""
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Hands the optimizers the states that callbacks have left in the checkpoint."""
+        """Load the states that callbacks have left in the checkpoint into the optimizers."""
         assert self.lightning_module is not None
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             restore_named_state(optimizer, state, self.lightning_module)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Takes a checkpoint away, so that no part of it is ever found."""
+        """Delete a checkpoint atomically."""
         if self.is_global_zero:
             remove_checkpoint(Path(filepath))
 
 
-# The Trainer looks names up in lower case; "fsdp" is Lightning's own, of before.
+# The Trainer looks up names in lower case, and "fsdp" is Lightning's own strategy.
 StrategyRegistry.register("rewurst.callbacks.fsdp", FSDP, description="FSDP2 for any LightningModule", override=True)

@@ -1,4 +1,4 @@
-"""Weights that one process makes and all the others take over, shard by shard."""
+"""Weights that one process builds and distributes to all others as shards."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .blocks import tensors_of
 
 @contextmanager
 def construct_on_rank_zero() -> Iterator[bool]:
-    """Builds modules for real in the first process and without memory in all others.
+    """Build modules with memory only in the first process, and on the meta device in all others.
 
-    Every process of a node would otherwise hold the whole model at once: 8 times 38 GB for 9.6B parameters. What the
-    first one has built, drawn or loaded, all buffers included, is handed out when :class:`~rewurst.callbacks.FSDP` has
-    sharded the module, so that it is what it would have been, bit for bit. Yields whether this process is the first:
-    the others cannot load weights, and need none.
+    Otherwise every process of a node would have a whole copy of the model: 8 times 38 GB for 9.6B parameters. When
+    :class:`~rewurst.callbacks.FSDP` has sharded the module, the first process distributes its weights and all buffers,
+    so that the result is the same to the bit. Yields whether this process is the first; the others cannot load weights
+    and do not need to.
 
     Raises:
-        UsageError: Another process tried to load weights.
+        UsageError: A process other than the first tried to load weights.
 
     Example::
 
@@ -42,31 +42,31 @@ def construct_on_rank_zero() -> Iterator[bool]:
         if "meta device" not in str(error):
             raise
         raise UsageError(
-            "construct_on_rank_zero: weights are loaded while the module is built, which only the first process can: "
-            "for CausalLM give `model` as settings, and what to load as init_from"
+            "construct_on_rank_zero: building the module loads weights, which only the first process can do: for "
+            "CausalLM give `model` as settings, and the weights to load as init_from"
         ) from error
 
 
 def whole_on_rank_zero(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """What the first process will hand out: its tensors as they are before sharding.
+    """Return the tensors that the first process will distribute, as they are before sharding.
 
     Raises:
-        UsageError: It has none: the weights were built on the meta device, and nobody knows their values.
+        UsageError: The first process, too, built the weights on the meta device, so their values are unknown.
     """
     whole = {name: tensor.detach() for name, tensor in tensors_of(module).items()}
     empty = [name for name, tensor in whole.items() if tensor.is_meta]
     nobody_knows = torch.tensor(int(bool(empty)), device=device)
-    distributed.broadcast(nobody_knows, src=0)  # so that all processes stop, and none waits for the first one
+    distributed.broadcast(nobody_knows, src=0)  # so that all processes stop and none waits for the first
     if nobody_knows:
         raise UsageError(
-            f"{type(module).__name__} was built on the meta device by the first process too, so nobody knows the "
-            f"values of {next(iter(empty), 'its parameters')}: build it under construct_on_rank_zero()"
+            f"{type(module).__name__} was built on the meta device by the first process too, so the values of "
+            f"{next(iter(empty), 'its parameters')} are unknown: build it under construct_on_rank_zero()"
         )
     return whole
 
 
 def any_rank_is_empty(module: nn.Module, device: torch.device) -> bool:
-    """Whether any process built the module without memory."""
+    """Return whether any process built the module on the meta device."""
     empty = any(tensor.is_meta for tensor in tensors_of(module).values())
     flag = torch.tensor(int(empty), device=device)
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)
@@ -75,12 +75,12 @@ def any_rank_is_empty(module: nn.Module, device: torch.device) -> bool:
 
 @torch.no_grad()
 def hand_out(module: nn.Module, whole: Mapping[str, Tensor], device: torch.device) -> None:
-    """Fills a sharded module in every process from the first one's whole tensors.
+    """Fill a sharded module in every process from the first process's whole tensors.
 
     Args:
-        module: Sharded, with memory in every process.
-        whole: In the first process the values, on any device; elsewhere only their shapes matter.
-        device: Where processes communicate.
+        module: Sharded module, with memory in every process.
+        whole: Whole tensors in the first process, on any device; in other processes only their shapes matter.
+        device: Device through which processes communicate.
     """
     first = distributed.get_rank() == 0
     for name, tensor in tensors_of(module).items():
@@ -96,7 +96,7 @@ def hand_out(module: nn.Module, whole: Mapping[str, Tensor], device: torch.devic
 
 @torch.no_grad()
 def share_buffers(module: nn.Module) -> None:
-    """Hands the first process's buffers that checkpoints hold to all others."""
+    """Copy the first process's buffers that are in checkpoints to all others."""
     held = module.state_dict(keep_vars=True)
     for tensor in held.values():
         if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
@@ -104,15 +104,15 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def refuse_empty_frozen(module: nn.Module) -> None:
-    """Refuses networks beside the module tree (Stage A, a text encoder) that any process built without memory.
+    """Check that no process built frozen networks outside the module tree (Stage A, text encoders) without memory.
 
     Raises:
-        UsageError: Names the attribute; in every process, so that none waits for another.
+        UsageError: A process did; it is raised in every process, so that none waits for another.
     """
-    beside = {name: getattr(value, "module", None) for name, value in vars(module).items()}
+    outside = {name: getattr(value, "module", None) for name, value in vars(module).items()}
     empty = [
         name
-        for name, part in beside.items()
+        for name, part in outside.items()
         if isinstance(part, nn.Module) and any(tensor.is_meta for tensor in tensors_of(part).values())
     ]
     of_all: list[list[str]] = [[] for _ in range(distributed.get_world_size())]

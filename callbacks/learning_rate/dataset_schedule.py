@@ -1,4 +1,4 @@
-"""One dataset's part of a run: which schedule, since when, and how it may go on after a restore. Knows no Lightning."""
+"""One dataset's part of a run: its schedule, its start, and how it continues after a restore; without Lightning."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ State = Mapping[str, Any]
 
 @dataclass
 class DatasetRun:
-    """A schedule over one dataset, from an absolute start step.
+    """Schedule over one dataset, from an absolute start step.
 
     Args:
-        dataset: Name of what is being learnt.
-        schedule: Value by step.
-        length: Steps of the schedule.
-        extension: Steps added to the constant phase of a schedule that never ends.
-        anneal_length: Steps of an annealing that begins where the checkpoint stands.
-        start: Absolute step at which the dataset began, once it is known.
-        continues: Whether it began in the constant phase of the dataset before.
-        anneal_start: Absolute step at which that annealing began.
+        dataset: Name of the data being learned.
+        schedule: Schedule of the value.
+        length: Length of the schedule in steps.
+        extension: Number of steps added to the constant phase of a schedule that never ends.
+        anneal_length: Number of steps of an annealing that begins at the checkpoint's step.
+        start: Absolute step at which the dataset began, or None if not known yet.
+        continues: Whether it began in the constant phase of the previous dataset.
+        anneal_start: Absolute step at which the annealing began.
     """
 
     dataset: str
@@ -38,7 +38,7 @@ class DatasetRun:
     anneal_start: int | None = None
 
     def value(self, step: int) -> float:
-        """Value at an absolute step."""
+        """Return the value at an absolute step."""
         assert self.start is not None
         position = step - self.start
         if not isinstance(self.schedule, InfiniteCosine):
@@ -62,7 +62,7 @@ class DatasetRun:
         return self.start + self.length + self.extension
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain values only."""
+        """Return the state for checkpoints, as plain values."""
         return {
             "dataset": self.dataset,
             "schedule": self.schedule.state(),
@@ -74,17 +74,17 @@ class DatasetRun:
         }
 
     def resume(self, state: State, step: int) -> None:
-        """Takes the kept run of the same dataset over at a step.
+        """Resume the stored run of the same dataset at a step.
 
         Raises:
-            UsageError: Other numbers under the same name, but for a longer constant phase.
+            UsageError: Numbers differ under the same name, other than a longer constant phase.
         """
         kept = f"{describe(state['schedule'])} over {state['length']} steps"
         asked = f"{self.schedule.describe()} over {self.length} steps"
         if kept != asked:
             raise UsageError(
-                f"dataset {self.dataset!r} was begun with {kept}, now it is {asked}: keep the numbers, "
-                "or give what is new another dataset name"
+                f"dataset {self.dataset!r} was started with {kept}, now it is {asked}: keep the numbers, "
+                "or give the new schedule a new dataset name"
             )
         self.start, self.continues = state["start_step"], state["continues"]
         if self.extension != state["constant_extension"]:
@@ -98,10 +98,10 @@ class DatasetRun:
             self.anneal_start = step
 
     def follow(self, state: State | None, step: int) -> None:
-        """Prepares to begin after another dataset, or after a checkpoint that kept nothing.
+        """Prepare to begin after a different dataset, or after a checkpoint without state.
 
         Raises:
-            UsageError: A schedule that never ends would have to go on from outside its constant phase.
+            UsageError: A schedule that never ends would have to continue from outside its constant phase.
         """
         self.start, self.anneal_start = None, None
         self.continues = False
@@ -113,7 +113,7 @@ class DatasetRun:
         if kept != self.schedule.constant:
             raise UsageError(
                 f"dataset {self.dataset!r}: constant {self.schedule.constant} differs from the {kept} of "
-                f"{state['dataset']!r}: a schedule that never ends leaves the value where it is"
+                f"{state['dataset']!r}: a schedule that never ends keeps the value"
             )
 
     def _extend(self, state: State, step: int) -> None:
@@ -127,7 +127,7 @@ class DatasetRun:
 
 
 def _require_constant_phase(state: State, step: int, what: str) -> None:
-    """A new dataset, or an annealing, begins within the constant phase and nowhere else."""
+    """Check that a new dataset or an annealing begins within the constant phase."""
     numbers = {key: value for key, value in state["schedule"].items() if key != "name"}
     phase = InfiniteCosine(**{key: value for key, value in numbers.items() if key != "alpha"})
     first, end = phase.constant_phase(state["length"])
@@ -137,5 +137,5 @@ def _require_constant_phase(state: State, step: int, what: str) -> None:
     if annealed or step < first:
         raise UsageError(
             f"{what} must begin in the constant phase of {state['dataset']!r}, steps {first} to {end}: the checkpoint "
-            f"is at step {step}{', where annealing has begun' if annealed else ''}"
+            f"is at step {step}{', after annealing has begun' if annealed else ''}"
         )

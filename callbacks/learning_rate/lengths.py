@@ -14,14 +14,14 @@ _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_length(length: int | str, name: str = "length") -> tuple[float, str]:
-    """An amount and its unit, ``"steps"``, ``"tokens"`` or ``"epochs"``; a bare number is steps.
+    """Return an amount and its unit, ``"steps"``, ``"tokens"`` or ``"epochs"``; steps for a number without a unit.
 
     Raises:
-        UsageError: The text is no length, or the amount is below 1.
+        UsageError: The text is not a length, or the amount is below 1.
     """
     match = _PATTERN.fullmatch(str(length))
     if match is None or isinstance(length, float):
-        raise UsageError(f'{name} {length!r} is no length: write steps (700), tokens ("300B tokens") or "1 epoch"')
+        raise UsageError(f'{name} {length!r} is not a length: write steps (700), tokens ("300B tokens") or "1 epoch"')
     number, factor, unit = match.groups()
     amount = float(number.replace("_", "")) * _FACTORS[factor]
     if unit and unit.startswith("epoch"):
@@ -35,10 +35,10 @@ def parse_length(length: int | str, name: str = "length") -> tuple[float, str]:
 
 
 def in_steps(length: int | str, datamodule: Any, name: str = "length") -> int:
-    """A length in whole steps; tokens round up by the data module's ``tokens_per_step``, epochs by its ``epoch_steps``.
+    """Return a length in whole steps, rounded up by the data module's ``tokens_per_step`` or ``epoch_steps``.
 
     Raises:
-        UsageError: Tokens or epochs are asked for and the data module counts none.
+        UsageError: The length is in tokens or epochs, which the data module does not count.
     """
     amount, unit = parse_length(length, name)
     if unit == "steps":
@@ -47,15 +47,15 @@ def in_steps(length: int | str, datamodule: Any, name: str = "length") -> int:
     steps = getattr(datamodule, attribute, None)
     if steps is None:
         raise UsageError(
-            f"{name} {length!r} is in {unit}, but {type(datamodule).__name__} counts none: "
+            f"{name} {length!r} is in {unit}, but {type(datamodule).__name__} does not count them: "
             f"give it in steps, or give the data module an attribute {attribute}"
         )
     return -(-int(amount) // int(steps)) if unit == "tokens" else max(1, math.ceil(amount * int(steps)))
 
 
 def counted_optimizers(module: Any, optimizers: int) -> int:
-    """How many optimizers' steps Lightning's ``global_step`` counts in a global batch.
+    """Return the number of optimizers whose steps Lightning's ``global_step`` counts in a global batch.
 
-    All of them, unless the module sees to it that it does not and says so by an attribute ``counted_optimizers``.
+    These are all optimizers, unless the module's attribute ``counted_optimizers`` says otherwise.
     """
     return int(getattr(module, "counted_optimizers", max(optimizers, 1)))

@@ -1,4 +1,4 @@
-"""The learning rate of a run that goes on: re-warmed for a new dataset, continued for the same one."""
+"""Learning rate of a resumed run: re-warmed for a new dataset, continued for the same one."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from .schedule_types import InfiniteCosine, Schedule, initial_rates
 
 
 class LRRewarming(StepCallback):
-    """Owns the learning rate of any LightningModule, with automatic or manual optimization.
+    """Callback that sets the learning rate of any LightningModule, with automatic or manual optimization.
 
-    What is being learnt has a name, the **dataset**: the data module's attribute ``dataset``, or the argument here. A
-    checkpoint keeps it with the step at which it began. Restored under the same name, the run goes on as if it had
-    never stopped. Restored under another name, or from a checkpoint that never saw this callback, the schedule begins
-    anew at the restored step: the learning rate is re-warmed and re-decayed (Gupta et al. 2023; Ibrahim et al. 2024).
-    A schedule that never ends (:class:`InfiniteCosine`) instead goes on in its constant phase.
+    The data being learned has a name, the **dataset**: the data module's attribute ``dataset``, or the argument here.
+    Checkpoints store it with the step at which it began. A run restored under the same name continues as if it had
+    never stopped. If it is restored under a different name, or from a checkpoint without this callback, the schedule
+    restarts at the restored step: the learning rate is re-warmed and re-decayed (Gupta et al. 2023; Ibrahim et al.
+    2024). A schedule that never ends (:class:`InfiniteCosine`) continues in its constant phase instead.
 
-    Needs of the module: optimizers, and no LR scheduler beside them. Groups that begin with different learning rates
-    keep their ratios to the first group of the first optimizer. ``trainer.max_steps`` is absolute: to learn a new
-    dataset for ``length`` more steps, set it to the restored step plus ``length``.
+    The module must have optimizers and no LR scheduler. Groups with different initial learning rates keep their ratios
+    to the first group of the first optimizer. ``trainer.max_steps`` is absolute: to learn a new dataset for ``length``
+    more steps, set it to the restored step plus ``length``.
 
     Args:
-        schedule: Value by step, such as ``WarmupCosine(peak=3e-4, minimum=3e-5)``.
+        schedule: Schedule of the learning rate, such as ``WarmupCosine(peak=3e-4, minimum=3e-5)``.
         length: Length of the schedule on this dataset, in steps (700), tokens ("300B tokens") or passes over the new
-            corpora ("1 epoch"), or "to max_steps". A step is one completed global batch. After it the last value stays.
-        dataset: Name of what is being learnt, where the data module has no attribute ``dataset``.
-        optimizer_state: ``"reset"`` begins a new dataset with a fresh optimizer (the papers' choice); ``"keep"`` keeps
-            moments and counts. Where a schedule goes on in its constant phase, the optimizer goes on too.
-        constant_extension: Lengthens the constant phase of a schedule that never ends, in steps or tokens. It may be
+            corpora ("1 epoch"), or "to max_steps". A step is one completed global batch. The last value stays after it.
+        dataset: Name of the data being learned, if the data module has no attribute ``dataset``.
+        optimizer_state: ``"reset"`` to begin a new dataset with a new optimizer (the papers' choice), ``"keep"`` to
+            keep moments and counts. If a schedule continues in its constant phase, the optimizer continues too.
+        constant_extension: Steps or tokens to add to the constant phase of a schedule that never ends. It may be
             raised from run to run of the same dataset.
-        anneal_length: From a checkpoint in the constant phase: anneal now, within this length (for a release).
+        anneal_length: Length of an annealing (for a release) that begins now, at a checkpoint in the constant phase.
 
     Raises:
-        UsageError: See the messages; each names the value and what would be right.
+        UsageError: An argument or a checkpoint does not fit; the message names the value and what is expected.
 
     Example::
 
@@ -78,19 +78,19 @@ class LRRewarming(StepCallback):
 
     @property
     def run(self) -> DatasetRun:
-        """The schedule of the current dataset, known once a fit has been set up."""
+        """Schedule of the current dataset, known after ``setup``."""
         assert self._run is not None
         return self._run
 
     def value(self, step: int) -> float:
-        """Learning rate of the first group at an absolute step."""
+        """Return the learning rate of the first group at an absolute step."""
         return self.run.value(step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settles the dataset's name and the length, and moves to the front of the callbacks."""
+        """Determine the dataset's name and the length, and move to the front of the callbacks."""
         if stage != "fit":
             return
-        # A LearningRateMonitor that stands before this callback would log the value of the step before.
+        # A LearningRateMonitor before this callback would log the previous step's value.
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
@@ -101,17 +101,17 @@ class LRRewarming(StepCallback):
         self._reach_max_steps(trainer, 0, 1)
         if before is None or trainer.global_step == 0:
             return
-        if before.dataset == dataset:  # a second fit in one process goes on
+        if before.dataset == dataset:  # a second fit in one process continues
             run.start, run.continues, run.anneal_start = before.start, before.continues, before.anneal_start
         else:
             run.follow(before.state(), self.step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Dataset, start step, step, schedule and length: plain values only."""
+        """Return dataset, start step, step, schedule and length, as plain values."""
         return {**self.run.state(), "step": self.step, "scales": self._scales}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Decides between continuing and re-warming while the optimizer's state can still be left out."""
+        """Decide whether to continue or re-warm, while the optimizer's state can still be left out."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         state = checkpoint["callbacks"].get(self.state_key)
@@ -126,47 +126,47 @@ class LRRewarming(StepCallback):
             return
         self.run.follow(state, self.step)
         if self._resets:
-            # Lightning pairs optimizers with these states: with none there, the fresh ones stay as configured.
+            # Lightning pairs optimizers with these states; without states, new optimizers stay as configured.
             checkpoint["optimizer_states"] = []
             self._scales = None
         checkpoint["lr_schedulers"] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fixes the start step of a new dataset and the scales of the parameter groups."""
+        """Determine the start step of a new dataset and the scales of the parameter groups."""
         super().on_train_start(trainer, pl_module)
         if trainer.lr_scheduler_configs:
             name = type(trainer.lr_scheduler_configs[0].scheduler).__name__
-            raise UsageError(f"{name} beside LRRewarming: two owners of the learning rate, take one of them out")
-        if trainer.global_step == 0 and not self._restored:  # this object may have been through another run before
+            raise UsageError(f"{name} and LRRewarming both set the learning rate: remove one of them")
+        if trainer.global_step == 0 and not self._restored:  # this object may have been used in a run before
             self.step, self.run.start, self._scales = 0, None, None
         if self.run.start is None:
             self._begin(trainer)
         if self._scales is None or len(self._scales) != len(trainer.optimizers):
             self._scales = _scales(trainer.optimizers)
-        self._set(trainer)  # monitors log at the start of an epoch too, before any batch
+        self._set(trainer)  # monitors also log at the start of an epoch, before any batch
         if self.run.end < trainer.max_steps and counted_optimizers(pl_module, len(trainer.optimizers)) == 1:
             rank_zero_warn(
                 f"max_steps {trainer.max_steps} goes beyond the schedule of {self.run.dataset!r}, which ends at step "
-                f"{self.run.end}: the learning rate stays at {self.value(self.run.end):g} from there"
+                f"{self.run.end}: the learning rate stays at {self.value(self.run.end):g} after it"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Sets the learning rate early, so that monitors log what the step will use."""
+        """Set the learning rate early, so that monitors log the value that the step will use."""
         self._set(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Sets the learning rate that the step uses, whatever a module did to it in between."""
+        """Set the learning rate that the step uses, even if the module has changed it in between."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._set(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts a step where any optimizer stepped: several optimizers and accumulation count a global batch once."""
+        """Count a step if any optimizer stepped, so that a global batch counts once with any number of optimizers."""
         self.step += self.take_stepped()
 
     def planned(self, datamodule: Any, max_steps: int = -1) -> DatasetRun:
-        """The schedule as it would run from step 0, with the data module's tokens a step: for looking at it."""
+        """Return the schedule as it would run from step 0, with the data module's tokens per step, for plots."""
         run = self._as_run(str(self._argument or getattr(datamodule, "dataset", "")), datamodule)
         run.start = 0
         if self._asked[0] == TO_MAX_STEPS:
@@ -195,7 +195,7 @@ class LRRewarming(StepCallback):
             raise UsageError(f"dataset {self._argument!r} of LRRewarming differs from the data module's {of_data!r}")
         dataset = of_data if of_data is not None else self._argument
         if not dataset:
-            raise UsageError('the data module names no dataset: say what is being learnt, LRRewarming(dataset="...")')
+            raise UsageError('the data module names no dataset: name what is being learned, LRRewarming(dataset="...")')
         return dataset
 
     def _refuse_no_step(self, trainer: Trainer, checkpoint: dict[str, Any], same: bool) -> None:
@@ -203,14 +203,14 @@ class LRRewarming(StepCallback):
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         if trainer.max_steps < 0 and trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
             raise UsageError(
-                f"dataset {self.run.dataset!r} would do no step: the checkpoint has finished {epochs} epochs and "
-                f"trainer.max_epochs {trainer.max_epochs} is absolute; set it to a larger value"
+                f"dataset {self.run.dataset!r} has no steps left to train: the checkpoint has finished {epochs} epochs "
+                f"and trainer.max_epochs {trainer.max_epochs} is absolute; set it to a larger value"
             )
         if not 0 <= trainer.max_steps <= global_step:
             return
         held = len(checkpoint.get("optimizer_states", []))
         optimizers = counted_optimizers(trainer.lightning_module, held)  # max_steps counts each one's steps
-        what = "is complete" if same else "would do no step"
+        what = "is complete" if same else "has no steps left to train"
         more = f"{global_step + self.run.length * optimizers} for {self.run.length} more steps"
         more = "a larger value" if same else more
         raise UsageError(
@@ -220,13 +220,13 @@ class LRRewarming(StepCallback):
 
     @property
     def _resets(self) -> bool:
-        """Under a schedule that never ends nothing is re-warmed, and the optimizer goes on as well."""
+        """Whether to reset the optimizer; under a schedule that never ends it continues, as nothing is re-warmed."""
         return self.optimizer_state == "reset" and not self.run.continues
 
     def _begin(self, trainer: Trainer) -> None:
-        """The current step becomes the first of the dataset."""
+        """Make the current step the first of the dataset."""
         if not self.step:
-            # No state of ours in the checkpoint: Lightning counts every optimizer's steps.
+            # The checkpoint has no state of this callback; Lightning counts every optimizer's steps.
             counted = counted_optimizers(trainer.lightning_module, len(trainer.optimizers))
             self.step = trainer.global_step // counted
         self.run.start = self.step
@@ -235,7 +235,7 @@ class LRRewarming(StepCallback):
             raise UsageError("anneal_length needs a checkpoint in the constant phase of the same dataset")
         if self._resets:
             for optimizer in trainer.optimizers:
-                optimizer.state.clear()  # strategies that restore it by themselves have done so by now
+                optimizer.state.clear()  # strategies that restore it themselves have done so by now
         rank_zero_info(f"dataset {self.run.dataset!r} begins at step {self.step}: {self.schedule.describe()}")
 
     def _set(self, trainer: Trainer) -> None:
@@ -256,9 +256,9 @@ def _require_max_steps(max_steps: int) -> int:
 
 
 def _scales(optimizers: list[Optimizer]) -> list[list[float]]:
-    """Learning rates as multiples of the first group's, before any schedule touched them."""
+    """Return the initial learning rates, before any schedule, as multiples of the first group's."""
     initial = [initial_rates(optimizer) for optimizer in optimizers]
     reference = initial[0][0]
     if reference == 0:
-        raise UsageError("the first parameter group begins with a learning rate of 0: no ratio to the others exists")
+        raise UsageError("the first parameter group begins with a learning rate of 0, so ratios to it do not exist")
     return [[lr / reference for lr in group] for group in initial]

@@ -1,6 +1,6 @@
-"""The functions of :mod:`.schedules` with their numbers bound, so that YAML can name them and a checkpoint keep them.
+"""The functions of :mod:`.schedules` with their numbers, for use in YAML and checkpoints.
 
-A schedule knows no length: the callback that drives it has one, in steps or tokens.
+A schedule has no length; the callback that uses it has one, in steps or tokens.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ __all__ = [
 
 
 class Schedule(ABC):
-    """A value for every step of a length. Subclasses are frozen dataclasses over one function of :mod:`.schedules`.
+    """A value per step; subclasses are frozen dataclasses over one function of :mod:`.schedules`.
 
-    ``never_ends`` says that a new dataset goes on at the value where the old one stopped, instead of re-warming.
+    With ``never_ends``, a new dataset continues at the value at which the old one stopped, instead of re-warming.
     """
 
     function: ClassVar[Callable[..., Any]]
     never_ends: ClassVar[bool] = False
 
     def value(self, step: schedules.Steps, length: int) -> Any:
-        """The value that the step-th optimizer step uses (from 0), for one step or an array of steps."""
+        """Return the value for the step-th optimizer step (from 0), for one step or an array of steps."""
         return type(self).function(step, length, **self.numbers())
 
     def numbers(self) -> dict[str, float]:
-        """The bound arguments by name."""
+        """Return the schedule's arguments by name."""
         return asdict(self)  # type: ignore[call-overload,no-any-return]  # every subclass is a dataclass
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the class name and the numbers, nothing that would need unpickling."""
+        """Return the state for checkpoints, class name and numbers, which needs no unpickling."""
         return {"name": type(self).__name__, **self.numbers()}
 
     def describe(self) -> str:
-        """One readable line, such as ``WarmupCosine(peak=0.0003, minimum=3e-05, warmup=0.01)``."""
+        """Return a readable line, such as ``WarmupCosine(peak=0.0003, minimum=3e-05, warmup=0.01)``."""
         return describe(self.state())
 
 
 def describe(state: Mapping[str, Any]) -> str:
-    """The readable line of a schedule's kept state."""
+    """Return the readable line of a schedule's state from a checkpoint."""
     numbers = ", ".join(f"{key}={value}" for key, value in state.items() if key != "name")
     return f"{state['name']}({numbers})"
 
@@ -68,7 +68,7 @@ class Constant(Schedule):
     """The same value at every step.
 
     Args:
-        level: That value.
+        level: Value at every step.
     """
 
     level: float
@@ -80,11 +80,11 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class WarmupCosine(Schedule):
-    """Linear warm-up and cosine decay: what both papers re-warm and re-decay with.
+    """Linear warm-up and cosine decay, which both papers use for re-warming and re-decaying.
 
     Args:
         peak: Value at the end of the warm-up.
-        minimum: Value at the end; the papers take a tenth of the peak.
+        minimum: Value at the end; the papers use a tenth of the peak.
         warmup: Fraction of the length spent warming up.
     """
 
@@ -100,7 +100,7 @@ class WarmupCosine(Schedule):
 
 @dataclass(frozen=True)
 class WarmupLinear(WarmupCosine):
-    """Linear warm-up and linear decay; arguments as :class:`WarmupCosine`."""
+    """Linear warm-up and linear decay, with the arguments of :class:`WarmupCosine`."""
 
     function = staticmethod(schedules.warmup_linear)
 
@@ -146,12 +146,12 @@ class WarmupStableDecay(Schedule):
         _increasing(self, "warmup")
         _increasing(self, "decay")
         if self.warmup + self.decay > 1:
-            raise _error(self, f"warmup {self.warmup} and decay {self.decay} overlap: together they may be at most 1")
+            raise _error(self, f"warmup {self.warmup} and decay {self.decay} overlap: their sum must be at most 1")
 
 
 @dataclass(frozen=True)
 class InfiniteCosine(Schedule):
-    """Warm-up, cosine cool-down, a constant phase that datasets may follow one another in, annealing for a release.
+    """Warm-up, cosine cool-down, a constant phase for any number of datasets, and annealing for a release.
 
     Args:
         peak: Value at the end of the warm-up.
@@ -175,17 +175,17 @@ class InfiniteCosine(Schedule):
         _peak_over_minimum(self)
         _positive(self, "minimum")
         if not self.minimum <= self.constant <= self.peak:
-            raise _error(self, f"constant {self.constant} must lie between minimum {self.minimum} and peak {self.peak}")
+            raise _error(self, f"constant {self.constant} must be between minimum {self.minimum} and peak {self.peak}")
         _increasing(self, "warmup", "cooldown_until", "constant_until")
 
     def constant_phase(self, length: int) -> tuple[int, int]:
-        """First step of the constant phase and first step after it."""
+        """Return the first step of the constant phase and the first step after it."""
         return round(self.cooldown_until * length), round(self.constant_until * length)
 
 
 @dataclass(frozen=True)
 class InfiniteInverseSqrt(InfiniteCosine):
-    """As :class:`InfiniteCosine` with an inverse-square-root cool-down.
+    """The schedule of :class:`InfiniteCosine` with an inverse-square-root cool-down.
 
     Args:
         peak: Value at the end of the warm-up.
@@ -214,12 +214,12 @@ def _peak_over_minimum(schedule: Schedule) -> None:
 
 
 def _increasing(schedule: Schedule, *names: str) -> None:
-    """Fractions of a length lie in [0, 1], each at or after the one before."""
+    """Check that fractions of a length are in [0, 1] and do not decrease."""
     before, floor = "0", 0.0
     for name in names:
         value = schedule.numbers()[name]
         if not floor <= value <= 1:
-            raise _error(schedule, f"{name} {value} must lie between {before} and 1 (a fraction of the length)")
+            raise _error(schedule, f"{name} {value} must be between {before} and 1 (a fraction of the length)")
         before, floor = f"{name} {value}", value
 
 
@@ -238,35 +238,35 @@ def _error(schedule: Schedule, message: str) -> UsageError:
 
 
 def chain(step: schedules.Steps, parts: Sequence[tuple[Schedule, int]]) -> Any:
-    """Schedules over several datasets in a row, each re-warmed where the one before ends.
+    """Return the values of schedules over successive datasets, each re-warmed at the end of the previous one.
 
     Args:
-        step: A step or an array of steps, from 0 over all parts.
+        step: Step or array of steps, from 0 over all parts.
         parts: Schedule and length of each dataset.
     """
     return schedules.piecewise(step, [(length, partial(schedule.value, length=length)) for schedule, length in parts])
 
 
 def lambda_lr(optimizer: Optimizer, schedule: Schedule, length: int) -> LambdaLR:
-    """A ``LambdaLR`` that follows a schedule, for loops without callbacks; call its ``step`` after each optimizer step.
+    """Build a ``LambdaLR`` from a schedule, for loops without callbacks; call its ``step`` after each optimizer step.
 
-    The first parameter group gets the schedule's values, the others keep their ratio to it. Unlike
-    :class:`~rewurst.callbacks.LRRewarming` it cannot re-warm a restored run: its state counts from step 0.
+    The first parameter group gets the schedule's values, and the others keep their ratio to it. Unlike
+    :class:`~rewurst.callbacks.LRRewarming`, it cannot re-warm a restored run, because it counts from step 0.
 
     Raises:
         UsageError: The first group's learning rate is 0, or a group has none.
     """
     reference = initial_rates(optimizer)[0]
     if reference == 0:
-        raise UsageError("the first parameter group has a learning rate of 0: no factor makes a schedule of it")
+        raise UsageError("the first parameter group has a learning rate of 0, which a schedule cannot scale")
     return LambdaLR(optimizer, lambda step: schedule.value(step, length) / reference)
 
 
 def initial_rates(optimizer: Optimizer) -> list[float]:
-    """Return the learning rates of an optimizer's groups before any schedule touched them.
+    """Return the initial learning rates of an optimizer's groups, before any schedule.
 
     Raises:
-        UsageError: A group has none: the optimizer computes its own, such as Adafactor with relative steps.
+        UsageError: A group has none because the optimizer computes its own, such as Adafactor with relative steps.
     """
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     if None in rates:

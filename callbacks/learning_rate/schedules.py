@@ -1,8 +1,8 @@
 """Schedules as pure functions of the step.
 
-A step is one completed global batch; the n-th optimizer step uses ``value(n)``, n from 0, so that ``value(length)`` is
-what a run ends on. Fractions of the length round to whole steps. Every function takes a step or an array of steps and
-is exact where two phases meet. Formulas: Ibrahim et al. 2024 (arXiv 2403.08763), sections 4.1 and 7.2.
+A step is one completed global batch. The n-th optimizer step uses ``value(n)``, n from 0, so that a run ends at
+``value(length)``. Fractions of the length round to whole steps. Every function takes a step or an array of steps and
+is exact at the boundaries of phases. Formulas: Ibrahim et al. 2024 (arXiv 2403.08763), sections 4.1 and 7.2.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ Phase = tuple[int, Callable[[Steps], Any]]
 
 
 def linear(step: Steps, length: int, start: float, end: float) -> Any:
-    """A straight line from ``start`` at step 0 to ``end`` at step ``length``, constant outside."""
+    """Interpolate linearly from ``start`` at step 0 to ``end`` at step ``length``, and constantly outside."""
     x = _progress(step, length)
     return _exact_ends(x, start, end, start + (end - start) * x)
 
 
 def cosine(step: Steps, length: int, start: float, end: float) -> Any:
-    """Half a cosine wave from ``start`` to ``end``: ``end + (start - end)/2 (cos(pi x) + 1)``, x = step / length."""
+    """Follow half a cosine from ``start``: ``end + (start - end)/2 (cos(pi x) + 1)``, x = step / length."""
     x = _progress(step, length)
     return _exact_ends(x, start, end, end + (start - end) / 2 * (np.cos(np.pi * x) + 1))
 
 
 def inverse_square_root(step: Steps, length: int, start: float, end: float, alpha: float = 10.0) -> Any:
-    """From ``start`` to ``end`` as ``h(x) = 1/sqrt(1 + alpha x) - 1``, scaled by ``h(1)``, x = step / length."""
+    """Follow ``h(x) = 1/sqrt(1 + alpha x) - 1`` from ``start`` to ``end``, scaled by ``h(1)``, x = step / length."""
     x = _progress(step, length)
     ratio = (1 / np.sqrt(1 + alpha * x) - 1) / (1 / np.sqrt(1 + alpha) - 1)
     return _exact_ends(x, start, end, start + (end - start) * ratio)
 
 
 def exponential(step: Steps, length: int, start: float, end: float) -> Any:
-    """Exponential annealing ``start (end/start)^x``, x = step / length; both ends must be above zero."""
+    """Anneal exponentially: ``start (end/start)^x``, x = step / length; both ends must be above zero."""
     x = _progress(step, length)
     return _exact_ends(x, start, end, start * (end / start) ** x)
 
 
 def constant(step: Steps, length: int, start: float) -> Any:
-    """``start`` at every step; the length is there so that all phases share one signature."""
+    """Return ``start`` at every step; the length only gives all phases the same signature."""
     return _exact_ends(_progress(step, length), start, start, start)
 
 
 def piecewise(step: Steps, phases: Sequence[Phase]) -> Any:
-    """Phases one after the other, each ``(steps, function of the step within it)``; the last one goes on for ever."""
+    """Run phases, each ``(steps, function of the step within it)``, one after the other; the last never ends."""
     steps = np.asarray(step, dtype=np.float64)
     result = np.empty_like(steps)
     begin = 0
@@ -77,19 +77,19 @@ def piecewise(step: Steps, phases: Sequence[Phase]) -> Any:
 
 
 def warmup_cosine(step: Steps, length: int, peak: float, minimum: float, warmup: float = 0.01) -> Any:
-    """Linear warm-up to ``peak``, then a cosine down to ``minimum`` at ``length`` (Ibrahim et al., section 4.1)."""
+    """Warm up linearly to ``peak``, then follow a cosine to ``minimum`` at ``length`` (Ibrahim et al., section 4.1)."""
     return _warmup_and(cosine, step, length, peak, minimum, warmup)
 
 
 def warmup_linear(step: Steps, length: int, peak: float, minimum: float, warmup: float = 0.01) -> Any:
-    """Linear warm-up to ``peak``, then a straight line down to ``minimum`` at ``length``."""
+    """Warm up linearly to ``peak``, then decay linearly to ``minimum`` at ``length``."""
     return _warmup_and(linear, step, length, peak, minimum, warmup)
 
 
 def warmup_inverse_sqrt(
     step: Steps, length: int, peak: float, minimum: float, warmup: float = 0.01, alpha: float = 10.0
 ) -> Any:
-    """Linear warm-up to ``peak``, then an inverse-square-root decay to ``minimum`` at ``length``."""
+    """Warm up linearly to ``peak``, then decay with the inverse square root to ``minimum`` at ``length``."""
     rise = _whole(warmup, length)
     fall = length - rise
     decay: Phase = (fall, lambda s: inverse_square_root(s, fall, peak, minimum, alpha))
@@ -99,7 +99,7 @@ def warmup_inverse_sqrt(
 def warmup_stable_decay(
     step: Steps, length: int, peak: float, minimum: float, warmup: float = 0.01, decay: float = 0.1
 ) -> Any:
-    """WSD: linear warm-up, constant ``peak``, and over the last ``decay`` of the length a straight line down."""
+    """Follow WSD: linear warm-up, constant ``peak``, and linear decay over the last ``decay`` of the length."""
     rise, fall = _whole(warmup, length), _whole(decay, length)
     stable = length - rise - fall
     return piecewise(
@@ -122,9 +122,9 @@ def infinite_cosine(
     cooldown_until: float = 0.6,
     constant_until: float = 0.85,
 ) -> Any:
-    """Warm-up, cosine cool-down to ``constant``, constant, exponential annealing to ``minimum`` (section 7.2).
+    """Warm up, cool down by cosine to ``constant``, stay, and anneal exponentially to ``minimum`` (section 7.2).
 
-    The fractions are cumulative. Annealing is for a release: the next dataset goes on from the constant phase.
+    The fractions are cumulative. Annealing is for a release; the next dataset continues from the constant phase.
     """
     fractions = (warmup, cooldown_until, constant_until)
     return piecewise(step, _infinite(cosine, length, peak, constant, minimum, *fractions))
@@ -141,7 +141,7 @@ def infinite_inverse_sqrt(
     constant_until: float = 0.85,
     alpha: float = 10.0,
 ) -> Any:
-    """As :func:`infinite_cosine` with an inverse-square-root cool-down of steepness ``alpha``."""
+    """Follow :func:`infinite_cosine` with an inverse-square-root cool-down of steepness ``alpha``."""
 
     def cool(step: Steps, length: int, start: float, end: float) -> Any:
         return inverse_square_root(step, length, start, end, alpha)
@@ -185,11 +185,11 @@ def _progress(step: Steps, length: int) -> NDArray[Any]:
 
 
 def _exact_ends(x: NDArray[Any], start: float, end: float, value: ArrayLike) -> Any:
-    """The ends are given numbers, not what rounding makes of the formula there."""
+    """Replace values at and beyond both ends by the given numbers, which rounding in the formula could miss."""
     result = np.where(x <= 0, start, np.where(x >= 1, end, value))
     return result if np.ndim(x) else float(result)
 
 
 def _whole(fraction: float, length: int) -> int:
-    """A fraction of the length in whole steps, halves to even."""
+    """Return a fraction of the length in whole steps, rounding halves to even."""
     return round(fraction * length)

@@ -1,1 +1,1 @@
-"""What a run shows of itself: throughput, progress, TensorBoard's layout, hyper-parameters."""
+"""Monitoring of a run: throughput, progress, TensorBoard's layout, hyperparameters."""

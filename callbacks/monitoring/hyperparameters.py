@@ -1,4 +1,4 @@
-"""What a run was asked to do beside what came of it, in TensorBoard's table of hyper-parameters."""
+"""Settings and final metrics in TensorBoard's HParams tab."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ METRICS = ("val/loss/", "val/psnr/")
 
 
 class LogHyperparameters(Callback):
-    """Fills TensorBoard's tab "HParams" with the run's settings and its last validation's metrics.
+    """Callback that logs a run's settings and the metrics of its last validation to TensorBoard's HParams tab.
 
-    The row belongs to the run itself, not to a folder under it as ``SummaryWriter.add_hparams`` would have it, and
-    shows the last values of metrics that are logged anyway: ``val/loss/*``, ``val/psnr/*``, and what ``Forgetting``
-    logs. It is written at the first validation, so that a run that is killed later has one too.
+    The row belongs to the run's own folder, not to a subfolder as with ``SummaryWriter.add_hparams``. It shows the
+    latest values of metrics that are logged anyway: ``val/loss/*``, ``val/psnr/*``, and those of ``Forgetting``. It is
+    written at the first validation, so that runs that are killed later have one too.
 
-    Settings are the dataset, steps, schedule and replay share, batch and optimizer, number of parameters, and what the
-    module and data module saved with ``save_hyperparameters()``; give such a run a
-    ``TensorBoardLogger(default_hp_metric=False)``, for Lightning writes a row without metrics otherwise. Loggers other
-    than TensorBoard's get the settings by ``log_hyperparams``.
+    Settings are the dataset, steps, schedule and replay share, batch and optimizer, number of parameters, and those
+    that the module and data module saved with ``save_hyperparameters()``. Give such a run a
+    ``TensorBoardLogger(default_hp_metric=False)``, because Lightning otherwise writes a row without metrics. Other
+    loggers get the settings through ``log_hyperparams``.
 
     Args:
-        settings: More settings, by name.
+        settings: Additional settings, by name.
 
     Example::
 
@@ -48,24 +48,24 @@ class LogHyperparameters(Callback):
                 logger.log_hyperparams(self.collect(trainer, pl_module))
             elif logger.hparams and getattr(logger, "_default_hp_metric", False):
                 rank_zero_warn(
-                    "LogHyperparameters: Lightning has written a row of hyper-parameters without metrics; give "
+                    "LogHyperparameters: Lightning has written a row of hyperparameters without metrics; give "
                     "TensorBoardLogger default_hp_metric=False"
                 )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the row, once."""
+        """Write the row, once."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._end is None:
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes that the run came to its end."""
+        """Write that the run has finished."""
         if self._end is None:
             self._write(trainer, pl_module)
         for writer in _writers(trainer):
             writer.add_summary(self._end)
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, bool | int | float | str]:
-        """Settings by name."""
+        """Return the settings by name."""
         found: dict[str, Any] = {}
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for part in (pl_module, data):
@@ -78,7 +78,7 @@ class LogHyperparameters(Callback):
         for optimizer in trainer.optimizers[:1]:
             found["optimizer"] = type(optimizer).__name__
             found["weight_decay"] = optimizer.defaults.get("weight_decay")
-        found["replay_share"] = "0"  # TensorBoard's columns are those of the first run that it finds
+        found["replay_share"] = "0"  # TensorBoard takes its columns from the first run that it finds
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LRRewarming):
                 run = callback.run
@@ -99,8 +99,8 @@ class LogHyperparameters(Callback):
             if isinstance(callback, Forgetting):
                 metrics |= {f"forgetting/{corpus}" for corpus in callback.old}
                 metrics |= {f"adaptation/{corpus}" for corpus in callback.new}
-        shown = dict.fromkeys(sorted(metrics) or ["train/loss"], 0.0)  # names: values are those of the run's curves
-        from torch.utils.tensorboard.summary import hparams  # TensorBoard is imported where it is used
+        shown = dict.fromkeys(sorted(metrics) or ["train/loss"], 0.0)  # only the names matter; values come from curves
+        from torch.utils.tensorboard.summary import hparams  # TensorBoard is imported only if used
 
         settings = self.collect(trainer, pl_module)
         experiment, start, self._end = hparams(settings, shown)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A progress bar for logs: whole lines, and few of them."""
+"""Progress bar for log files, which writes a few whole lines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class LineBar(Tqdm):
-    """Writes a line at most every few seconds, all bars of a process together, and one when a bar that stays ends.
+    """Progress bar that writes a line at most every few seconds per process, and one when a permanent bar ends.
 
     Args:
-        seconds: Least time between two lines.
-        **kwargs: As tqdm's.
+        seconds: Minimum time between two lines in seconds.
+        **kwargs: Arguments of tqdm.
     """
 
     _written: ClassVar[float] = float("-inf")
@@ -24,7 +24,7 @@ class LineBar(Tqdm):
         super().__init__(**kwargs)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write a line, if it is time."""
+        """Write a line if enough time has passed."""
         now = time.monotonic()
         if self.disable or msg == "" or not (self._ends or now - LineBar._written >= self._seconds):
             return
@@ -33,14 +33,14 @@ class LineBar(Tqdm):
         self.fp.flush()
 
     def close(self) -> None:
-        """Write the last line of a bar that stays."""
+        """Write the last line of a permanent bar."""
         if not self.disable and self.leave:
             self._ends = True
             self.display()
-        self.leave = False  # tqdm would write it again
+        self.leave = False  # else tqdm writes it again
         super().close()
 
 
 def is_terminal() -> bool:
-    """Return whether what is printed is seen as it changes: on a terminal, or in a notebook."""
+    """Return whether output can be updated in place, as on a terminal or in a notebook."""
     return sys.stdout.isatty() or "ipykernel" in sys.modules

@@ -1,4 +1,4 @@
-"""A progress bar for runs that are counted in steps and go on from where they were."""
+"""Progress bar that counts steps and shows resumed runs correctly."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .throughput import Throughput
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Shows completed optimizer steps of ``max_steps``, named after the data module's ``dataset``.
+    """Progress bar of completed optimizer steps out of ``max_steps``, named after the data module's ``dataset``.
 
-    Lightning's own bars count batches of an epoch and take a resumed run's remaining steps for all of them. Without
-    ``max_steps`` this one is Lightning's.
+    Lightning's own bars count batches per epoch and show a resumed run's remaining steps as its total. Without
+    ``max_steps`` this bar is the same as Lightning's.
 
-    Beside the steps, the time left and what modules log with ``prog_bar=True`` stand the learning rate of the first
-    group, tokens or samples a second where there is a :class:`~rewurst.callbacks.Throughput`, and the share of old data
-    read where there is a :class:`~rewurst.callbacks.ReplayScheduler`: at the logging interval, when the host waits for
-    the device anyway.
+    Besides the steps, the time left and values that modules log with ``prog_bar=True``, it shows the learning rate of
+    the first group, tokens or samples per second with :class:`~rewurst.callbacks.Throughput`, and the replay share of
+    rows read with :class:`~rewurst.callbacks.ReplayScheduler`. These change at the logging interval, when the host
+    waits for the device anyway.
 
-    In a file or a pipe each bar is whole lines, at most one every ``seconds_per_line`` for all bars together.
+    In a file or pipe it writes whole lines, at most one per ``seconds_per_line`` for all bars together.
 
     Args:
-        refresh_rate: Steps from one update to the next.
-        seconds_per_line: Least time between two lines where the output is not a terminal.
+        refresh_rate: Number of steps between updates.
+        seconds_per_line: Minimum time in seconds between two lines if the output is not a terminal.
 
     Raises:
         UsageError: ``seconds_per_line`` is below 0.
@@ -75,12 +75,12 @@ class StepProgressBar(TQDMProgressBar):
         return LineBar(self.seconds_per_line, desc=description, file=sys.stdout, smoothing=0, **shape)
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        """Begins the bar where the run stands; a run resumed within an epoch has no other beginning."""
+        """Start the bar at the run's step; a run resumed within an epoch calls no other hook for this."""
         super().on_train_start(trainer, *args)
         self._begin(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Lightning resets the bar here."""
+        """Restore the bar, which Lightning resets here."""
         super().on_train_epoch_start(trainer, *args)
         self._begin(trainer)
 
@@ -95,7 +95,7 @@ class StepProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Shows the steps completed."""
+        """Show the number of completed steps."""
         if trainer.max_steps <= 0:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif self._should_update(trainer.global_step, trainer.max_steps):
@@ -108,13 +108,13 @@ class StepProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """What stands behind the bar, by short names."""
+        """Return the values shown after the bar, by short names."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if "train/loss" in metrics:
             metrics = {"loss": metrics.pop("train/loss")} | metrics
         rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
-        if rate is not None:  # Adafactor may compute its own
+        if rate is not None:  # Adafactor may compute its own rate
             metrics["lr"] = f"{float(rate):.2e}"
         speeds = next((c.latest for c in trainer.callbacks if isinstance(c, Throughput)), {})  # type: ignore[attr-defined]
         for name in ("tokens", "samples"):

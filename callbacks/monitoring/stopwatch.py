@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds of parts of the host's time, and of steps on the device without waiting."""
+"""Clocks: the host's time by part of a run, and the time of steps on the device, measured without waiting."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Mark = float | torch.cuda.Event
 
 
 class PartTimes:
-    """Seconds that the host spent in each part; a part within another is not counted as the outer one.
+    """Seconds that the host spends in each part of a run; nested parts do not count for the outer one.
 
     Args:
-        names: Of the parts; what belongs to none of them is the first.
+        names: Names of the parts; time in no other part belongs to the first.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -29,19 +29,19 @@ class PartTimes:
         self._stack.append(name)
 
     def leave(self) -> None:
-        """Goes back to the part around it."""
+        """Return to the enclosing part."""
         self._advance()
         if len(self._stack) > 1:
             self._stack.pop()
 
     def read(self) -> dict[str, float]:
-        """Seconds of every part up to now."""
+        """Return the seconds of every part so far."""
         self._advance()
         return dict(self.seconds)
 
     @property
     def depth(self) -> int:
-        """Parts that are open, without the first."""
+        """Number of open parts, not counting the first."""
         return len(self._stack) - 1
 
     def _advance(self) -> None:
@@ -51,15 +51,15 @@ class PartTimes:
 
 
 class PartProfiler(Profiler):
-    """Passes everything on to the Trainer's profiler, and tells when chosen actions begin and end.
+    """Profiler that forwards to the Trainer's profiler and reports the start and end of actions.
 
-    Lightning names what it does to its profiler, the wait for a batch and the saving of a checkpoint among it, and
-    nothing else sees both ends of them.
+    Lightning reports its actions to the profiler, and only there can both ends of waiting for a batch and of saving a
+    checkpoint be observed.
 
     Args:
-        inner: The Trainer's own.
-        began: Called with the action's name.
-        ended: The same.
+        inner: The Trainer's own profiler.
+        began: Function called with the action's name at its start.
+        ended: Function called with the action's name at its end.
     """
 
     def __init__(self, inner: Profiler, began: Callable[[str], None], ended: Callable[[str], None]) -> None:
@@ -67,40 +67,40 @@ class PartProfiler(Profiler):
         self.inner, self._began, self._ended = inner, began, ended
 
     def start(self, action_name: str) -> None:
-        """Begins an action."""
+        """Start an action."""
         self._began(action_name)
         self.inner.start(action_name)
 
     def stop(self, action_name: str) -> None:
-        """Ends an action."""
+        """End an action."""
         self.inner.stop(action_name)
         self._ended(action_name)
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's own."""
+        """Call the Trainer's profiler."""
         self.inner.setup(*args, **kwargs)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's own."""
+        """Call the Trainer's profiler."""
         self.inner.teardown(*args, **kwargs)
 
     def describe(self) -> None:
-        """As the Trainer's own."""
+        """Call the Trainer's profiler."""
         self.inner.describe()
 
     def summary(self) -> str:
-        """As the Trainer's own."""
+        """Return the summary of the Trainer's profiler."""
         return self.inner.summary()
 
 
 class StepClock:
-    """Seconds of training on a device, pauses left out, which become known when the device has come so far.
+    """Clock of training steps on a device, without pauses, read when the device has finished them.
 
-    On CUDA every moment is an event in the stream: the host never waits for one, it asks which have passed. Elsewhere
-    a moment is the host's time.
+    On CUDA it records events in the stream, and the host only asks which have passed, without waiting. On other
+    devices it uses the host's time.
 
     Args:
-        device: That trains.
+        device: Device that trains.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -110,25 +110,25 @@ class StepClock:
         self._waiting: list[tuple[list[tuple[Mark, Mark]], Any]] = []
 
     def pause(self) -> None:
-        """Stops until ``resume``."""
+        """Stop until ``resume``."""
         if self._begin is not None:
             self._spans.append((self._begin, self._mark()))
             self._begin = None
 
     def resume(self) -> None:
-        """Goes on, if it is paused."""
+        """Continue if paused."""
         if self._begin is None:
             self._begin = self._mark()
 
     def lap(self, what: Any) -> None:
-        """Ends a step; ``what`` comes back with its seconds."""
+        """End a step; ``passed`` returns ``what`` with its seconds."""
         self.pause()
         self._begin = self._spans[-1][1]
         self._waiting.append((self._spans, what))
         self._spans = []
 
     def passed(self) -> list[tuple[float, Any]]:
-        """Seconds of the steps that the device has finished since the last call, in order."""
+        """Return the seconds of the steps that the device has finished since the last call, in order."""
         done = []
         while self._waiting and self._has_passed(self._waiting[0][0][-1][1]):
             spans, what = self._waiting.pop(0)

@@ -1,4 +1,4 @@
-"""TensorBoard's page of custom charts: what belongs together in one chart, and where a dataset began."""
+"""Layout of TensorBoard's custom charts, with markers at the start of datasets."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ BEGINS = "dataset/begins"
 
 
 class TensorBoardLayout(Callback):
-    """Lays TensorBoard's tab "Custom Scalars" out, and marks where a dataset begins.
+    """Callback that lays out TensorBoard's Custom Scalars tab and marks where datasets begin.
 
-    Charts: the validation loss of every corpus in one, each in its color; the training loss; forgetting and adaptation
-    against the start of the dataset; the learning rate with a vertical line where it is re-warmed; the replay share
-    asked for and read; tokens; the epoch of each corpus; tokens a second, MFU with its formula, shares of time; the
-    gradient norm; and what the module names in an attribute ``charts``, as the argument does. Those that only a
-    callback fills are there where it is. Grids and sample text stand under "Images" and "Text", where
-    :class:`~rewurst.callbacks.LogSamples` and :class:`~rewurst.callbacks.LogText` put them.
+    Charts: the validation losses of all corpora, each in its own color; the training loss; forgetting and adaptation
+    relative to the start of the dataset; the learning rate with a vertical line at re-warming; the replay share
+    requested and read; tokens; the epoch of each corpus; tokens per second, MFU with its formula, shares of time; the
+    gradient norm; and those in the module's attribute ``charts``, in the argument's format. Charts that need a
+    callback are shown only with it. Image grids and sample text are under "Images" and "Text", logged by
+    :class:`~rewurst.callbacks.LogSamples` and :class:`~rewurst.callbacks.LogText`.
 
-    Where a dataset begins (see :class:`~rewurst.callbacks.LRRewarming`), its name, step and schedule are logged as the
-    text ``dataset``. With other loggers nothing happens.
+    When a dataset begins (see :class:`~rewurst.callbacks.LRRewarming`), its name, step and schedule are logged as the
+    text ``dataset``. With other loggers this callback does nothing.
 
     Args:
-        charts: More charts: of each title, regular expressions of names.
+        charts: Additional charts: a list of regular expressions of names per title.
 
     Example::
 
@@ -49,7 +49,7 @@ class TensorBoardLayout(Callback):
         self._begin: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the layout once for each run's folder, and the mark."""
+        """Write the layout, once per run folder, and the mark."""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 layout = self.layout(trainer, pl_module)
@@ -60,12 +60,12 @@ class TensorBoardLayout(Callback):
                     }
                 )
                 _mark(logger.experiment, next(_those(trainer, LRRewarming), None))
-        # What an interrupted run logged after the step that this one resumes from is logged again.
+        # This run logs again what an interrupted run logged after the step that it resumes from.
         resumed = trainer.global_step // counted_optimizers(pl_module, len(trainer.optimizers))
         self._begin = resumed or None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the values of each corpus as a run of its own: TensorBoard has one color for each run."""
+        """Write each corpus's values as a separate run, because TensorBoard has one color per run."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -87,7 +87,7 @@ class TensorBoardLayout(Callback):
 
     def _writer(self, folder: str, corpus: str) -> Any:
         if (folder, corpus) not in self._writers:
-            from torch.utils.tensorboard import SummaryWriter  # TensorBoard is imported where it is used
+            from torch.utils.tensorboard import SummaryWriter  # TensorBoard is imported only if used
 
             path = str(Path(folder) / "corpora" / corpus)
             self._writers[folder, corpus] = SummaryWriter(path, purge_step=self._begin)
@@ -99,7 +99,7 @@ class TensorBoardLayout(Callback):
         self._writers = {}
 
     def layout(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Charts]:
-        """Regular expressions of names by category and chart."""
+        """Return regular expressions of names by category and chart."""
         there = {type_ for type_ in CHARTS_OF if next(_those(trainer, type_), None) is not None}
         learning: Charts = {"Validation loss": ["corpora/loss"], "Training loss": ["train/loss"]}
         for type_ in (Forgetting, ReplayScheduler, ImageScores):
@@ -128,7 +128,7 @@ class TensorBoardLayout(Callback):
 
 
 TOKENS, SAMPLES = "Tokens a second", "Samples a second"
-MFU = "MFU: {formula}, a second and device, over its peak"
+MFU = "MFU: {formula}, per second and device, over its peak"
 BY_CORPUS = {
     "val/loss/": "corpora/loss",
     "val/fid/": "corpora/fid",
@@ -159,13 +159,13 @@ def _those(trainer: Trainer, kind: Any) -> Any:
 
 
 def _mark(experiment: Any, rewarming: LRRewarming | None) -> None:
-    """Two values at the step where a dataset begins draw a vertical line, from 0 to the schedule's highest value."""
+    """Draw a vertical line where a dataset begins: values 0 and the schedule's highest at the same step."""
     if rewarming is None or rewarming.run.start != rewarming.step:
         return
     run, start = rewarming.run, rewarming.step
     highest = max(run.value(step) for step in range(start, run.end + 1, max(1, run.length // 1000)))
     for value in (0.0, highest):
         experiment.add_scalar(BEGINS, value, start)
-    how = "its learning rate goes on" if run.continues else f"optimizer state: {rewarming.optimizer_state}"
+    how = "its learning rate continues" if run.continues else f"optimizer state: {rewarming.optimizer_state}"
     text = f"**{run.dataset}** begins at step {start}: {run.schedule.describe()} over {run.length} steps; {how}"
     experiment.add_text("dataset", text, start)

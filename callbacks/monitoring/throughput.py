@@ -1,4 +1,4 @@
-"""Tokens, samples and FLOPs a second, the share of the device's peak, and where a run's time goes."""
+"""Tokens, samples and FLOPs per second, the share of the device's peak, and how a run spends its time."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ ACTIONS = {"[_TrainingEpochLoop].train_dataloader_next": "data", "save_checkpoin
 
 
 class Throughput(ThroughputMonitor):
-    """Lightning's ThroughputMonitor that never makes the host wait for the device.
+    """Callback like Lightning's ThroughputMonitor that never makes the host wait for the device.
 
-    Logs at the Trainer's logging interval, over the steps since the last one, all devices together:
+    At the Trainer's logging interval it logs, over the steps since the last one and over all devices,
     ``throughput/samples_per_s``, ``throughput/tokens_per_s`` (predicted tokens, of batches with ``input_ids``),
-    ``throughput/tflops_per_s``, ``throughput/seconds_per_step`` and ``throughput/mfu``, the model FLOP utilisation:
-    FLOPs of the model's formula a second and device, over the device's peak in the precision of the run. Validations
-    and the saving of checkpoints are not in them. On CUDA the time is taken by events in the stream; the last steps
-    before a logging interval, which the device has not finished then, count in the next.
+    ``throughput/tflops_per_s``, ``throughput/seconds_per_step`` and ``throughput/mfu``, the model FLOP utilization:
+    the FLOPs of the model's formula per second and device, over the device's peak in the run's precision. Validation
+    and checkpointing are excluded. On CUDA, time is measured by events in the stream; steps that the device has not
+    finished at a logging interval count in the next.
 
-    Also logs, as shares of the host's time since the last interval, ``time/data`` (waiting for a batch),
-    ``time/validation``, ``time/checkpoint`` and ``time/step``, which is all the rest. At the end one line says the
-    shares of the whole run. A share of ``time/data`` above 0 does not yet slow a GPU down, which has work queued
-    meanwhile.
+    It also logs, as shares of the host's time since the last interval, ``time/data`` (waiting for a batch),
+    ``time/validation``, ``time/checkpoint`` and ``time/step`` (the rest), and at the end the shares of the whole run.
+    ``time/data`` above 0 does not necessarily slow down a GPU, which has queued work in the meantime.
 
-    FLOPs are those that the module tells: ``flops(batch) -> float | None`` of a training step on a micro-batch, or
-    Lightning's ``flops_per_batch``. Without either, or without a known peak (a CPU), there is no MFU.
+    FLOPs come from the module: ``flops(batch) -> float | None`` of a training step on a micro-batch, or Lightning's
+    ``flops_per_batch``. Without either, or without a known peak (as on CPUs), there is no MFU.
 
     Args:
-        batch_size_fn: Samples in a batch; by default the first dimension of its first tensor.
-        length_fn: Tokens in a batch; by default those that ``input_ids`` (rows, length + 1) predict, if it is there.
-        peak_flops: FLOPs a second of one device, where Lightning does not know it, or knows it otherwise.
-        window_size: Micro-batches that rates are taken over; by default those of a logging interval.
+        batch_size_fn: Function that counts a batch's samples (default: the first dimension of its first tensor).
+        length_fn: Function that counts a batch's tokens (default: those that ``input_ids`` (rows, length + 1) predict).
+        peak_flops: Peak FLOPs per second of one device, if Lightning does not know it or to override it.
+        window_size: Number of micro-batches that rates are averaged over (default: those of a logging interval).
 
     Raises:
         UsageError: A number is out of range.
@@ -72,7 +71,7 @@ class Throughput(ThroughputMonitor):
         self._logged_at = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds the device's peak, and listens to what the Trainer tells its profiler."""
+        """Find the device's peak, and observe the actions that the Trainer reports to its profiler."""
         if stage != "fit":
             return
         if self.peak_flops is None:
@@ -84,17 +83,17 @@ class Throughput(ThroughputMonitor):
             run.profiler = PartProfiler(run.profiler, self._begin_action, self._end_action)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the Trainer its profiler back."""
+        """Restore the Trainer's profiler."""
         run: Any = trainer
         if isinstance(run.profiler, PartProfiler):
             run.profiler = run.profiler.inner
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As ``teardown``, which a run that fails does not come to."""
+        """Do the same as ``teardown``, which Lightning does not call for a failed run."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Starts the clocks."""
+        """Start the clocks."""
         if not trainer.is_global_zero:
             return
         interval = max(1, trainer.log_every_n_steps) * _accumulation(trainer)  # type: ignore[attr-defined]
@@ -106,14 +105,14 @@ class Throughput(ThroughputMonitor):
         self._parts, self._logged = PartTimes(PARTS), dict.fromkeys(PARTS, 0.0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begins with the first step: what a run does before it, such as a first validation, is none of its speed."""
+        """Start the device's clock; time before the first step, such as a first validation, is excluded."""
         if self._clock is None and trainer.is_global_zero:
             self._clock = StepClock(trainer.strategy.root_device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Ends a micro-batch, and logs at the interval."""
+        """End a micro-batch, and log at the interval."""
         if self._clock is None:
             return
         self._clock.lap((self.batch_size_fn(batch), self.tokens_fn(batch), _flops(pl_module, batch)))
@@ -133,7 +132,7 @@ class Throughput(ThroughputMonitor):
             self._leave()
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        """Says where the time went."""
+        """Report how the time was spent."""
         seconds = self._parts.read()
         total = sum(seconds.values())
         if trainer.is_global_zero and total > 0:
@@ -141,7 +140,7 @@ class Throughput(ThroughputMonitor):
             rank_zero_info(f"time of {total:.0f} s: {shares}")
 
     def _start(self, *_: Any) -> None:
-        """What Lightning's class measures of validation, test and prediction waits for the device, and is left out."""
+        """Skip Lightning's measurements in validation, test and prediction, which wait for the device."""
 
     _update = _compute = _start  # type: ignore[assignment]
 
@@ -164,14 +163,14 @@ class Throughput(ThroughputMonitor):
             self._clock.resume()
 
     def _take_in(self) -> None:
-        """Moves what the device has finished into the window that rates are computed over."""
+        """Add the steps that the device has finished to the window for the rates."""
         assert self._clock is not None
         assert self._window is not None
         for seconds, (samples, tokens, flops) in self._clock.passed():
-            if not self._window._time:  # rates go from the window's first entry to its last
+            if not self._window._time:  # rates are between the window's first and last entry
                 self._update_window(0, None if tokens is None else 0, None if flops is None else 0)
             elapsed, batches, all_samples, all_tokens = self._totals
-            seconds = max(seconds, 1e-9)  # the window wants time to pass, a clock may be coarse
+            seconds = max(seconds, 1e-9)  # the window needs increasing times, but clocks may be coarse
             self._totals = (elapsed + seconds, batches + 1, all_samples + samples, all_tokens + (tokens or 0))
             self._update_window(samples, tokens, flops)
 
@@ -187,7 +186,7 @@ class Throughput(ThroughputMonitor):
         )
 
     def _log(self, trainer: Trainer) -> None:
-        """Logs rates, once the window is full, and shares of time."""
+        """Log the rates, if the window is full, and the shares of time."""
         assert self._window is not None
         metrics = self._time_shares()
         if self._window._time:
@@ -213,7 +212,7 @@ class Throughput(ThroughputMonitor):
 
 
 def samples_in(batch: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor."""
+    """Return the number of samples in a batch: the first dimension of its first tensor."""
     return _first_length(batch) or 1
 
 
@@ -225,13 +224,13 @@ def _first_length(batch: Any) -> int | None:
 
 
 def tokens_in(batch: Any) -> int | None:
-    """Tokens that rows of a batch's ``input_ids`` predict, none where it has no such rows."""
+    """Return the number of tokens that rows of a batch's ``input_ids`` predict, or None without such rows."""
     rows = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return rows.shape[0] * (rows.shape[1] - 1) if isinstance(rows, Tensor) else None
 
 
 def _accumulation(trainer: Trainer) -> int:
-    """Micro-batches in a global batch; with manual optimization Lightning believes in one."""
+    """Return the number of micro-batches per global batch; with manual optimization Lightning assumes one."""
     return int(getattr(trainer.datamodule, "accumulation", None) or trainer.accumulate_grad_batches)  # type: ignore[attr-defined]
 
 

@@ -1,1 +1,1 @@
-"""Sample pictures and texts during training, and scores of pictures."""
+"""Sample images and texts during training, and scores of images."""

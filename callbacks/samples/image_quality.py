@@ -1,4 +1,4 @@
-"""Judges of drawn pictures: the Fréchet Inception distance to real ones, and CLIP's score beside their captions."""
+"""Quality of generated images: the Fréchet Inception distance to real ones, and the CLIP score with captions."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def load_inception(path: str) -> nn.Module:
     """Load torch-fidelity's Inception network, from bytes (n, 3, h, w) to features (n, 2048).
 
     Args:
-        path: File of its weights. Without one torchmetrics would fetch them.
+        path: File with its weights, which torchmetrics would otherwise download.
 
     Raises:
-        UsageError: There is no such file, it holds something else, or torch-fidelity is not installed.
+        UsageError: The file does not exist or has other content, or torch-fidelity is not installed.
     """
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     if not Path(path).is_file():
-        raise UsageError(f"inception {path} is no file: give {INCEPTION_FILE} of torch-fidelity")
+        raise UsageError(f"inception {path} is not a file: give {INCEPTION_FILE} of torch-fidelity")
     try:
         network: Any = NoTrainInceptionV3("inception-v3-compat", [str(INCEPTION_FEATURES)], path)
     except ModuleNotFoundError:
         raise UsageError("FID needs torch-fidelity: pip install 'rewurst[eval]'") from None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
-        raise UsageError(f"inception {path} does not hold the weights of {INCEPTION_FILE} of torch-fidelity") from None
+        raise UsageError(f"inception {path} does not have the weights of {INCEPTION_FILE} of torch-fidelity") from None
     network.num_features = INCEPTION_FEATURES
     inception: nn.Module = network
     return inception
@@ -45,13 +45,13 @@ def load_inception(path: str) -> nn.Module:
 class Clip(nn.Module):
     """A CLIP model with its processor.
 
-    Torchmetrics' own score reads features by methods that return something else since transformers 5.
+    Torchmetrics' own score uses methods that return something different since transformers 5.
 
     Args:
-        name: Folder or hub name.
+        name: Folder or hub name of the model.
 
     Raises:
-        UsageError: It cannot be loaded.
+        UsageError: The model cannot be loaded.
     """
 
     def __init__(self, name: str) -> None:
@@ -68,7 +68,7 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def forward(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        """100 cosines of each picture, (n, 3, h, w) bytes, and its caption, at least 0 (Hessel et al. 2021)."""
+        """Return 100 max(0, cosine) of each image, (n, 3, h, w) bytes, and its caption (Hessel et al. 2021)."""
         inputs = self.processor(
             text=list(captions), images=list(pictures.cpu()), return_tensors="pt", padding=True, truncation=True
         ).to(self.model.device)
@@ -78,13 +78,13 @@ class Clip(nn.Module):
 
 
 class ImageJudge:
-    """Takes in pictures and says how good they are, over all processes together.
+    """Quality metrics of generated images, over all processes.
 
     Args:
         inception: Network from bytes (n, 3, h, w) to features, for FID.
-        clip: For the CLIP score.
-        device: To run on, and to gather from where there are several processes.
-        keep_images: Keep what is known of the real images when the judge begins anew.
+        clip: CLIP model for the CLIP score.
+        device: Device to run on and to communicate through.
+        keep_images: Whether to keep the statistics of the real images on ``reset``.
     """
 
     def __init__(
@@ -104,26 +104,26 @@ class ImageJudge:
 
     @property
     def measures(self) -> list[str]:
-        """Names of what ``compute`` gives."""
+        """Names of the metrics that ``compute`` returns."""
         return [name for name, part in (("fid", self._fid), ("clip_score", self._clip)) if part is not None]
 
     def take_images(self, images: Tensor) -> None:
-        """Takes in real images (n, 3, h, w), bytes or in [0, 1]."""
+        """Add real images (n, 3, h, w), bytes or in [0, 1]."""
         if self._fid is not None:
             self._fid.update(as_bytes(images), real=True)
 
     def take_drawn(self, pictures: Tensor, captions: Sequence[str]) -> None:
-        """Takes in drawn pictures (n, 3, h, w), bytes or in [0, 1]."""
+        """Add generated images (n, 3, h, w), bytes or in [0, 1], and their captions."""
         if self._fid is not None:
             self._fid.update(as_bytes(pictures), real=False)
         if self._clip is not None:
             self._mean.update(self._clip(as_bytes(pictures), captions))
 
     def compute(self) -> dict[str, float]:
-        """Values by name; every process must ask.
+        """Return the metrics by name; every process must call this.
 
         Raises:
-            UsageError: Less than two pictures or images were taken in, of which FID has no covariance.
+            UsageError: There are fewer than two generated or real images, which is too few for FID's covariance.
         """
         found: dict[str, float] = {}
         if self._fid is not None:
@@ -132,7 +132,7 @@ class ImageJudge:
             except RuntimeError as error:
                 if "More than one sample" not in str(error):
                     raise
-                raise UsageError("FID needs two images at least, and some thousands to mean something") from None
+                raise UsageError("FID needs at least two images, and some thousands to be meaningful") from None
         if self._clip is not None:
             found["clip_score"] = float(self._mean.compute())
         return found
@@ -145,7 +145,7 @@ class ImageJudge:
 
 
 def as_bytes(pictures: Tensor) -> Tensor:
-    """Bytes of pictures in [0, 1]; bytes stay as they are."""
+    """Convert images in [0, 1] to bytes; bytes stay unchanged."""
     if pictures.dtype == torch.uint8:
         return pictures
     return (pictures.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""FID and CLIP score of the pictures that a module draws in validation."""
+"""FID and CLIP score of the images that a module generates in validation."""
 
 from __future__ import annotations
 
@@ -16,38 +16,37 @@ from .validation_batches import ValidationCallback, corpora, fields_of, length, 
 
 
 class ImageScores(ValidationCallback):
-    """Draws the samples of each validation corpus and logs how good the pictures are.
+    """Callback that generates images for each validation corpus and logs their quality.
 
-    Logs ``val/fid/<corpus>``, the Fréchet Inception distance between the corpus's images and the pictures drawn for
-    them, and ``val/clip_score/<corpus>``, 100 times the cosine of picture and caption in CLIP's space; each where there
-    are weights for it. ``rewurst evaluate --images`` measures the same of an exported cascade. FID is biased by the
-    number of images: compare values of the same number only, some thousands if they are to mean something.
+    It logs ``val/fid/<corpus>``, the Fréchet Inception distance between the corpus's images and those generated for
+    them, and ``val/clip_score/<corpus>``, 100 times the cosine of image and caption in CLIP's space; each only with the
+    weights for it. ``rewurst evaluate --images`` computes the same for an exported cascade. FID is biased by the number
+    of images: compare only values of equal numbers, of some thousands to be meaningful.
 
-    Needs of the module: ``predict_step(batch, batch_idx)``, which gives pictures (n, 3, height, width) in [0, 1] for a
-    validation batch (Stages B and C draw them, Stage A reconstructs). Of the batch: ``image``, bytes or in [0, 1],
-    ``caption`` for CLIP, and ``valid`` where some samples only fill it up; of a batch that is not a dict the module
-    says them by ``batch_fields(batch) -> dict``. Batches of latents have no ``image``: there
-    ``reference`` names what the module's ``draw_samples(batch)`` gives that stands for it, such as Stage C's ``"B"``,
-    what the stages below make of the image's own latents; FID then says what the prior alone loses. What is known of
-    the images is kept from one validation to the next.
+    The module must have ``predict_step(batch, batch_idx)``, which returns images (n, 3, height, width) in [0, 1] for a
+    validation batch (Stages B and C generate them, Stage A reconstructs). Batches must have ``image``, bytes or in
+    [0, 1], ``caption`` for CLIP, and ``valid`` if they contain padding samples; for batches that are not dicts, the
+    module returns these from ``batch_fields(batch) -> dict``. Batches of latents have no ``image``; for them
+    ``reference`` names a replacement in the result of the module's ``draw_samples(batch)``, such as Stage C's ``"B"``,
+    the lower stages' images from the real latents, so that FID measures the prior's loss only. Statistics of the real
+    images are kept between validations.
 
-    Randomness should come from the batch (``seed``); what is drawn from the global generator is the same every time
-    too, and leaves it as it was. Pictures are drawn while validation has the weights in place that it judges, averaged
-    ones for instance. With several processes each draws its part of its own share, and the values are those of all
-    pictures together.
+    Randomness should come from the batch (``seed``). Numbers from the global generator are also the same every time,
+    and its state is restored. Images are generated with the weights that are validated, such as averaged ones. With
+    several processes, each generates images for its own share, and the metrics cover all of them.
 
     Args:
-        inception: File of torch-fidelity's Inception weights, for FID; nothing is fetched.
-        clip: Folder of a CLIP model with its processor, or its name on the hub, for the CLIP score.
-        samples: Samples of a corpus; by default all.
-        every_n_steps: Completed global batches from one measurement to the next, checked at validations; by default
-            every validation measures.
-        corpora: Names of the corpora; by default all.
-        reference: Name in ``draw_samples`` of the pictures that FID compares with; by default the batch's ``image``.
+        inception: File with torch-fidelity's Inception weights, for FID; it is not downloaded.
+        clip: Folder or hub name of a CLIP model with its processor, for the CLIP score.
+        samples: Number of samples per corpus (default: all).
+        every_n_steps: Minimum number of global batches between measurements, checked at validations (default: measure
+            at every validation).
+        corpora: Names of the corpora (default: all).
+        reference: Name in ``draw_samples`` of the images that FID compares with (default: the batch's ``image``).
 
     Raises:
-        UsageError: There are no weights, they cannot be read, a number is out of range, a corpus does not exist, there
-            is nothing to compare with, or the module draws no pictures.
+        UsageError: Weights are missing or cannot be read, a number is out of range, a corpus does not exist, there are
+            no images to compare with, or the module does not generate images.
 
     Example::
 
@@ -82,25 +81,25 @@ class ImageScores(ValidationCallback):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints, so that there may be several of these callbacks."""
+        """Key of the state in checkpoints, which allows several of these callbacks."""
         settings = {"samples": self.samples, "every": self.every_n_steps, "corpora": self.corpora}
         networks = {"inception": self.inception, "clip": self.clip, "reference": self.reference}
         return self._generate_state_key(**settings, **networks)
 
     @property
     def _legacy_state_key(self) -> Any:
-        return type(self).__name__  # the key in checkpoints of before there could be several
+        return type(self).__name__  # the key in older checkpoints, which allowed only one
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the last measurement."""
+        """Return the step of the last measurement."""
         return {"scored_at": self._scored_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the step of the last measurement over."""
+        """Restore the step of the last measurement."""
         self._scored_at = state_dict["scored_at"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Loads the networks, so that what is missing is said before anything is computed."""
+        """Load the networks early, so that missing files are reported before any computation."""
         if self._networks is None:
             self._networks = (
                 None if self.inception is None else load_inception(self.inception),
@@ -108,7 +107,7 @@ class ImageScores(ValidationCallback):
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins a measurement, where it is time."""
+        """Begin a measurement if one is due."""
         names = corpora(trainer)
         for wanted in self.corpora or []:
             if wanted not in names:
@@ -124,9 +123,9 @@ class ImageScores(ValidationCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draws as many of the batch's samples as are still wanted.
+        """Generate images for as many of the batch's samples as are still needed.
 
-        Those that only fill it up are drawn too and not judged: so all processes draw alike, as sharded modules need.
+        Images for padding samples are generated but not scored, because sharded modules need equal calls everywhere.
         """
         corpus = corpora(trainer)[dataloader_idx]
         if corpus not in self._taken:
@@ -156,7 +155,7 @@ class ImageScores(ValidationCallback):
             judge.take_drawn(pictures, self._captions(fields, judged))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the values."""
+        """Log the metrics."""
         for corpus in self._taken:
             judge = self._judge(corpus, pl_module.device)
             for measure, value in judge.compute().items():
@@ -183,8 +182,8 @@ class ImageScores(ValidationCallback):
         if self.reference is None:
             if "image" not in fields:
                 raise UsageError(
-                    "ImageScores: batches have no image, which FID compares with: give reference, the name of what "
-                    f"stands for it in {type(module).__name__}.draw_samples, such as B"
+                    "ImageScores: batches have no image for FID to compare with: give reference, the name of a "
+                    f"replacement in {type(module).__name__}.draw_samples, such as B"
                 )
             images: Tensor = fields["image"]
             return images
@@ -193,7 +192,7 @@ class ImageScores(ValidationCallback):
         if self.reference not in drawn:
             there = ", ".join(drawn) or "nothing"
             raise UsageError(
-                f"ImageScores: {type(module).__name__}.draw_samples gives {there}, no reference {self.reference!r}"
+                f"ImageScores: {type(module).__name__}.draw_samples returns {there}, not reference {self.reference!r}"
             )
         pictures: Tensor = drawn[self.reference]
         return pictures
@@ -204,13 +203,13 @@ class ImageScores(ValidationCallback):
         if not isinstance(drawn, Tensor) or drawn.ndim != 4 or tuple(drawn.shape[:2]) != expected:
             what = f"shape {tuple(drawn.shape)}" if isinstance(drawn, Tensor) else f"a {type(drawn).__name__}"
             raise UsageError(
-                f"ImageScores: {type(module).__name__}.predict_step gives {what}, expected pictures of shape "
+                f"ImageScores: {type(module).__name__}.predict_step returns {what}, expected images of shape "
                 f"{expected[0]} x 3 x height x width"
             )
         return drawn
 
     def _captions(self, fields: Mapping[str, Any], judged: list[int]) -> list[str]:
         if self.clip is not None and "caption" not in fields:
-            raise UsageError("ImageScores: batches have no caption, which the CLIP score compares with: leave clip out")
+            raise UsageError("ImageScores: batches have no caption for the CLIP score: leave clip out")
         captions = fields.get("caption")
         return [captions[i] if captions is not None else "" for i in judged]

@@ -1,4 +1,4 @@
-"""Grids of pictures that a module draws in validation, always of the same samples with the same noise."""
+"""Grids of images that a module generates in validation, always for the same samples with the same noise."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .image_quality import as_bytes
 from .validation_batches import ValidationCallback, corpora, fields_of, length, samples_of, select, valid
 
 Pixels = NDArray[np.uint8]
-SIDE = 128  # pixels; smaller pictures are enlarged by a whole number
+SIDE = 128  # pixels; smaller images are enlarged by a whole factor
 MARGIN = 8
 LINE = 16
 
 
 class Row(NamedTuple):
-    """A line of a grid.
+    """Row of a grid.
 
     Attributes:
-        caption: Of the sample.
-        pictures: By name of what drew them, (height, width, 3) each.
+        caption: Caption of the sample.
+        pictures: Images by name of the network that generated them, (height, width, 3) each.
     """
 
     caption: str
@@ -37,29 +37,28 @@ class Row(NamedTuple):
 
 
 class LogSamples(ValidationCallback):
-    """Draws the first samples of each validation corpus and logs them as one grid, captions included.
+    """Callback that generates images for the first samples of each validation corpus and logs them as a grid.
 
-    Needs of the module: ``draw_samples(batch) -> dict[str, Tensor]``, which turns a validation batch into pictures by
-    name, (n, 3, height, width) in [0, 1]; columns stand in the dict's order (original, A, B, ...). It is given a part
-    of the batch in the batch's own structure: a tensor, or a dict, list or tuple of tensors, whose first one counts the
-    samples. A dict may have ``caption`` (a list of texts) and ``valid``; for other batches the module may say them by
-    ``batch_fields(batch) -> dict``. Randomness should come from the batch (``seed``); what is drawn from the global
-    generator is the same every time too, and leaves it as it was.
+    The module must have ``draw_samples(batch) -> dict[str, Tensor]``, which returns images by name,
+    (n, 3, height, width) in [0, 1]; the dict's order is that of the columns (original, A, B, ...). It gets a part of a
+    validation batch in the batch's structure: a tensor, or a dict, list or tuple of tensors, of which the first
+    determines the number of samples. A dict may have ``caption`` (a list of texts) and ``valid``; for other batches the
+    module may return these from ``batch_fields(batch) -> dict``. Randomness should come from the batch (``seed``).
+    Numbers from the global generator are also the same every time, and its state is restored.
 
-    Pictures are drawn while validation has the weights in place that it judges, averaged ones for instance. A grid goes
-    to every logger that shows pictures (TensorBoard's ``add_image``, ``log_image`` of Weights & Biases) under
-    ``samples/<corpus>``, and as a PNG file into the folder ``samples`` under the logger's. With several processes the
-    first one draws its own share of the corpus; where the module is sharded (:class:`~rewurst.callbacks.FSDP`) the
-    others draw a sample along with it.
+    Images are generated with the weights that are validated, such as averaged ones. A grid goes to every logger that
+    supports images (TensorBoard's ``add_image``, ``log_image`` of Weights & Biases) under ``samples/<corpus>``, and as
+    a PNG file to the folder ``samples`` in the logger's folder. With several processes, the first generates images for
+    its own share of the corpus; if the module is sharded (:class:`~rewurst.callbacks.FSDP`), the others take part.
 
     Args:
-        samples: Rows of a grid.
-        every_n_steps: Completed global batches from one grid to the next, checked at validations; by default every
-            validation draws one.
-        corpora: Names of the corpora; by default all.
+        samples: Number of rows in a grid.
+        every_n_steps: Minimum number of global batches between grids, checked at validations (default: a grid at
+            every validation).
+        corpora: Names of the corpora (default: all).
 
     Raises:
-        UsageError: A number is out of range, a corpus does not exist, or the module draws nothing.
+        UsageError: A number is out of range, a corpus does not exist, or the module does not generate images.
 
     Example::
 
@@ -76,35 +75,35 @@ class LogSamples(ValidationCallback):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints, so that there may be several of these callbacks."""
+        """Key of the state in checkpoints, which allows several of these callbacks."""
         return self._generate_state_key(samples=self.samples, every=self.every_n_steps, corpora=self.corpora)
 
     @property
     def _legacy_state_key(self) -> Any:
-        return type(self).__name__  # the key in checkpoints of before there could be several
+        return type(self).__name__  # the key in older checkpoints, which allowed only one
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the last grid."""
+        """Return the step of the last grid."""
         return {"drawn_at": self._drawn_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the step of the last grid over."""
+        """Restore the step of the last grid."""
         self._drawn_at = state_dict["drawn_at"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the module can draw, and settles the folder, which processes agree on together."""
+        """Check that the module can generate images, and let all processes agree on the folder."""
         self._folder = run_folder(trainer)
         if not callable(getattr(pl_module, "draw_samples", None)):
             raise UsageError(
-                f"LogSamples: {type(pl_module).__name__} has no draw_samples(batch) that returns pictures by name"
+                f"LogSamples: {type(pl_module).__name__} has no draw_samples(batch) that returns images by name"
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins new grids."""
+        """Begin new grids."""
         names = corpora(trainer)
         for wanted in self.corpora or []:
             if wanted not in names:
-                raise UsageError(f"LogSamples: there is no validation corpus {wanted!r}: choose of {', '.join(names)}")
+                raise UsageError(f"LogSamples: there is no validation corpus {wanted!r}, only {', '.join(names)}")
         due = self._is_due(trainer)
         if _draw_together(trainer):
             due = trainer.strategy.broadcast(due)
@@ -119,7 +118,7 @@ class LogSamples(ValidationCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draws as many of the batch's samples as the grid still lacks."""
+        """Generate images for as many of the batch's samples as the grid still needs."""
         rows = self._rows.get(corpora(trainer)[dataloader_idx])
         if rows is None:
             return
@@ -131,7 +130,7 @@ class LogSamples(ValidationCallback):
         batch = samples_of(batch, pl_module, "LogSamples")
         chosen = valid(fields_of(batch, pl_module), length(batch))[: lacking if trainer.is_global_zero else 1]
         kept = trainer.is_global_zero and bool(chosen)
-        part = select(batch, chosen or [0])  # none may stay away where others draw too: it is drawn for nothing
+        part = select(batch, chosen or [0])  # all processes must take part, even with a discarded sample
         devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
@@ -143,7 +142,7 @@ class LogSamples(ValidationCallback):
             rows.append(Row(captions[index], {name: pictures[index] for name, pictures in drawn.items()}))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the grids."""
+        """Log the grids."""
         step = self.completed_steps(trainer)
         rows, self._rows = self._rows, {}
         if not trainer.is_global_zero:
@@ -175,7 +174,7 @@ class LogSamples(ValidationCallback):
 
 
 def grid(rows: list[Row]) -> Image.Image:
-    """Put pictures side by side under the names of what drew them, each line's caption below it."""
+    """Arrange images side by side under their names, with each row's caption below it."""
     names = list(rows[0].pictures)
     scale = max(1, SIDE // max(max(picture.shape[:2]) for row in rows for picture in row.pictures.values()))
     width = scale * max(picture.shape[1] for row in rows for picture in row.pictures.values())
@@ -197,7 +196,7 @@ def grid(rows: list[Row]) -> Image.Image:
 
 
 def _shortened(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> str:
-    """As much of a caption as fits on a line; characters that the font lacks become question marks."""
+    """Shorten a caption to fit on a line, replacing characters that the font lacks with question marks."""
     text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
     if pen.textlength(text, font) <= width:
         return text
@@ -207,7 +206,7 @@ def _shortened(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> st
 
 
 def _draw_together(trainer: Trainer) -> bool:
-    """Whether no process can compute with the module alone."""
+    """Return whether all processes must call the module together."""
     return bool(getattr(trainer.strategy, "computes_together", False))
 
 

@@ -1,4 +1,4 @@
-"""What a language model makes of the same prompts as it learns."""
+"""Continuations of fixed prompts by a language model during training."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .validation_batches import ValidationCallback
 
 
 class LogText(ValidationCallback):
-    """Lets the module continue fixed prompts at validations, and logs what it writes.
+    """Callback that lets the module continue fixed prompts at validations and logs the texts.
 
-    Needs of the module: ``continue_text(prompts, max_new_tokens, temperature) -> list[str]``, the continuations without
-    the prompts. It is called on every process, with the weights that validation judges, averaged ones for instance.
-    What is drawn at random is the same every time, and leaves the global generator as it was.
+    The module must have ``continue_text(prompts, max_new_tokens, temperature) -> list[str]``, which returns the
+    continuations without the prompts. It is called on every process, with the weights that are validated, such as
+    averaged ones. Random numbers are the same every time, and the global generator's state is restored.
 
-    The text goes to TensorBoard's tab "Text" under ``samples/text``, to loggers with ``log_text`` (Weights & Biases) as
-    a table, and as a Markdown file into the folder ``samples`` under the logger's.
+    The text goes to TensorBoard's Text tab under ``samples/text``, to loggers with ``log_text`` (Weights & Biases) as a
+    table, and as a Markdown file to the folder ``samples`` in the logger's folder.
 
     Args:
         prompts: Texts to continue.
-        max_new_tokens: Most tokens added to each.
-        temperature: 0 takes the likeliest token each time; higher is more varied.
-        every_n_steps: Completed global batches from one text to the next, checked at validations; by default every
-            validation writes one.
+        max_new_tokens: Maximum number of tokens added to each.
+        temperature: Temperature of sampling; 0 always takes the most likely token, higher values vary more.
+        every_n_steps: Minimum number of global batches between texts, checked at validations (default: a text at
+            every validation).
 
     Raises:
-        UsageError: A number is out of range, there are no prompts, or the module writes nothing.
+        UsageError: A number is out of range, there are no prompts, or the module does not generate text.
 
     Example::
 
@@ -51,7 +51,7 @@ class LogText(ValidationCallback):
         if max_new_tokens < 1 or temperature < 0 or (every_n_steps is not None and every_n_steps < 1):
             raise UsageError(
                 f"LogText: max_new_tokens {max_new_tokens} and every_n_steps {every_n_steps} must be at least 1, "
-                f"temperature {temperature} not below 0"
+                f"temperature {temperature} at least 0"
             )
         self.prompts, self.max_new_tokens, self.temperature = list(prompts), max_new_tokens, temperature
         self.every_n_steps = every_n_steps
@@ -60,24 +60,24 @@ class LogText(ValidationCallback):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints, so that there may be several of these callbacks."""
+        """Key of the state in checkpoints, which allows several of these callbacks."""
         settings = {"prompts": self.prompts, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         return self._generate_state_key(**settings, every=self.every_n_steps)
 
     @property
     def _legacy_state_key(self) -> Any:
-        return type(self).__name__  # the key in checkpoints of before there could be several
+        return type(self).__name__  # the key in older checkpoints, which allowed only one
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the last text."""
+        """Return the step of the last text."""
         return {"written_at": self._written_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the step of the last text over."""
+        """Restore the step of the last text."""
         self._written_at = state_dict["written_at"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the module can write, and settles the folder, which processes agree on together."""
+        """Check that the module can generate text, and let all processes agree on the folder."""
         self._folder = run_folder(trainer)
         if not callable(getattr(pl_module, "continue_text", None)):
             raise UsageError(
@@ -85,7 +85,7 @@ class LogText(ValidationCallback):
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes, where it is time."""
+        """Generate and log texts if they are due."""
         step = self.completed_steps(trainer)
         if trainer.sanity_checking or not self._is_due(trainer, step):
             return
@@ -119,5 +119,5 @@ class LogText(ValidationCallback):
 
 
 def _block(prompt: str, text: str) -> str:
-    """A prompt and its continuation as an indented block, which no character in it can end."""
+    """Format a prompt and its continuation as an indented block, which no character in it can end."""
     return "\n".join(f"    {line}" for line in f"{prompt}▸{text}".splitlines())

@@ -1,4 +1,4 @@
-"""What callbacks ask of a validation: its corpora, how far training is, and parts of its batches."""
+"""Helpers for callbacks in validation: its corpora, the progress of training, and parts of batches."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ..learning_rate.lengths import counted_optimizers
 
 
 class ValidationCallback(Callback):
-    """A callback that knows at a validation how many global batches the weights have been trained on."""
+    """A callback that knows in validation how many global batches the weights have been trained on."""
 
     def completed_steps(self, trainer: Trainer) -> int:
-        """Return the number of completed global batches; Lightning restores that of a checkpoint in fit only."""
+        """Return the number of completed global batches; Lightning restores a checkpoint's only in fit."""
         path, module = trainer.ckpt_path, trainer.lightning_module
         if trainer.state.fn == TrainerFn.FITTING or path is None:
             counted = int(trainer.global_step) // counted_optimizers(module, len(trainer.optimizers))
-            return counted or batches_that_stepped(trainer)  # Lightning does not see optimizers stepped by hand
+            return counted or batches_that_stepped(trainer)  # Lightning does not count manual optimizer steps
         content = (describe(Path(path)) if Path(path).exists() else None) or {}
         optimizers = len(content.get("optimizer_states", []))
         return int(content.get("global_step", 0)) // counted_optimizers(module, optimizers)
 
 
 def corpora(trainer: Trainer) -> list[str]:
-    """Names of the validation corpora: the loaders' keys, or their numbers."""
+    """Return the names of the validation corpora: the loaders' keys, or their numbers."""
     loaders = trainer.val_dataloaders
     if isinstance(loaders, Mapping):
         return list(loaders)
@@ -40,10 +40,10 @@ def corpora(trainer: Trainer) -> list[str]:
 
 
 def samples_of(batch: Any, module: Any, who: str) -> Any:
-    """Return a batch that parts can be taken of, or what the module's ``batch_fields`` makes of it.
+    """Return a batch that can be divided, or the result of the module's ``batch_fields`` for it.
 
     Raises:
-        UsageError: The batch has no tensor that counts its samples, and the module does not say what it holds.
+        UsageError: The batch has no tensor to count its samples by, and the module has no ``batch_fields``.
     """
     if _counted(batch) is not None:
         return batch
@@ -52,13 +52,13 @@ def samples_of(batch: Any, module: Any, who: str) -> Any:
     if _counted(fields) is not None:
         return fields
     raise UsageError(
-        f"{who}: a validation batch is a {type(batch).__name__}, and must be a tensor, or a dict, list or tuple with "
+        f"{who}: a validation batch is a {type(batch).__name__}, but must be a tensor, or a dict, list or tuple with "
         f"tensors: give {type(module).__name__} a method batch_fields(batch) that returns such a dict"
     )
 
 
 def fields_of(batch: Any, module: Any) -> dict[str, Any]:
-    """Return what a batch holds by name: ``image``, ``caption``, ``valid``."""
+    """Return the fields of a batch by name: ``image``, ``caption``, ``valid``."""
     hook = getattr(module, "batch_fields", None)
     if callable(hook) and not isinstance(batch, Mapping):
         return dict(hook(batch))
@@ -73,12 +73,12 @@ def length(batch: Any) -> int:
 
 
 def select(batch: Any, samples: Sequence[int]) -> Any:
-    """Return some samples of a batch, in its own structure; what does not belong to samples stays as it is."""
+    """Return some samples of a batch in its structure; entries that are not per sample stay unchanged."""
     return _selected(batch, length(batch), list(samples))
 
 
 def valid(fields: Mapping[str, Any], count: int) -> list[int]:
-    """Return the samples that do not only fill a batch up."""
+    """Return the samples that are not padding."""
     counted = fields.get("valid")
     return [i for i in range(count) if counted is None or bool(counted[i])]
 

@@ -1,1 +1,1 @@
-"""From the bytes of an image file to pixels."""
+"""Decoding of image files, their facts and filters, crops and captions."""

@@ -1,4 +1,4 @@
-"""Captions as files keep them: bytes to text without guessing, and several captions of one picture."""
+"""Captions in files: decoding of text without guessing, and several captions per image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .geometry import uniform
 from .header import DecodeError
 
-# The longer marks first: UTF-32's begins with that of UTF-16.
+# Longer marks come first, because UTF-32's begins with UTF-16's.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -22,10 +22,10 @@ _FOREIGN = re.compile("[\0\x1b]")  # UTF-16 without a mark, and the escape seque
 
 
 def text_of(content: bytes) -> str:
-    """Decode text: UTF-8, or what a byte order mark says.
+    """Decode text that is UTF-8 or has a byte order mark.
 
     Raises:
-        DecodeError: It is neither; other encodings are not guessed.
+        DecodeError: The text is neither; other encodings are not guessed.
     """
     mark = next((mark for mark in _MARKS if content.startswith(mark)), b"")
     encoding = _MARKS.get(mark, "utf-8")
@@ -42,7 +42,7 @@ def text_of(content: bytes) -> str:
 
 
 def captions_in(value: Any) -> list[str]:
-    """Return the captions in a value of JSON or of a table: a text, or a list of texts; each on one line.
+    """Return the captions in a JSON or table value, a text or a list of texts, each as one line.
 
     Raises:
         DecodeError: A text has half a surrogate pair, which no encoding can represent.
@@ -59,13 +59,13 @@ def captions_in_text(content: bytes) -> list[str]:
     """Return the captions in a text file: its lines, empty ones left out.
 
     Raises:
-        DecodeError: It is not text.
+        DecodeError: The file is not text.
     """
     return captions_in(text_of(content).splitlines())
 
 
 def choose(captions: Sequence[str], seed: int | None) -> int:
-    """Return the number of the caption that a sample shows: drawn by its seed, or the first without one."""
+    """Return the index of a sample's caption: drawn by its seed, or the first without a seed."""
     if seed is None or len(captions) < 2:
         return 0
     return int(uniform(seed, "which caption", 1)[0] * len(captions))

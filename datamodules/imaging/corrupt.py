@@ -1,4 +1,4 @@
-"""Count images that cannot be used, name the first ones, and stop when their share is too large."""
+"""Count of unusable images, which names the first ones and stops when their share is too large."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from ... import UsageError
 
-NAMED = 3  # images that summaries name; the others are counted
+NAMED = 3  # number of images that summaries name; the others are only counted
 
 
 class CorruptImages:
     """Count of corrupt images.
 
     Args:
-        max_corrupt: Share of the images that may be corrupt, in [0, 1].
-        settled: Number of images after which their share means something; before that only the end decides.
+        max_corrupt: Largest share of images that may be corrupt, in [0, 1].
+        settled: Number of images before which the share is checked only at the end.
     """
 
     def __init__(self, max_corrupt: float, settled: int = 200) -> None:
@@ -26,13 +26,13 @@ class CorruptImages:
         """Count a batch of images.
 
         Args:
-            seen: Number of images, the corrupt ones included.
-            corrupt: Place of each corrupt one, and what is wrong with it.
+            seen: Number of images, including the corrupt ones.
+            corrupt: Description of each corrupt image: its position and its fault.
             final: Whether there are no more images.
-            count: Number of corrupt ones (default: those in ``corrupt``).
+            count: Number of corrupt images (default: those in ``corrupt``).
 
         Raises:
-            UsageError: Too many are corrupt.
+            UsageError: Too many images are corrupt.
         """
         self.seen += seen
         self.count += len(corrupt) if count is None else count

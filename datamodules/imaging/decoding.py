@@ -1,11 +1,11 @@
-"""Decode the bytes of an image file to upright RGB pixels, safely: nothing is decoded whose header says too much.
+"""Safe decoding of image files to upright RGB pixels; files with too many pixels are not decoded.
 
-1. The header is read by ``header`` and checked against ``max_pixels``; only then is memory taken, and a decoder
-   that finds another size than the header's is stopped before it decodes.
-2. JPEGs that are wanted much smaller are decoded at a half, a quarter or an eighth of their size, by leaving out high
-   frequencies of their cosine transform; simplejpeg does it where installed, otherwise Pillow.
-3. Whatever the file holds becomes RGB of 8 bits: transparency over white, 16 bits rounded to 8, CMYK by Pillow's
-   conversion. Colour profiles are not applied. The EXIF orientation is.
+1. ``header`` reads the header and checks it against ``max_pixels`` before memory is allocated. A decoder that finds a
+   different size from the header's is stopped before it decodes.
+2. JPEGs that are needed much smaller are decoded at a half, a quarter or an eighth of their size, by leaving out high
+   frequencies of their cosine transform, with simplejpeg if installed, otherwise with Pillow.
+3. All files become 8-bit RGB: transparency over white, 16 bits rounded to 8, CMYK with Pillow's conversion. The EXIF
+   orientation is applied; color profiles are not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ try:
 except ImportError:
     _simplejpeg = None
 
-# Opened by class: ``Image.open`` would try others, and warns by a limit of its own that is global to the process.
+# Opened by class, because ``Image.open`` would try other formats, and has its own, process-wide limit of pixels.
 _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "jpeg": JpegImagePlugin.JpegImageFile,
     "png": PngImagePlugin.PngImageFile,
@@ -51,7 +51,7 @@ _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "tiff": TiffImagePlugin.TiffImageFile,
     "avif": AvifImagePlugin.AvifImageFile,
 }
-_SMALLEST_SIDE = 16  # of a reduced picture: below, its size no longer tells by how much it was reduced
+_SMALLEST_SIDE = 16  # of a reduced image; the size of a smaller one does not determine its reduction
 
 
 def decode(
@@ -63,18 +63,18 @@ def decode(
     """Decode a JPEG, PNG, WebP, GIF (its first frame), BMP, TIFF (its first page) or AVIF.
 
     Args:
-        data: The file.
-        at_least: Height and width that will do: a JPEG may come smaller than it is, by 2, 4 or 8, but not below. The
-            size is then that of the picture divided by the reduction and rounded up.
-        max_pixels: Larger pictures are refused.
-        simplejpeg: Decode JPEGs with simplejpeg. It is faster, and gives the pixels that Pillow gives: both hold
-            libjpeg-turbo.
+        data: Content of the file.
+        at_least: Sufficient height and width: a JPEG may be reduced by 2, 4 or 8, but not below this size. Its size is
+            then divided by the reduction and rounded up.
+        max_pixels: Largest number of pixels to accept.
+        simplejpeg: Whether to decode JPEGs with simplejpeg, which is faster and returns the same pixels as Pillow,
+            because both contain libjpeg-turbo.
 
     Returns:
-        RGB, upright, shape (height, width, 3).
+        Upright RGB pixels, shape (height, width, 3).
 
     Raises:
-        DecodeError: A file that is truncated, corrupt, too large, or of another format.
+        DecodeError: The file is truncated, corrupt, too large, or of a different format.
     """
     header = read_header(data, max_pixels)
     reduction = reduction_for(header, at_least)
@@ -83,15 +83,15 @@ def decode(
         pixels = _with_simplejpeg(data, header, reduction)
     if pixels is None:
         pixels = _with_pillow(data, header, reduction)
-    upright = pixels if header.format == "tiff" else _upright(pixels, header.orientation)  # Pillow turns a TIFF itself
+    upright = pixels if header.format == "tiff" else _upright(pixels, header.orientation)  # Pillow rotates TIFFs itself
     return np.ascontiguousarray(upright)
 
 
 def read_image(path: str | Path) -> Pixels:
-    """Read an image file as training reads it.
+    """Read an image file in the same way as training.
 
     Returns:
-        RGB, upright, shape (height, width, 3).
+        Upright RGB pixels, shape (height, width, 3).
 
     Raises:
         UsageError: The file cannot be read or decoded.
@@ -106,7 +106,7 @@ def read_image(path: str | Path) -> Pixels:
 
 
 def reduction_for(header: Header, at_least: tuple[int, int] | None) -> int:
-    """By how much a picture is reduced while it is decoded: 8, 4, 2 or 1."""
+    """Return the factor by which an image is reduced in decoding: 8, 4, 2 or 1."""
     if at_least is None or header.format != "jpeg":
         return 1
     height, width = (max(side, _SMALLEST_SIDE) for side in at_least)
@@ -115,7 +115,7 @@ def reduction_for(header: Header, at_least: tuple[int, int] | None) -> int:
 
 
 def _with_simplejpeg(data: bytes, header: Header, reduction: int) -> Pixels | None:
-    """Pixels as stored, or None where it finds a fault: Pillow then says what is one, and what is none."""
+    """Return the pixels as stored, or None at any fault, as Pillow then decides whether it is an error."""
     height, width = (-(-side // reduction) for side in header.stored_size)
     pixels = np.empty((height, width, 3), dtype=np.uint8)
     try:
@@ -126,12 +126,12 @@ def _with_simplejpeg(data: bytes, header: Header, reduction: int) -> Pixels | No
 
 
 def _with_pillow(data: bytes, header: Header, reduction: int) -> Pixels:
-    """Pixels as stored."""
+    """Return the pixels as stored."""
     size = header.stored_size[::-1]
     try:
         with _OPENERS[header.format](io.BytesIO(data)) as image:
             if image.size != size and not (header.format == "tiff" and image.size == size[::-1]):
-                raise DecodeError(f"the picture is {image.size[0]} x {image.size[1]}, its header says otherwise")
+                raise DecodeError(f"the image is {image.size[0]} x {image.size[1]}, which differs from its header")
             if reduction > 1:
                 image.draft(image.mode, (size[0] // reduction, size[1] // reduction))
             _refuse_unscaled(image)
@@ -139,12 +139,12 @@ def _with_pillow(data: bytes, header: Header, reduction: int) -> Pixels:
             return _to_rgb(image)
     except DecodeError:
         raise
-    except Exception as error:  # whatever a decoder stumbles over in a corrupt file: OSError, SyntaxError, struct.error
+    except Exception as error:  # corrupt files cause many kinds of errors: OSError, SyntaxError, struct.error
         raise DecodeError(f"{header.format}: {str(error).splitlines()[0] if str(error) else repr(error)}") from None
 
 
 def _refuse_unscaled(image: Image.Image) -> None:
-    """Refuse TIFFs whose numbers do not say what is black and what is white, or are not read as they are meant."""
+    """Check that a TIFF's numbers define black and white, and that Pillow reads them as intended."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     bits = image.tag_v2.get(258, (1,))
@@ -155,7 +155,7 @@ def _refuse_unscaled(image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
-    if image.mode.startswith("I"):  # 16 bits of grey
+    if image.mode.startswith("I"):  # 16-bit gray
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         if isinstance(transparent := image.info.get("transparency"), int):
             grey = np.where(grey == transparent, 65535, grey)  # over white
@@ -169,7 +169,7 @@ def _to_rgb(image: Image.Image) -> Pixels:
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Undo the turning and mirroring that EXIF numbers from 1 to 8."""
+    """Undo the rotation and mirroring of an EXIF orientation from 1 to 8."""
     if orientation > 4:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -1,6 +1,6 @@
-"""What is settled about a sample when its shard is indexed: sizes, caption, scores of the large public sets; filters.
+"""Facts of a sample, stored when its shard is indexed: sizes, caption, scores of the large public datasets.
 
-A sample is the members of a WebDataset tar with one key: an image, ``.txt``, ``.json``. No image is decoded.
+A sample is all members of a WebDataset tar with one key: an image, ``.txt``, ``.json``. Images are not decoded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .header import MAX_PIXELS, DecodeError, read_header
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "jfif", "bmp", "tif", "tiff", "avif")
 
-# Keys of .json under which the sets keep a score, in any case; the first that holds a number counts. LAION-5B and what
-# img2dataset makes of it: pwatermark, punsafe; LAION-Aesthetics: AESTHETIC_SCORE, aesthetic; COYO: the longer ones.
+# Keys of .json under which the datasets store a score, in any case; the first with a number counts. LAION-5B, also via
+# img2dataset: pwatermark, punsafe; LAION-Aesthetics: AESTHETIC_SCORE, aesthetic; COYO: the longer ones.
 _WATERMARK = ("pwatermark", "watermark_score", "watermark")
 _AESTHETIC = ("aesthetic", "aesthetic_score", "aesthetics_score", "aesthetic_score_laion_v2")
 _UNSAFE = ("punsafe", "unsafe", "nsfw_score_opennsfw2")
-# Before img2dataset resized them; LAION's own tables spell it in capitals (small ``width`` is the stored picture's).
+# Sizes before img2dataset; LAION's tables use capitals (lower-case ``width`` is that of the stored image).
 _ORIGINAL = (("original_width", "original_height"), ("WIDTH", "HEIGHT"))
 
 FACTS_DTYPE = np.dtype(
@@ -46,14 +46,14 @@ class Facts(NamedTuple):
     """One row of ``FACTS_DTYPE``.
 
     Attributes:
-        width: Pixels of the stored picture, upright; 0 where it cannot be read.
-        height: The same.
-        original_width: Before the set resized it, as its .json says; 0 where it does not.
-        original_height: The same.
-        caption_length: Characters of the caption, of the shortest one if there are several; -1 if there is none.
-        watermark: Probability of a watermark, NaN where unknown.
-        aesthetic: Predicted aesthetic score, 1 to 10, NaN where unknown.
-        unsafe: Probability of being unsafe, NaN where unknown.
+        width: Width of the stored image in pixels, upright; 0 if it cannot be read.
+        height: Height of the stored image, likewise.
+        original_width: Width before the dataset's authors resized it, from its .json; 0 if unknown.
+        original_height: Height before resizing, likewise.
+        caption_length: Length of the (shortest) caption in characters; -1 if there is none.
+        watermark: Probability of a watermark, NaN if unknown.
+        aesthetic: Predicted aesthetic score, 1 to 10, NaN if unknown.
+        unsafe: Probability of being unsafe, NaN if unknown.
     """
 
     width: int = 0
@@ -77,18 +77,18 @@ def facts_of(
     image_member: str | None = None,
     caption_member: str | None = None,
 ) -> Facts:
-    """Facts of one sample.
+    """Return the facts of one sample.
 
     Args:
         members: Contents by suffix, such as ``{"jpg": ..., "txt": ..., "json": ...}``.
-        caption_key: Key of the .json with the caption; by default it is the .txt.
-        max_pixels: Larger pictures are refused.
+        caption_key: Key of the caption in the .json (default: the caption is the .txt).
+        max_pixels: Largest number of pixels to accept.
         image_member: Suffix of the image (default: the first of ``IMAGE_SUFFIXES``).
         caption_member: Suffix of the caption (default: txt, or json with a key).
 
     Raises:
-        DecodeError: No image, one whose header is no image's or says too many pixels, .json that is none, a caption
-            that is not text.
+        DecodeError: There is no image, its header is invalid or has too many pixels, the .json is invalid, or the
+            caption is not text.
     """
     header = read_header(members[image_suffix(members, image_member)], max_pixels)
     values, captions = json_of(members), captions_of(members, caption_key, caption_member)
@@ -107,14 +107,14 @@ def facts_of(
 
 
 def image_suffix(members: Mapping[str, Any], named: str | None = None) -> str:
-    """The suffix of a sample's image, in the order of ``IMAGE_SUFFIXES`` where it has several.
+    """Return the suffix of a sample's image, the first of ``IMAGE_SUFFIXES`` if it has several.
 
     Args:
         members: Contents by suffix.
-        named: The suffix that the image is known to have.
+        named: Suffix of the image, if known.
 
     Raises:
-        DecodeError: There is none.
+        DecodeError: There is no image.
     """
     lowered: dict[str, str] = {}
     for suffix in members:
@@ -129,15 +129,15 @@ def image_suffix(members: Mapping[str, Any], named: str | None = None) -> str:
 def captions_of(
     members: Mapping[str, bytes], caption_key: str | None = None, caption_member: str | None = None
 ) -> list[str]:
-    """The captions of a sample: lines of the .txt, or the text or list of texts under a key of the .json.
+    """Return the captions of a sample: lines of the .txt, or the text or list of texts under a key of the .json.
 
     Args:
         members: Contents by suffix.
-        caption_key: Key of the .json; by default captions are the .txt.
-        caption_member: Suffix of the member that has them (default: txt, or json with a key).
+        caption_key: Key of the captions in the .json (default: the captions are in the .txt).
+        caption_member: Suffix of the member with the captions (default: txt, or json with a key).
 
     Raises:
-        DecodeError: .json that is none, a .txt that is not text.
+        DecodeError: The .json is invalid, or the .txt is not text.
     """
     if caption_key is not None:
         return captions_in(json_of(members, caption_member or "json").get(caption_key))
@@ -149,19 +149,19 @@ def captions_of(
 
 
 def caption_of(members: Mapping[str, bytes], caption_key: str | None = None) -> str | None:
-    """The first caption of a sample, None if it has none; see :func:`captions_of`."""
+    """Return the first caption of a sample, or None if it has none; see :func:`captions_of`."""
     return next(iter(captions_of(members, caption_key)), None)
 
 
 def no_caption(
     where: str, caption_key: str | None, members: Mapping[str, bytes], caption_member: str | None = None
 ) -> UsageError:
-    """What to say when none of the samples has a caption; ``members`` is one of them, for what it has instead."""
+    """Build the error for samples without captions; ``members`` is one of them, to name what it has instead."""
     try:
         keys = [key for key, value in json_of(members).items() if isinstance(value, str | list)]
     except DecodeError:
         keys = []
-    texts = f"caption_key can be one of: {', '.join(keys)}" if keys else "no .json holds text either"
+    texts = f"caption_key can be one of: {', '.join(keys)}" if keys else "no .json has text either"
     if caption_key is None:
         suffixes = ", ".join("." + suffix for suffix in members)
         return UsageError(
@@ -172,15 +172,15 @@ def no_caption(
 
 
 def facts_array(facts: Sequence[Facts]) -> NDArray[Any]:
-    """Rows of ``FACTS_DTYPE``, shape (n,)."""
+    """Return facts as rows of ``FACTS_DTYPE``, shape (n,)."""
     return np.array(list(facts), dtype=FACTS_DTYPE)
 
 
 def json_of(members: Mapping[str, bytes], name: str = "json") -> dict[str, Any]:
-    """The object in a sample's .json, empty where there is none.
+    """Return the object in a sample's .json, or an empty one without a .json.
 
     Raises:
-        DecodeError: It is not a JSON object.
+        DecodeError: The content is not a JSON object.
     """
     if name not in members:
         return {}
@@ -189,7 +189,7 @@ def json_of(members: Mapping[str, bytes], name: str = "json") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DecodeError(f".{name} is not valid JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
-        raise DecodeError(f".{name} holds a {type(values).__name__}, expected an object")
+        raise DecodeError(f".{name} contains a {type(values).__name__}, expected an object")
     return values
 
 
@@ -203,7 +203,7 @@ def _count(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    """A finite number, also where it is spelt as text; NaN for anything else."""
+    """Return a finite number, even if it is stored as text; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
     try:

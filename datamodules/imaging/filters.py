@@ -1,4 +1,4 @@
-"""Which images of a corpus are used, by what its index says of them."""
+"""Selection of a corpus's images by the facts in its index."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ... import UsageError
 
 @dataclass(frozen=True)
 class Filters:
-    """Which pictures are trained on. By default all that can be read and have a caption.
+    """Limits that an image must meet to be used for training; by default all readable images with a caption are used.
 
-    The paper's: ``min_size=512, max_size=4096, max_watermark=0.5, min_aesthetic=5, max_unsafe=0.99``.
+    The paper uses ``min_size=512, max_size=4096, max_watermark=0.5, min_aesthetic=5, max_unsafe=0.99``.
 
     Args:
-        min_size: Shortest side in pixels, of the stored picture and of the original (which a set may have enlarged).
-        max_size: Longest side in pixels, of both.
-        max_watermark: Probability of a watermark.
-        min_aesthetic: Aesthetic score.
-        max_unsafe: Probability of being unsafe.
-        min_caption_length: Characters.
-        max_caption_length: Characters.
-        unknown: What happens to a picture of which a score asked for is not known.
+        min_size: Minimum of the shorter side in pixels, of the stored image and of the original, which may be smaller.
+        max_size: Maximum of the longer side in pixels, of both.
+        max_watermark: Maximum probability of a watermark.
+        min_aesthetic: Minimum aesthetic score.
+        max_unsafe: Maximum probability of being unsafe.
+        min_caption_length: Minimum length of the caption in characters.
+        max_caption_length: Maximum length of the caption in characters.
+        unknown: Whether to keep or drop an image without a required score.
     """
 
     min_size: int | None = None
@@ -50,13 +50,13 @@ class Filters:
                 raise UsageError(f"{name} is {value}, expected a probability from 0 to 1")
 
     def keep(self, facts: NDArray[Any]) -> tuple[NDArray[np.bool_], dict[str, int]]:
-        """Which pictures pass.
+        """Select the images that pass.
 
         Args:
-            facts: ``FACTS_DTYPE``, shape (n,).
+            facts: Facts of the images, ``FACTS_DTYPE``, shape (n,).
 
         Returns:
-            Shape (n,), and how many were dropped by reason; one that fails several counts for the first.
+            Whether each image passes, shape (n,), and the number dropped per reason (the first that applies).
         """
         kept, counts = np.ones(len(facts), dtype=np.bool_), {}
         for reason, fails in self._failures(facts):
@@ -87,7 +87,7 @@ class Filters:
 def _outside(
     name: str, values: NDArray[Any], low: float | None, high: float | None
 ) -> list[tuple[str, NDArray[np.bool_]]]:
-    """Values beyond a limit by the limit's name; NaN is beyond none."""
+    """Return which values are beyond each limit, by its name; NaN is never beyond a limit."""
     found = []
     if low is not None:
         found.append((f"min_{name}", values < values.dtype.type(low)))

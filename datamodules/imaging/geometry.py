@@ -1,7 +1,7 @@
-"""Which part of a picture a sample shows, and at which size: pure functions of sizes and seeds.
+"""Crops and sizes of images, as pure functions of sizes and seeds.
 
-Sizes are (height, width); a crop is in pixels of the stored picture, upright. The picture is resized until it covers
-what is wanted and the rest is cropped, both in one resampling with antialiasing (bicubic).
+Sizes are (height, width); a crop is in pixels of the stored image, upright. The image is resized to cover the target
+and the rest is cropped, both in one bicubic resampling with antialiasing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ... import UsageError
 Size = tuple[int, int]
 Pixels = NDArray[np.uint8]
 
-# A JPEG is reduced to no less than twice the wanted size, then resampled: 50 dB from resampling all of it.
+# A JPEG is reduced to at least twice the target size, then resampled: 50 dB from resampling the whole image.
 DECODING_GAP = 2.0
 NO_BUCKET = -1
 
 
 class Crop(NamedTuple):
-    """A rectangle of the stored picture, in its pixels."""
+    """A rectangle in pixels of the stored image."""
 
     top: int
     left: int
@@ -34,20 +34,20 @@ class Crop(NamedTuple):
 
 
 def uniform(seed: int, purpose: str, count: int) -> list[float]:
-    """Numbers in [0, 1) that depend on nothing but a sample's seed and what they are for."""
+    """Return numbers in [0, 1) that depend only on a sample's seed and their purpose."""
     digest = hashlib.blake2b(f"{seed}\0{purpose}".encode(), digest_size=8 * count).digest()
     return [(int.from_bytes(digest[i : i + 8], "little") >> 11) / 2**53 for i in range(0, len(digest), 8)]
 
 
 def crop(size: Size, target: Size, seed: int | None = None, covered: Size | None = None) -> Crop:
-    """The part of a picture that is shown when it is resized to cover ``covered`` and cropped to ``target``.
+    """Return the part of an image that remains if it is resized to cover ``covered`` and cropped to ``target``.
 
     Args:
-        size: Of the stored picture.
-        target: What is shown.
-        seed: Of the sample: the place is random. Without one it is the centre.
-        covered: What the resized picture covers, at least ``target``; by default ``target``, so that only what the
-            aspect ratios differ by is cropped. Stage A learns from crops of 128 pixels of pictures resized to 256.
+        size: Size of the stored image.
+        target: Size of the crop.
+        seed: Seed of the sample, for a random position; without a seed the crop is centered.
+        covered: Size that the resized image covers, at least ``target`` (default: ``target``, so that only the
+            difference of aspect ratios is cropped). Stage A trains on crops of 128 pixels of images resized to 256.
     """
     (height, width), over = size, covered or target
     scale = max(over[0] / height, over[1] / width)
@@ -61,7 +61,7 @@ def crop(size: Size, target: Size, seed: int | None = None, covered: Size | None
 
 
 def size_to_decode(size: Size, shown: Crop, target: Size) -> Size:
-    """At which size a picture has to be decoded so that nothing is lost when the crop is resized to ``target``."""
+    """Return the size to decode an image at, so that no detail is lost when the crop is resized to ``target``."""
     height = DECODING_GAP * target[0] * size[0] / shown.height
     width = DECODING_GAP * target[1] * size[1] / shown.width
     return min(size[0], int(np.ceil(height))), min(size[1], int(np.ceil(width)))
@@ -71,24 +71,24 @@ def resample(pixels: Pixels, size: Size, shown: Crop, target: Size) -> Pixels:
     """Crop and resize at once.
 
     Args:
-        pixels: The decoded picture, shape (h, w, 3): as stored, or reduced by 2, 4 or 8 while it was decoded.
-        size: Of the stored picture.
-        shown: What to keep of it.
+        pixels: Decoded image, shape (h, w, 3), as stored or reduced by 2, 4 or 8 in decoding.
+        size: Size of the stored image.
+        shown: Crop to keep.
         target: Size of the result.
 
     Returns:
-        Shape (*target, 3).
+        The pixels, shape (*target, 3).
     """
-    reduction = round(size[0] / pixels.shape[0])  # exact division: the reduced side is rounded up
+    reduction = round(size[0] / pixels.shape[0])  # rounds to the factor, because reduced sides are rounded up
     box = tuple(side / reduction for side in _edges(shown))
-    if any(side % reduction for side in _edges(shown)):  # only Pillow cuts between pixels; it is several times slower
+    if any(side % reduction for side in _edges(shown)):  # only Pillow crops between pixels, but several times slower
         image = Image.fromarray(pixels)
         return np.asarray(image.resize(target[::-1], Image.Resampling.BICUBIC, box=box))
     left, top, right, bottom = map(int, box)
     part = pixels[top:bottom, left:right]
     if part.shape[:2] == target:
         return part
-    import torch  # not at the top: processes that prepare shards from pictures as they are do without
+    import torch  # not at the top, because preparing shards without resizing does not need it
 
     channels = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(channels, target, mode="bicubic", antialias=True)
@@ -96,18 +96,18 @@ def resample(pixels: Pixels, size: Size, shown: Crop, target: Size) -> Pixels:
 
 
 def buckets(image_size: int, multiple: int, max_aspect: float = 2.0) -> list[Size]:
-    """Sizes of about the area of a square of ``image_size``, from tall to wide, the square among them.
+    """Return sizes with about the area of a square of ``image_size``, from tall to wide, including the square.
 
-    As for SDXL and NovelAI: sides are multiples, the area is at most the square's (so memory is bounded by it), and no
-    bucket fits into another.
+    As for SDXL and NovelAI, sides are multiples, the area is at most the square's (which bounds memory), and no bucket
+    fits into another.
 
     Args:
-        image_size: Side of the square.
-        multiple: Of which sides are multiples.
-        max_aspect: Longest side over shortest.
+        image_size: Side length of the square.
+        multiple: Number of which all sides are multiples.
+        max_aspect: Largest ratio of the longer to the shorter side.
 
     Raises:
-        UsageError: ``image_size`` is no multiple, or the aspect is below 1.
+        UsageError: ``image_size`` is not a multiple of ``multiple``, or ``max_aspect`` is below 1.
     """
     if multiple < 1 or image_size < multiple or image_size % multiple:
         raise UsageError(f"image_size is {image_size}, expected a multiple of {multiple}")
@@ -127,21 +127,21 @@ def nearest_bucket(
     sizes: list[Size],
     max_upscale: float | None = None,
 ) -> NDArray[np.int64]:
-    """The bucket whose aspect ratio is nearest to each picture's, on a logarithmic scale.
+    """Return the bucket whose aspect ratio is nearest to each image's, on a logarithmic scale.
 
     Args:
-        heights: Of the pictures, shape (n,); 0 where unknown.
-        widths: The same.
-        sizes: From ``buckets``: from tall to wide.
-        max_upscale: Pictures that would have to be enlarged by more have no bucket; 1 refuses any enlargement.
+        heights: Heights of the images, shape (n,); 0 if unknown.
+        widths: Widths of the images, likewise.
+        sizes: Sizes of the buckets, from tall to wide, as ``buckets`` returns them.
+        max_upscale: Largest factor of enlargement; images that need more have no bucket, and 1 means no enlargement.
 
     Returns:
-        Numbers of buckets, shape (n,), ``NO_BUCKET`` where there is none.
+        Indices of the buckets, shape (n,), or ``NO_BUCKET``.
     """
     h, w = heights.astype(np.int64), widths.astype(np.int64)
     known = (h > 0) & (w > 0)
     h, w = np.where(known, h, 1), np.where(known, w, 1)
-    # log(w / h) against the middle of two buckets' logarithms, in squares: the same on every machine.
+    # Compares log(w / h) with the midpoint of two buckets' logarithms, in squares, to be the same on every machine.
     borders = [(a[1] * b[1]) / (a[0] * b[0]) for a, b in itertools.pairwise(sizes)]
     numbers = np.searchsorted(np.array(borders), (w * w) / (h * h))
     if max_upscale is not None:
@@ -151,5 +151,5 @@ def nearest_bucket(
 
 
 def _edges(shown: Crop) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom, as Pillow orders them."""
+    """Return left, top, right and bottom, in Pillow's order."""
     return shown.left, shown.top, shown.left + shown.width, shown.top + shown.height

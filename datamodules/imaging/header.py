@@ -1,8 +1,8 @@
-"""What an image file says about itself before anything of it is decoded: format, size, orientation.
+"""Headers of image files: format, size and orientation, without decoding.
 
-Read here rather than by a decoder, because some allocate the whole picture when they open a file. Bytes are followed
-as the formats' specifications lay them out: JPEG (ITU T.81, annex B), PNG, GIF89a, WebP (RFC 9649), EXIF 2.3. Pillow
-reads the headers of BMP, TIFF and AVIF, because it takes no memory for pixels when it opens them.
+Decoders are not used because some allocate the whole image when they open a file. The code follows the formats'
+specifications: JPEG (ITU T.81, annex B), PNG, GIF89a, WebP (RFC 9649), EXIF 2.3. Pillow reads the headers of BMP, TIFF
+and AVIF, because it does not allocate pixels when it opens them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from PIL import AvifImagePlugin, BmpImagePlugin, ImageFile, TiffImagePlugin
 
 from .orientation import ORIENTATION, exif_orientation, from_hexadecimal
 
-MAX_PIXELS = 2**27  # 134 million, 400 MB once decoded: photographs have up to 108 million, the paper's pictures 17
-# A progressive JPEG is decoded once a scan: a few KB could take minutes. Encoders write about ten.
+MAX_PIXELS = 2**27  # 134 million, 400 MB decoded; photographs have up to 108 million, the paper's images 17
+# A progressive JPEG is decoded once per scan, so a few KB could take minutes. Encoders write about ten scans.
 MAX_SCANS = 100
 
 _MAGIC = {
@@ -33,13 +33,13 @@ _BY_PILLOW: dict[str, type[ImageFile.ImageFile]] = {
     "tiff": TiffImagePlugin.TiffImageFile,
     "avif": AvifImagePlugin.AvifImageFile,
 }
-_TEXT_BYTES = 1 << 20  # of a PNG's text once it is decompressed; Pillow refuses more
-_NO_FRAME = {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC lie among the start-of-frame markers
+_TEXT_BYTES = 1 << 20  # limit of a PNG's decompressed text; Pillow refuses more
+_NO_FRAME = {0xC4, 0xC8, 0xCC}  # DHT, JPG, DAC, whose codes are among the start-of-frame markers
 _XMP_MARK = b"http://ns.adobe.com/xap/1.0/\0"
-_WANTED = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"EXIF", b"XMP ")  # chunks that may say how a picture lies
+_WANTED = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"EXIF", b"XMP ")  # chunks that may have the orientation
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _SCAN = 0xDA
-_ALONE = {0x00, 0x01, *range(0xD0, 0xDA)}  # no marker, or one that no segment follows
+_ALONE = {0x00, 0x01, *range(0xD0, 0xDA)}  # not a marker, or one without a segment
 
 
 class DecodeError(ValueError):
@@ -47,14 +47,14 @@ class DecodeError(ValueError):
 
 
 class Header(NamedTuple):
-    """What is known of an image without decoding it.
+    """Properties of an image that are known without decoding it.
 
     Attributes:
-        format: ``jpeg``, ``png``, ``gif``, ``webp``, ``bmp``, ``tiff`` or ``avif``.
-        height: Pixels, upright: after the EXIF orientation.
-        width: Pixels, upright.
-        orientation: As EXIF numbers it, 1 to 8; from 5 on the stored picture lies on its side.
-        channels: Of a JPEG, else 0.
+        format: Name of the format: ``jpeg``, ``png``, ``gif``, ``webp``, ``bmp``, ``tiff`` or ``avif``.
+        height: Height in pixels, upright, after applying the EXIF orientation.
+        width: Width in pixels, upright.
+        orientation: EXIF orientation, 1 to 8; from 5 on the stored image is rotated by 90 degrees.
+        channels: Number of channels of a JPEG, else 0.
     """
 
     format: str
@@ -77,14 +77,14 @@ class _Found(NamedTuple):
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Format, size and orientation of an image file.
+    """Return format, size and orientation of an image file.
 
     Args:
-        data: The file.
-        max_pixels: Larger pictures are refused.
+        data: Content of the file.
+        max_pixels: Largest number of pixels to accept.
 
     Raises:
-        DecodeError: Another format, a header that is cut off or contradicts its format, too many pixels.
+        DecodeError: The format is unknown, the header is cut off or invalid, or there are too many pixels.
     """
     name = format_of(data)
     try:
@@ -100,10 +100,10 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def format_of(data: bytes) -> str:
-    """``jpeg``, ``png``, ``gif``, ``webp``, ``bmp``, ``tiff`` or ``avif``, by the first bytes: names are often wrong.
+    """Return ``jpeg``, ``png``, ``gif``, ``webp``, ``bmp``, ``tiff`` or ``avif`` by the first bytes, not the file name.
 
     Raises:
-        DecodeError: Something else.
+        DecodeError: The format is unknown.
     """
     for name, magic in _MAGIC.items():
         if data.startswith(magic) and (name != "webp" or data[8:12] == b"WEBP"):
@@ -135,7 +135,7 @@ def _jpeg(data: bytes) -> _Found:
             frame = _Found(_integer(data, at + 3, 2), _integer(data, at + 1, 2), channels=data[at + 5])
             progressive = marker in _PROGRESSIVE
         elif marker == _SCAN:
-            # A sequential picture whose first scan holds all channels ends with it.
+            # A sequential image whose first scan contains all channels ends with it.
             if (progressive or data[at] < frame.channels) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
                 raise DecodeError(f"{scans} scans are more than {MAX_SCANS}")
             return frame._replace(orientation=exif_orientation(exif, xmp))
@@ -143,10 +143,10 @@ def _jpeg(data: bytes) -> _Found:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Markers of a JPEG up to its first scan, and where the content of each begins and ends."""
+    """Yield the markers of a JPEG up to its first scan, with the start and end of their content."""
     position = 2
     while (position := data.find(b"\xff", position)) >= 0:
-        while data[position] == 0xFF:  # any number of them may stand before a marker
+        while data[position] == 0xFF:  # any number of fill bytes may precede a marker
             position += 1
         marker = data[position]
         position += 1
@@ -172,7 +172,7 @@ def _png(data: bytes) -> _Found:
 
 
 def _png_text(name: bytes, body: bytes) -> tuple[str, bytes]:
-    """Return the keyword and the text of one of the three text chunks; no text if it is broken."""
+    """Return the keyword and the text of one of the three text chunks; the text is empty if it is broken."""
     key, _, text = body.partition(b"\0")
     packed = name == b"zTXt"
     if packed:
@@ -196,7 +196,7 @@ def _webp(data: bytes) -> _Found:
         width, height = (1 + _integer(data, offset, 3, "little") for offset in (24, 27))
         found = {name: body for name, body in _chunks(data, 12, "little") if body}
         return _Found(width, height, exif_orientation(found.get(b"EXIF", b""), found.get(b"XMP ", b"")))
-    if kind == b"VP8 ":  # lossy: a frame tag of 3 bytes, a start code of 3, then two times 14 bits
+    if kind == b"VP8 ":  # lossy: a frame tag of 3 bytes, a start code of 3, then two sizes of 14 bits
         return _Found(_integer(data, 26, 2, "little") & 0x3FFF, _integer(data, 28, 2, "little") & 0x3FFF)
     if kind == b"VP8L":
         bits = _integer(data, 21, 4, "little")
@@ -205,14 +205,14 @@ def _webp(data: bytes) -> _Found:
 
 
 def _chunks(data: bytes, position: int, order: str) -> Iterator[tuple[bytes, bytes]]:
-    """Names and bodies of PNG's chunks (big: length first, a checksum last) or RIFF's (little: name first, padded)."""
+    """Yield names and bodies of chunks: PNG (big: length first, checksum last) or RIFF (little: name first, padded)."""
     while position + 8 <= len(data):
         if order == "big":
             length, name, after = _integer(data, position, 4), data[position + 4 : position + 8], 4
         else:
             name, length = data[position : position + 4], _integer(data, position + 4, 4, order)
             after = length % 2
-        # Only what may be wanted is copied; pixels are not.
+        # Only chunks that may be needed are copied, not the pixels.
         yield name, data[position + 8 : position + 8 + length] if name in _WANTED else b""
         position += 8 + length + after
 
@@ -226,7 +226,7 @@ def _by_pillow(data: bytes) -> _Found:
             if isinstance(image, TiffImagePlugin.TiffImageFile):  # `size` is upright for some of the orientations
                 return _Found(image.tag_v2[256], image.tag_v2[257], orientation)
             return _Found(*image.size, orientation)
-    except Exception as error:  # whatever Pillow stumbles over in a corrupt header
+    except Exception as error:  # corrupt headers cause many kinds of errors
         raise DecodeError(f"{name}: {str(error).splitlines()[0] if str(error) else repr(error)}") from None
 
 

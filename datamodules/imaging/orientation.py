@@ -1,7 +1,7 @@
-"""How a stored picture has to be turned: EXIF, the text chunk in which older PNG writers keep it, and XMP.
+"""Orientation of a stored image, from EXIF, from the text chunk that older PNG writers use for it, or from XMP.
 
-The rules are those of Pillow's ``ImageOps.exif_transpose``: EXIF decides where it has the tag, whatever its numeric
-type; XMP decides only where EXIF does not have it.
+The rules are those of Pillow's ``ImageOps.exif_transpose``: EXIF counts if it has the tag, with any numeric type; XMP
+counts only if EXIF does not have it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import struct
 
 ORIENTATION = 0x0112
 UPRIGHT = 1
-# Bytes of one value of each TIFF type, and how to unpack those that are numbers; a rational is two of them.
+# Size in bytes of each TIFF type, and the format to unpack numbers; a rational is two of them.
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _NUMBERS = {3: "H", 4: "L", 5: "LL", 6: "b", 8: "h", 9: "l", 10: "ll", 11: "f", 12: "d", 13: "L", 16: "Q"}
-_INLINE = 4  # bytes of a value that are stored in the entry itself
+_INLINE = 4  # largest size in bytes of a value stored in the entry itself
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _EXIF_MARK = re.compile(rb"^(?:Exif\0\0){1,2}")
 
 
 def exif_orientation(exif: bytes, xmp: bytes = b"") -> int:
-    """Return how the picture is stored, 1 to 8 as EXIF numbers it.
+    """Return the orientation of the stored image as in EXIF, 1 to 8.
 
     Args:
         exif: TIFF structure of the EXIF data, empty if there is none.
@@ -33,7 +33,7 @@ def exif_orientation(exif: bytes, xmp: bytes = b"") -> int:
 
 
 def _in_exif(exif: bytes) -> float | None:
-    """Return the value of the tag, 0 if it is no number; None if there is no such tag."""
+    """Return the value of the tag, 0 if it is not a number, or None if there is no such tag."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return None
@@ -48,7 +48,7 @@ def _in_exif(exif: bytes) -> float | None:
                 if at + size <= len(exif):
                     return _number(exif, at, kind, order)
     except struct.error:
-        pass  # broken EXIF is common, and the picture is there all the same
+        pass  # broken EXIF is common, and the image is still usable
     return None
 
 

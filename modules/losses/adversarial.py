@@ -1,4 +1,4 @@
-"""Losses of a discriminator and of what it judges, as pure functions of logits (positive: real)."""
+"""Losses of a discriminator and its generator, as pure functions of logits (positive: real)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def non_saturating_generator(fake: Logits) -> Float[Tensor, ""]:
 
 
 class Adversarial(NamedTuple):
-    """Both sides of one game.
+    """Losses of a discriminator and its generator.
 
     Attributes:
         discriminator: Loss of real and fake logits.
@@ -52,7 +52,7 @@ ADVERSARIAL: dict[str, Adversarial] = {
 
 @contextmanager
 def without_gradients(network: nn.Module) -> Iterator[None]:
-    """Let gradients pass through a network and not into it: the generator's turn."""
+    """Let gradients pass through a network but not into its parameters, to train the generator."""
     network.requires_grad_(False)
     try:
         yield

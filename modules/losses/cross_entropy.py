@@ -1,10 +1,10 @@
-"""Losses over a vocabulary, without ever holding the logits of all tokens.
+"""Losses over a vocabulary that never hold the logits of all tokens in memory.
 
-The head of a language model is the largest matrix product of a small model, and its logits the largest tensor: 4,096
-tokens over 50,304 entries are 0.8 GB in fp32, of which a plain cross-entropy holds three (logits, log-probabilities,
-gradient). Here a chunk of tokens goes all the way from hidden states to its part of both gradients before the next one
-begins, in one buffer. Nothing is computed twice: the gradient of a sum is known in the forward pass, up to the factor
-that backward brings (as in Liger Kernel, Hsu et al. 2024, section 3.2).
+In a small language model the head is the largest matrix product, and its logits are the largest tensor: 0.8 GB in fp32
+for 4,096 tokens and 50,304 entries. A plain cross-entropy holds three of these (logits, log-probabilities, gradient).
+Here each chunk of tokens goes from hidden states to its part of both gradients before the next chunk starts, and all
+chunks share a buffer. Nothing is computed twice: the gradient of a sum is known in the forward pass, up to the factor
+from backward (as in Liger Kernel, Hsu et al. 2024, section 3.2).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Settings(NamedTuple):
-    """What is the same for every chunk."""
+    """Settings that all chunks share."""
 
     ignore_index: int
     z_loss: float
@@ -42,29 +42,29 @@ def linear_cross_entropy(
     reduction: Literal["none", "mean", "sum"] = "mean",
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T + bias`` against targets, in nats, chunk by chunk.
+    """Return the cross-entropy of ``hidden @ weight.T + bias`` against targets, in nats, computed chunk by chunk.
 
-    Products are taken in the inputs' precision (autocast's, where it is on), everything else and the sums of gradients
-    in float32, or in float64 for such inputs. ``"mean"`` and ``"sum"`` compute gradients in the forward pass and keep
-    one tensor the size of ``hidden`` and one the size of ``weight``; ``"none"`` computes its logits again in backward.
-    Gradients of gradients do not exist.
+    Products are computed in the inputs' precision (or autocast's, if enabled), everything else and the sums of
+    gradients in float32 (float64 for float64 inputs). ``"mean"`` and ``"sum"`` compute gradients in the forward pass
+    and keep a tensor of the size of ``hidden`` and one of the size of ``weight``; ``"none"`` recomputes its logits in
+    backward. Second derivatives are not supported.
 
-    A weight that is a DTensor is gathered, and its gradient taken to be the same on every rank of its mesh, as it is
-    under tensor parallelism. Under FSDP call this inside the head's ``forward``, as :class:`CausalLM` does: FSDP has
-    gathered the weight there, and averages its gradient afterwards.
+    A DTensor weight is gathered, and its gradient is assumed to be the same on every rank of its mesh, as in tensor
+    parallelism. Under FSDP, call this inside the head's ``forward``, as :class:`CausalLM` does: there FSDP has gathered
+    the weight, and it averages the gradient afterwards.
 
     Args:
         hidden: Last hidden states, (..., width).
-        weight: The head, or the tied embedding, (vocabulary, width).
-        targets: Entries of the vocabulary, (...).
-        bias: The head's, (vocabulary,).
-        ignore_index: Targets with this value have no loss and no gradient, and do not count in the mean.
-        z_loss: Factor of ``log(Z)**2`` which is added to every loss (Chowdhery et al. 2022, section 5, take 1e-4).
-        reduction: ``"mean"`` over targets that count (0 where there are none), ``"sum"``, or ``"none"``, (...).
-        chunk_tokens: Tokens in a chunk; by default :func:`chunk_size`.
+        weight: Weight of the head, or the tied embedding, (vocabulary, width).
+        targets: Token ids, (...).
+        bias: Bias of the head, (vocabulary,).
+        ignore_index: Value of targets that have no loss and no gradient, and do not count in the mean.
+        z_loss: Factor of the ``log(Z)**2`` that is added to every loss (Chowdhery et al. 2022, section 5, use 1e-4).
+        reduction: ``"mean"`` over targets that count (0 if there are none), ``"sum"``, or ``"none"``, (...).
+        chunk_tokens: Number of tokens per chunk (default: :func:`chunk_size`).
 
     Raises:
-        UsageError: Sizes that do not belong together, a reduction or chunk that does not exist.
+        UsageError: Sizes do not match, or the reduction or the chunk size is invalid.
     """
     _check(hidden, weight, targets, reduction, chunk_tokens)
     weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
@@ -88,13 +88,13 @@ def linear_cross_entropy(
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, z_loss: float = 0.0, reduction: Literal["none", "mean"] = "mean"
 ) -> Tensor:
-    """The same loss where the logits are there: for heads that do more than multiply.
+    """Return the same loss from given logits, for heads that are more than a matrix product.
 
     Args:
-        logits: (..., vocabulary).
-        targets: (...), -100 where nothing is to be predicted.
-        z_loss: As in :func:`linear_cross_entropy`.
-        reduction: As in :func:`linear_cross_entropy`.
+        logits: Logits, (..., vocabulary).
+        targets: Token ids, (...); -100 for tokens without a loss.
+        z_loss: Factor of the z-loss, as in :func:`linear_cross_entropy`.
+        reduction: Reduction, as in :func:`linear_cross_entropy`.
     """
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
     counted = targets != -100
@@ -104,23 +104,23 @@ def cross_entropy(
 
 
 def chunk_size(vocabulary: int, width: int) -> int:
-    """Tokens in a chunk: as many as the model is wide, and 512 or more.
+    """Return the number of tokens per chunk: the model's width, but at least 512.
 
-    With as many as the model is wide, the logits of a chunk are as large as the weight's gradient, which has to be
-    there anyway, and adding to that gradient costs a share of 1 / width of the products. Below 512 rows the products
-    become slower than the processor can be. The buffer stays under 2 GiB of fp32 for any vocabulary.
+    With as many tokens as the model's width, a chunk's logits are as large as the weight's gradient, which is needed
+    anyway, and adding to that gradient costs a fraction of 1 / width of the products. With fewer than 512 rows the
+    products do not reach the processor's full speed. The buffer stays below 2 GiB in fp32 for any vocabulary.
     """
     return max(1, min(max(512, width), 2**29 // vocabulary))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum or list of losses, and their gradients."""
+    """Sum or list of losses, with their gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
     ) -> Tensor:
-        """One pass over the chunks; a sum leaves with its gradients ready."""
+        """Compute the losses chunk by chunk, and the gradients too if the losses are summed."""
         ctx.settings = settings
         if settings.summed:
             losses, gradients = _over_chunks(hidden, weight, bias, targets, settings, None)
@@ -133,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales what the forward pass found, or computes it now with a factor for every token."""
+        """Scale the gradients from the forward pass, or compute them now with a factor per token."""
         if ctx.settings.summed:
             ready = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
             scaled = [None if gradient is None else (gradient * factor).to(dtype) for gradient, dtype in ready]
@@ -152,7 +152,7 @@ def _over_chunks(
     settings: _Settings,
     factors: Tensor | None,
 ) -> tuple[Tensor, Gradients]:
-    """Losses (tokens,) and the gradients of their sum, each token's times its factor."""
+    """Return the losses (tokens,) and the gradients of their sum, each token's multiplied by its factor."""
     exact = torch.float64 if settings.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden.device.type, enabled=False):
         hidden, weight = hidden.to(settings.dtype), weight.to(settings.dtype)
@@ -180,7 +180,7 @@ def _over_chunks(
 
 
 def _losses_(logits: Tensor, targets: Tensor, settings: _Settings, factor: Tensor | None) -> Tensor:
-    """Losses (tokens,); logits become their gradient in place where one is wanted, else something of no use."""
+    """Return losses (tokens,), overwriting logits with their gradient if one is wanted, else with scratch values."""
     ignored = targets == settings.ignore_index
     index = targets.masked_fill(ignored, 0)[:, None]
     highest = logits.amax(1, keepdim=True)
@@ -200,7 +200,7 @@ def _losses_(logits: Tensor, targets: Tensor, settings: _Settings, factor: Tenso
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a product to a sum that may be of higher precision."""
+    """Add a product to a sum that may have higher precision."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -208,7 +208,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What a linear layer would compute in here."""
+    """Return the data type that a linear layer would compute in here."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -216,8 +216,8 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor; a plain one as it is."""
-    full = getattr(tensor, "full_tensor", None)  # asked this way, a DTensor needs no import of torch.distributed
+    """Return a sharded tensor in full, and a plain one unchanged."""
+    full = getattr(tensor, "full_tensor", None)  # avoids importing torch.distributed
     return tensor if full is None else full()
 
 
@@ -225,7 +225,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, chun
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1:] != weight.shape[1:]:
         raise UsageError(
             f"hidden states {tuple(hidden.shape)}, head {tuple(weight.shape)} and targets {tuple(targets.shape)} do "
-            "not belong together: expected (..., width), (vocabulary, width) and (...)"
+            "not match: expected (..., width), (vocabulary, width) and (...)"
         )
     if reduction not in ("none", "mean", "sum"):
         raise UsageError(f'reduction {reduction!r} must be "none", "mean" or "sum"')

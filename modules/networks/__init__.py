@@ -1,4 +1,4 @@
-"""Würstchen's networks: ``nn.Module``s that know no Lightning."""
+"""Würstchen's networks: plain ``nn.Module``s, independent of Lightning."""
 
 from .base import Network, compile_blocks, describe
 from .encoders import SemanticCompressor, TextEncoder

@@ -1,4 +1,4 @@
-"""What the networks have in common: their arguments on record, presets, folders."""
+"""Base class of the networks: it records their arguments, builds presets, and reads and writes folders."""
 
 import inspect
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from ... import UsageError
 from . import lora, weight_files
 
 Presets: TypeAlias = dict[str, dict[str, Any]]
-"""Arguments by name of the preset."""
+"""Constructor arguments of each preset, by the preset's name."""
 
 
 class Network(nn.Module):
-    """A network that knows the arguments it was built with.
+    """A network that records the arguments it was built with.
 
-    Subclasses hand all their arguments to ``super().__init__``. A folder holds ``config.json`` and
+    Subclasses pass all their arguments to ``super().__init__``. A saved network is a folder with ``config.json`` and
     ``diffusion_pytorch_model.safetensors``, in diffusers' format and with diffusers' names.
     """
 
@@ -26,7 +26,7 @@ class Network(nn.Module):
     diffusers_class: ClassVar[str]
     _no_split_modules: ClassVar[list[str]]
     lora: dict[str, float] | None = None
-    """What :func:`.lora.add_lora` returned, if the network has adapters."""
+    """The result of :func:`.lora.add_lora`, if the network has adapters."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -36,10 +36,10 @@ class Network(nn.Module):
 
     @classmethod
     def from_preset(cls, preset: str, **changes: Any) -> Self:
-        """Build a fresh network with a preset's arguments, some of them changed.
+        """Build a network with new weights from a preset, with some of its arguments changed.
 
         Raises:
-            UsageError: No preset or no argument has that name.
+            UsageError: There is no preset or no argument of that name.
         """
         if preset not in cls.presets:
             raise UsageError(f"{cls.__name__} has no preset {preset!r}: choose one of {', '.join(cls.presets)}")
@@ -47,10 +47,10 @@ class Network(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build a fresh network; keys that start with an underscore (diffusers' notes) are skipped.
+        """Build a network with new weights, skipping keys that start with an underscore (diffusers' metadata).
 
         Raises:
-            UsageError: The class has no argument of that name.
+            UsageError: A key is not an argument of the class.
         """
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
         known = inspect.signature(cls.__init__).parameters
@@ -60,15 +60,15 @@ class Network(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Self:
-        """Load what ``save`` or diffusers' ``save_pretrained`` wrote, ready for inference.
+        """Load a network, ready for inference, from a folder written by ``save`` or diffusers' ``save_pretrained``.
 
         Args:
-            folder: Holds ``config.json`` and the weights.
-            dtype: Convert the weights; by default they stay as they are stored.
+            folder: Folder with ``config.json`` and the weights.
+            dtype: Data type to convert the weights to (default: the type they are stored in).
             variant: Variant of the files to prefer, such as ``fp16``.
 
         Raises:
-            UsageError: A file is missing, the folder holds another network, or a weight is not finite.
+            UsageError: A file is missing, the folder contains a different network, or a weight is not finite.
         """
         path = Path(folder) / "config.json"
         config = weight_files.read_json(path)
@@ -78,13 +78,13 @@ class Network(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, dtype: torch.dtype | None = None) -> Self:
-        """Load from a folder, a Lightning checkpoint of ours, the authors' file, or a file of bare tensors.
+        """Load from a folder, a Lightning checkpoint of rewurst, the authors' file, or a file with only tensors.
 
-        A Lightning checkpoint says under "networks" which attribute holds which network (``describe``). Where a file
-        has no arguments, the preset whose shapes fit is taken.
+        The "networks" entry of a Lightning checkpoint tells which attribute is which network (see ``describe``). If a
+        file does not contain the arguments, the preset whose shapes fit is used.
 
         Raises:
-            UsageError: The file cannot be read or does not hold this network.
+            UsageError: The file cannot be read or does not contain this network.
         """
         if Path(path).is_dir() and not weight_files.is_one_file(path):
             return cls.from_folder(path, dtype)
@@ -97,7 +97,7 @@ class Network(nn.Module):
                     own = lora.merged(own, entry["lora"]) if "lora" in entry else own
                     return cls.from_weights(entry["config"], own, str(path), dtype)
             held = ", ".join(entry["class"] for entry in content["networks"].values())
-            raise UsageError(f"{path} holds {held}: give a checkpoint with a {cls.__name__}")
+            raise UsageError(f"{path} contains {held}: give a checkpoint with a {cls.__name__}")
         key = weight_files.AUTHORS_FILES.get(cls.__name__, "state_dict")
         nested = content.get(key, content.get("state_dict", content))
         tensors = {name: value for name, value in nested.items() if isinstance(value, torch.Tensor)}
@@ -106,7 +106,7 @@ class Network(nn.Module):
 
     @classmethod
     def _fitting_preset(cls, state: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-        """Return the preset that fits best: tensors of the right shape first, then names."""
+        """Return the preset that fits best: most tensors of the right shape, then fewest differing names."""
 
         def fitting(preset: str) -> tuple[int, int]:
             with torch.device("meta"):
@@ -124,10 +124,10 @@ class Network(nn.Module):
         where: str,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Build the network around given tensors, without initialising weights first, ready for inference.
+        """Build the network around given tensors, without initializing weights first, ready for inference.
 
         Raises:
-            UsageError: Names, shapes or values do not fit; ``where`` says in the message where they came from.
+            UsageError: Names, shapes or values do not fit. The message names their source, ``where``.
         """
         with torch.device("meta"):
             network = cls.from_config(config)
@@ -136,18 +136,18 @@ class Network(nn.Module):
         return network.to(dtype=dtype).eval()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``config.json`` and the weights as diffusers does."""
+        """Write ``config.json`` and the weights in diffusers' format."""
         config = {"_class_name": self.diffusers_class, **self.config}
         state = self.state_dict()
         weight_files.write_folder(folder, config, state if self.lora is None else lora.merged(state, self.lora))
 
     def add_lora(self, settings: Mapping[str, Any]) -> None:
-        """Freeze the network and add low-rank adapters, which alone are trained; see :func:`.lora.add_lora`."""
+        """Freeze the network and add low-rank adapters, the only part to train; see :func:`.lora.add_lora`."""
         self.lora = lora.add_lora(self, settings)
 
 
 def describe(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return which attributes of ``module`` are networks, and their arguments: the "networks" entry of a checkpoint."""
+    """Return the class and arguments of each network in ``module``: the "networks" entry of a checkpoint."""
     return {
         name: {"class": type(child).__name__, "config": child.config} | ({"lora": child.lora} if child.lora else {})
         for name, child in module.named_children()
@@ -156,7 +156,7 @@ def describe(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:
-    """Compile each block of ``_no_split_modules`` in place: one compilation serves all blocks of a shape."""
+    """Compile each block of ``_no_split_modules`` in place, so that blocks of equal shape share a compilation."""
     names = getattr(network, "_no_split_modules", [])
     for module in network.modules():
         if type(module).__name__ in names:
@@ -164,16 +164,16 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
 
 
 Settings: TypeAlias = str | dict[str, Any]
-"""A preset's name, or a network's arguments; with "preset" among them, that preset with the others changed."""
+"""A preset's name, or a network's arguments. If "preset" is one of them, the others change that preset."""
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 def build(network: type[AnyNetwork], settings: Settings) -> AnyNetwork:
-    """Build a fresh network from what a config says.
+    """Build a network with new weights from its settings in a config.
 
     Raises:
-        UsageError: No preset or argument has that name.
+        UsageError: There is no preset or argument of that name.
     """
     if isinstance(settings, str):
         return network.from_preset(settings)
@@ -183,10 +183,10 @@ def build(network: type[AnyNetwork], settings: Settings) -> AnyNetwork:
 
 
 def initialise(network: Network, path: str) -> None:
-    """Take a network's weights from any layout that ``Network.from_checkpoint`` reads.
+    """Load weights into a network from any format that ``Network.from_checkpoint`` reads.
 
     Raises:
-        UsageError: The file holds another network, or one of another size.
+        UsageError: The file contains a different network, or one of a different size.
     """
     state = type(network).from_checkpoint(path).state_dict()
     weight_files.check(state, network.state_dict(), type(network).__name__, path)
@@ -194,7 +194,7 @@ def initialise(network: Network, path: str) -> None:
 
 
 def holds(path: str, network: type[Network]) -> bool:
-    """Say whether a checkpoint file, beside what else it holds, has a network of a class."""
+    """Return whether a checkpoint file contains, possibly among others, a network of a class."""
     if not weight_files.is_one_file(path):
         return False
     content = weight_files.read_file(path)

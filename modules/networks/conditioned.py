@@ -1,4 +1,4 @@
-"""Stage B's residual block, which sees the compressor's latents."""
+"""Stage B's residual block, conditioned on the compressor's latents."""
 
 import torch
 from jaxtyping import Float
@@ -9,11 +9,11 @@ from .layers import Conv, layer_norm, mlp
 
 
 class ConditionedResBlock(nn.Module):
-    """Residual block whose MLP also sees skip channels and the compressor's latents.
+    """Residual block whose MLP also takes skip channels and the compressor's latents as input.
 
-    In the weights the MLP's input is ``[x, skip, condition]``, the condition being the latents mapped from 16 to
+    The weights expect the input ``[x, skip, condition]``, where the condition is the latents mapped from 16 to
     ``c_cond`` channels by a 1x1 convolution. Both maps are linear, so their product (16 channels wide) gives the same
-    result without the wide map: less arithmetic than the ``c`` channels of ``x`` need, and nothing is concatenated.
+    result without the wide map: less arithmetic than the ``c`` channels of ``x`` need, and no concatenation.
     """
 
     def __init__(self, c: int, c_skip: int = 0, c_cond: int = 0, kernel_size: int = 3, dropout: float = 0.0) -> None:
@@ -35,13 +35,13 @@ class ConditionedResBlock(nn.Module):
 
         Args:
             x: Pixels.
-            skip: Channels from the way down.
+            skip: Skip channels from the downward path.
             latents: The compressor's latents at this size.
             mapper: Weight and bias of the map from the latents to the condition.
-            folded: What an earlier call returned: the product of both maps.
+            folded: Product of both maps, as an earlier call returned it.
 
         Returns:
-            The pixels, and the product of both maps to hand back at the next step.
+            The pixels, and the product of both maps to pass in at the next step.
         """
         first = self.channelwise[0]
         assert isinstance(first, nn.Linear)
@@ -64,14 +64,14 @@ def fold(
     inner: Float[Tensor, "c_cond c_latent 1 1"],
     inner_bias: Float[Tensor, " c_cond"],
 ) -> tuple[Float[Tensor, "c c_latent"], Float[Tensor, " c"]]:
-    """Return weight and bias of one linear map that does what ``inner`` and then ``outer`` do."""
+    """Return weight and bias of the linear map that equals ``inner`` followed by ``outer``."""
     return outer @ inner.flatten(1), outer_bias + outer @ inner_bias
 
 
 def accumulate(
     total: Float[Tensor, "batch h w c_out"], x: Float[Tensor, "batch h w c"], weight: Float[Tensor, "c_out c"]
 ) -> Float[Tensor, "batch h w c_out"]:
-    """Return ``total + x weight^T`` in one matrix product, without concatenating what is mapped to one place."""
+    """Return ``total + x weight^T`` in one matrix product, which saves concatenating the inputs."""
     flat, y = total.flatten(0, 2), x.flatten(0, 2)
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return torch.addmm(flat, y, weight.t()).view_as(total)

@@ -1,4 +1,4 @@
-"""Encoders: the Semantic Compressor, whose latents Stage C draws and Stage B starts from, and the text encoder."""
+"""Encoders: the Semantic Compressor, whose latents Stage C generates and Stage B decodes, and the text encoder."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from .base import Network, Presets
 from .weight_files import variant_in
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, which EfficientNet's weights expect."""
+"""Mean and standard deviation of ImageNet, which EfficientNet's weights expect."""
 
 
 def small_backbone(widths: Sequence[int], depth: int) -> tuple[nn.Sequential, int, int]:
-    """Stack stride-2 convolutions for images that EfficientNet would shrink to nothing; return width and stride too.
+    """Stack stride-2 convolutions, for images too small for EfficientNet; return them, their width and their stride.
 
-    ``depth`` of EfficientNetV2's residual blocks follow, which begin as nothing (Goyal et al. 2017, section 5.1): with
-    fresh noise in its context a latent is learnt later.
+    ``depth`` residual blocks of EfficientNetV2 follow. They start as the identity (Goyal et al. 2017, section 5.1),
+    because random noise from a latent's surroundings would delay learning.
     """
     layers: list[nn.Module] = [
         Conv2dNormActivation(before, c, kernel_size=3, stride=2, activation_layer=nn.SiLU)
@@ -39,15 +39,15 @@ def small_backbone(widths: Sequence[int], depth: int) -> tuple[nn.Sequential, in
 
 
 class SemanticCompressor(Network):
-    """EfficientNetV2-S features and a 1x1 convolution to 16 normalised channels (arXiv 2306.00637).
+    """EfficientNetV2-S features and a 1x1 convolution to 16 normalized channels (arXiv 2306.00637).
 
     Args:
         c_latent: Channels of the latents.
         backbone: "efficientnet_v2_s" (stride 32), or "small": stride-2 convolutions of the given widths.
-        widths: Of the small backbone; its stride is 2 to their number.
-        depth: Residual blocks that the small backbone ends with. Without any, a latent knows little more of the image
-            than its own square; with them it can say what it is a part of.
-        input_scale: Images are resized by it first: 0.75 makes stride 32 into 42.67 pixels a latent.
+        widths: Widths of the small backbone's layers; its stride is 2 to the power of their number.
+        depth: Residual blocks at the end of the small backbone. Without them, a latent sees little more of the image
+            than its own square; with them, it can also encode what that square is a part of.
+        input_scale: Factor by which images are resized first: 0.75 turns stride 32 into 42.67 pixels per latent.
     """
 
     diffusers_class = "SemanticCompressor"
@@ -79,11 +79,11 @@ class SemanticCompressor(Network):
 
     @property
     def pixels_per_latent(self) -> float:
-        """Image pixels on each side of a latent's square: 42.67 for the released sizes."""
+        """Side length of a latent's square in image pixels: 42.67 for the released sizes."""
         return round(self.stride / self.input_scale, 2)
 
     def latent_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return height and width of the latents of images of height and width ``size``."""
+        """Return the latents' height and width for images of height and width ``size``."""
         return tuple(-(-round(side * self.input_scale) // self.stride) for side in size)
 
     def forward(self, images: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch c_latent h_latent w_latent"]:
@@ -113,25 +113,25 @@ class TextEncoder(nn.Module):
     def from_pretrained(
         cls, model: str | Path, tokenizer: str | Path | None = None, variant: str | None = None
     ) -> "TextEncoder":
-        """Load from the hub or from folders; the tokenizer lies with the model, or beside it, or is given.
+        """Load from the hub or from folders; the tokenizer is in the model's folder, next to it, or given.
 
         Args:
-            model: Folder or name on the hub.
-            tokenizer: Folder or name on the hub.
-            variant: Variant of the files to prefer, such as ``fp16``, where a folder has it.
+            model: Folder or name on the hub of the text model.
+            tokenizer: Folder or name on the hub of the tokenizer.
+            variant: Variant of the files to prefer if a folder has it, such as ``fp16``.
 
         Raises:
-            UsageError: It is not there, or not a CLIP text model.
+            UsageError: The model or the tokenizer does not exist, or it is not a CLIP text model.
         """
         from transformers import AutoTokenizer, CLIPTextModel
 
-        beside = Path(model).parent / Path(model).name.replace("text_encoder", "tokenizer")
+        sibling = Path(model).parent / Path(model).name.replace("text_encoder", "tokenizer")
         if tokenizer is None:
             alone = Path(model).is_dir() and not (Path(model) / "tokenizer_config.json").is_file()
-            tokenizer = beside if alone and beside.is_dir() else model
+            tokenizer = sibling if alone and sibling.is_dir() else model
         for part in (model, tokenizer):
             if Path(part).is_absolute() and not Path(part).is_dir():
-                raise UsageError(f"{part} is no folder: it should hold the text encoder or its tokenizer")
+                raise UsageError(f"{part} is not a folder: it should contain the text encoder or its tokenizer")
         folder = Path(model)
         stem = "pytorch_model" if any(folder.glob("pytorch_model*")) and not any(folder.glob("model*")) else "model"
         chosen = variant_in(folder, stem, variant)
@@ -144,17 +144,17 @@ class TextEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Channels of a text state."""
+        """Width of a text state in channels."""
         return int(self.model.config.hidden_size)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "batch n c"]:
-        """Return all states of the last layer, padding included: that is what the stages are trained with."""
+        """Return all states of the last layer, including padding, as in the stages' training."""
         states: Tensor = self(texts)
         return states
 
     def forward(self, texts: Sequence[str]) -> Float[Tensor, "batch n c"]:
-        """As ``encode``, for an encoder that is trained."""
+        """Return the same as ``encode``; call this if the encoder is trained."""
         tokens = self.tokenizer(list(texts), padding="max_length", max_length=self.length, truncation=True)
         for text, mask in zip(texts, tokens.attention_mask, strict=True):
             if mask[-1] and (count := len(self.tokenizer(text).input_ids)) > self.length:
@@ -166,7 +166,7 @@ class TextEncoder(nn.Module):
         return states
 
     def save(self, model: str | Path, tokenizer: str | Path) -> None:
-        """Write both as transformers does."""
+        """Write the model and the tokenizer in transformers' format."""
         self.model.save_pretrained(model)
         self.tokenizer.model_max_length = self.length
         self.tokenizer.save_pretrained(tokenizer)

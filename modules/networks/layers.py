@@ -1,8 +1,8 @@
 """Layers that Stages A, B and C share, all channels-last.
 
-Inside a network an image-shaped tensor is ``(batch, height, width, channels)`` and contiguous, so that norms and linear
-layers run on it as it lies, and convolutions see it, without a copy, as PyTorch's channels-last memory format. Weights
-keep the names and shapes of diffusers' classes, so that exchange needs no conversion.
+Inside a network an image-shaped tensor is ``(batch, height, width, channels)`` and contiguous. Norms and linear layers
+use it directly, and convolutions use it, without a copy, in PyTorch's channels-last memory format. Weights have the
+names and shapes of diffusers' classes, so that they are exchanged without conversion.
 """
 
 import math
@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from ... import UsageError
 
 ConditionCache: TypeAlias = MutableMapping[str, tuple[Tensor, ...]]
-"""What a sampling run computes once, by block. Start each run with an empty dict and hand it to all of its steps."""
+"""Values computed once per sampling run, by block. Pass the same, initially empty, dict to all steps of a run."""
 
 
 AUTHORS_WIDTH = 1024
-"""Smallest width of anything that the paper and the release initialise with N(0, 0.02)."""
+"""Smallest width of the layers that the paper and the release initialize with N(0, 0.02)."""
 
 
 class Unshuffle(nn.PixelUnshuffle):
-    """Pixel unshuffle from channels-first to channels-last: the way in."""
+    """Pixel unshuffle from channels-first to channels-last, at a network's input."""
 
     def forward(self, x: Float[Tensor, "batch c_in h_in w_in"]) -> Float[Tensor, "batch h w c"]:
         """Fold patches into channels."""
@@ -34,7 +34,7 @@ class Unshuffle(nn.PixelUnshuffle):
 
 
 class Shuffle(nn.PixelShuffle):
-    """Pixel shuffle from channels-last to channels-first: the way out."""
+    """Pixel shuffle from channels-last to channels-first, at a network's output."""
 
     def forward(self, x: Float[Tensor, "batch h w c"]) -> Float[Tensor, "batch c_out h_out w_out"]:
         """Unfold channels into patches."""
@@ -69,15 +69,15 @@ class Pointwise(nn.Conv2d):
 
 
 def layer_norm(c: int) -> nn.LayerNorm:
-    """Normalise over channels, without parameters of its own."""
+    """Return a layer norm over channels without parameters."""
     return nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
 
 
 class GlobalResponseNorm(nn.Module):
-    """Global response normalisation (Woo et al., ConvNeXt V2), with the norm in float32.
+    """Global response normalization (Woo et al., ConvNeXt V2), with the norm in float32.
 
-    A channel's norm over all pixels passes 65504, float16's largest number, long before its values do, and the
-    ``1e-6`` vanishes in half precision.
+    A channel's norm over all pixels exceeds 65504, float16's largest number, long before its values do, and ``1e-6``
+    rounds to zero in half precision.
     """
 
     def __init__(self, dim: int) -> None:
@@ -93,10 +93,10 @@ class GlobalResponseNorm(nn.Module):
 
 
 class PixelNorm(torch.autograd.Function):
-    """Each channel's Euclidean norm over all pixels, (batch, 1, 1, c) in float32 at least, of x (batch, h, w, c).
+    """Euclidean norm of each channel over all pixels of x (batch, h, w, c): (batch, 1, 1, c), at least float32.
 
-    PyTorch's norm over leading dimensions is not vectorised on CPUs: the root of the sum takes a sixth of its time. But
-    the root's own gradient is not finite where a channel is zero. Here it is 0 there, as that of PyTorch's norm is.
+    PyTorch's norm over leading dimensions is not vectorized on CPUs; the root of the sum takes a sixth of its time.
+    But the root's gradient is not finite if a channel is zero. Here it is 0 then, as with PyTorch's norm.
     """
 
     @staticmethod
@@ -120,7 +120,7 @@ class PixelNorm(torch.autograd.Function):
 
 
 class ResBlock(nn.Module):
-    """Depthwise convolution, then an MLP over channels with global response normalisation."""
+    """Depthwise convolution, then an MLP over channels with global response normalization."""
 
     def __init__(self, c: int, kernel_size: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
@@ -135,14 +135,14 @@ class ResBlock(nn.Module):
 
 
 def mlp(c_in: int, c: int, dropout: float) -> nn.Sequential:
-    """Return the residual blocks' MLP: ``c_in`` to ``4 c`` to ``c`` channels."""
+    """Build the MLP of the residual blocks: ``c_in`` to ``4 c`` to ``c`` channels."""
     return nn.Sequential(
         nn.Linear(c_in, c * 4), nn.GELU(), GlobalResponseNorm(c * 4), nn.Dropout(dropout), nn.Linear(c * 4, c)
     )
 
 
 class TimestepBlock(nn.Module):
-    """Scale and shift all channels by a linear map of the timestep's embedding."""
+    """Scale and shift of all channels by a linear map of the timestep embedding."""
 
     def __init__(self, c: int, c_timestep: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class TimestepBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections of multi-head attention, named as in diffusers."""
+    """Multi-head attention with its projections, named as in diffusers."""
 
     def __init__(self, c: int, nhead: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -177,15 +177,15 @@ class Attention(nn.Module):
         k: Float[Tensor, "batch heads m d"],
         v: Float[Tensor, "batch heads m d"],
     ) -> Float[Tensor, "batch n c"]:
-        """Attend with queries, keys and values that are already projected and split."""
+        """Compute attention from queries, keys and values that are already projected and split into heads."""
         out: Tensor = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 
 class AttnBlock(nn.Module):
-    """Attention of the pixels to themselves and to the text.
+    """Attention from the pixels to themselves and to the text.
 
-    The text's keys and values do not depend on the image or the timestep: ``forward`` returns them, and takes them back
+    The text's keys and values do not depend on the image or the timestep, so ``forward`` returns them and accepts them
     at the next step of a sampling run.
     """
 
@@ -201,13 +201,13 @@ class AttnBlock(nn.Module):
         text: Float[Tensor, "texts n c_cond"],
         memory: tuple[Tensor, ...] | None = None,
     ) -> tuple[Float[Tensor, "texts h w c"], tuple[Tensor, ...]]:
-        """Attend; with several texts for each image (guidance) the batch becomes ``texts``.
+        """Add attention to ``x``; with several texts per image (guidance) the batch size becomes ``texts``.
 
         Args:
-            x: Pixels. Until the first attention all texts share them, so a batch that is ``texts / k`` is repeated
-                ``k`` times here, after what it shares has been computed once.
+            x: Pixels. Before the first attention all texts share them, so a batch of ``texts / k`` is repeated ``k``
+                times here, after the shared part has been computed once.
             text: Mapped text states.
-            memory: Keys and values of ``text`` that an earlier call returned.
+            memory: Keys and values of ``text``, as an earlier call returned them.
 
         Returns:
             The pixels and the text's keys and values.
@@ -219,13 +219,13 @@ class AttnBlock(nn.Module):
             memory = tuple(attention.heads(to(mapped)).contiguous() for to in (attention.to_k, attention.to_v))
         if (repeats := memory[0].shape[0] // x.shape[0]) > 1:
             x, q, k, v = (y.repeat(repeats, 1, 1, 1) for y in (x, q, k, v))
-        # Concatenation lays keys and values out head by head, which attention on CPUs is a quarter faster on.
+        # Concatenation stores keys and values head by head, which makes attention on CPUs a quarter faster.
         k, v = torch.cat([k, memory[0]], dim=2), torch.cat([v, memory[1]], dim=2)
         return x + attention(q.contiguous(), k, v).view_as(x), memory
 
 
 def timestep_embedding(t: Float[Tensor, " batch"], c_r: int, dtype: torch.dtype) -> Float[Tensor, "batch c_r"]:
-    """Sines and cosines of ``t * 10000``, computed in at least float32: bfloat16 would merge neighbouring timesteps."""
+    """Return sines and cosines of ``t * 10000``, in at least float32, as bfloat16 merges adjacent timesteps."""
     half = c_r // 2
     frequencies = torch.exp(torch.arange(half, device=t.device).float() * (-math.log(10000) / (half - 1)))
     angles = (t.to(torch.promote_types(t.dtype, torch.float32)) * 10000)[:, None] * frequencies
@@ -233,14 +233,14 @@ def timestep_embedding(t: Float[Tensor, " batch"], c_r: int, dtype: torch.dtype)
 
 
 def check_size(what: str, x: Float[Tensor, "batch c h w"], multiple: int) -> None:
-    """Refuse an image-shaped tensor that some level could not halve.
+    """Check that every level can halve an image-shaped tensor.
 
     Raises:
-        UsageError: Names the size and what it must be a multiple of.
+        UsageError: Height or width is not a multiple of ``multiple``.
     """
     h, w = x.shape[-2:]
     if h % multiple or w % multiple:
-        raise UsageError(f"{what} of {h}x{w} do not fit: height and width must be multiples of {multiple}")
+        raise UsageError(f"{what} are {h}x{w}: height and width must be multiples of {multiple}")
 
 
 def xavier(module: nn.Module) -> None:
@@ -249,6 +249,6 @@ def xavier(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, Attention):  # after its layers: the authors' are one matrix (3 c, c), and so is its Xavier
+    elif isinstance(module, Attention):  # after its layers; the authors fuse them into one matrix (3 c, c)
         for layer in (module.to_q, module.to_k, module.to_v):
             nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(1 / 2))

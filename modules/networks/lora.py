@@ -1,6 +1,6 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) in a network, through peft: add, merge, write for diffusers.
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) for networks, using peft: add, merge, write for diffusers.
 
-A linear layer W becomes W + scaling B A; only A and B are trained. Checkpoints keep all three.
+A linear layer W becomes W + scaling B A, and only A and B are trained. Checkpoints contain all three.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ...hints import closest
 
 RANK = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention, as in diffusers' own training scripts
-SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")  # what a merge can reproduce
-ADAPTER = "default"  # what peft calls the only adapter there is
-FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks
+SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")  # those that a merge supports
+ADAPTER = "default"  # peft's name for a single adapter
+FILE = "pytorch_lora_weights.safetensors"  # the file name that diffusers expects
 _BASE = ".base_layer."
 
 
@@ -29,12 +29,12 @@ def add_lora(network: nn.Module, settings: Mapping[str, Any]) -> dict[str, float
     """Freeze a network and add adapters to its linear layers.
 
     Args:
-        network: The network.
-        settings: Those of ``peft.LoraConfig``: ``r`` (default: 16), ``lora_alpha`` (default: ``r``), ``lora_dropout``,
-            ``target_modules`` (default: the layers of attention), ``use_rslora``.
+        network: Network to adapt.
+        settings: Settings of ``LoraConfig``: ``r`` (default: 16), ``lora_alpha`` (default: ``r``), ``lora_dropout``,
+            ``target_modules`` (default: the attention layers), ``use_rslora``.
 
     Returns:
-        What a merge needs to know, to be kept in checkpoints.
+        The settings that a merge needs, to be stored in checkpoints.
 
     Raises:
         UsageError: peft is missing, a setting is unknown or out of range, or a target is not a linear layer.
@@ -49,13 +49,13 @@ def add_lora(network: nn.Module, settings: Mapping[str, Any]) -> dict[str, float
             raise UsageError(f"lora has {name!r}, expected {', '.join(SETTINGS)}{closest(name, SETTINGS)}")
     rank = settings.get("r", RANK)
     if not isinstance(rank, int) or rank < 1:
-        raise UsageError(f"lora's r is {rank!r}, expected a whole number from 1")
+        raise UsageError(f"lora's r is {rank!r}, expected a whole number of at least 1")
     targets = settings.get("target_modules", TARGETS)
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise UsageError(f"lora's target_modules are {targets!r}, expected a list of names of layers")
-    for name, layer in network.named_modules():  # peft takes convolutions too, but not those of ours
+        raise UsageError(f"lora's target_modules are {targets!r}, expected a list of layer names")
+    for name, layer in network.named_modules():  # peft adapts convolutions too, but not our channels-last ones
         if any(f".{name}".endswith(f".{target}") for target in targets) and type(layer) is not nn.Linear:
-            raise UsageError(f"lora's target_modules reach {name}, which is not a linear layer: leave it out")
+            raise UsageError(f"lora's target_modules match {name}, which is not a linear layer: leave it out")
     try:
         asked: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS} | dict(settings)
         with unset_fake_temporarily():
@@ -69,10 +69,10 @@ def add_lora(network: nn.Module, settings: Mapping[str, Any]) -> dict[str, float
 
 
 def _materialise(layer: Any) -> None:
-    """Give a layer's adapters numbers where its base has them.
+    """Allocate a layer's adapters on the device of its base layer.
 
-    peft moves adapters there, which the fake tensors of `rewurst plan` do not allow. So it makes them outside of their
-    mode, on the meta device, from where it moves nothing.
+    peft moves adapters there, which the fake tensors of `rewurst plan` do not allow. So peft creates them outside of
+    the fake tensor mode, on the meta device, from which it moves nothing.
     """
     base = layer.get_base_layer().weight
     for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
@@ -81,7 +81,7 @@ def _materialise(layer: Any) -> None:
 
 
 def merged(state: Mapping[str, Tensor], lora: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return a network's tensors with the adapters added to the layers that they adapt, by their plain names."""
+    """Return a network's tensors with the adapters merged into their layers, under the layers' plain names."""
     plain = {}
     for name, tensor in state.items():
         if ".lora_" in name:
@@ -95,15 +95,15 @@ def merged(state: Mapping[str, Tensor], lora: Mapping[str, float]) -> dict[str, 
 
 
 def write_lora(folder: Path, state: Mapping[str, Tensor], lora: Mapping[str, float], part: str) -> int:
-    """Write adapters as the file that diffusers' ``load_lora_weights`` reads; return how many layers they adapt.
+    """Write adapters for diffusers' ``load_lora_weights`` and return the number of layers they adapt.
 
-    The scaling is part of B there: a loader without metadata takes it for 1.
+    The file's B includes the scaling, because a loader without metadata assumes a scaling of 1.
 
     Args:
-        folder: Folder to write.
+        folder: Folder to write to.
         state: Tensors of the network with its adapters.
-        lora: What :func:`add_lora` returned.
-        part: What the pipeline calls the network.
+        lora: Result of :func:`add_lora`.
+        part: Name of the network in the pipeline.
     """
     tensors = {}
     for name, tensor in state.items():

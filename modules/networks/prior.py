@@ -1,4 +1,4 @@
-"""Stage C: the text-conditional prior in the Semantic Compressor's latents."""
+"""Stage C: the text-conditional prior over the Semantic Compressor's latents."""
 
 import math
 from typing import ClassVar
@@ -26,18 +26,18 @@ from .layers import (
 class Prior(Network):
     """Würstchen's Stage C: residual, timestep and attention blocks in turn, at one resolution (arXiv 2306.00637).
 
-    It works on the compressor's latents in a scale of its own (``normalize``), for which diffusers has the names
-    ``latent_mean`` and ``latent_std``: attributes, for they belong to the pipeline rather than to the network's
-    arguments. They are the released compressor's where nothing sets them.
+    It scales the compressor's latents (``normalize``) by ``latent_mean`` and ``latent_std``, as diffusers calls them.
+    These are attributes rather than arguments of the network, because they belong to the pipeline. Their defaults are
+    the released compressor's.
 
     Args:
         c_in: Channels of the latents.
-        c: Width.
+        c: Width of the blocks.
         c_cond: Width of the text states.
         c_r: Width of the timestep embedding.
-        depth: Blocks of each kind.
-        nhead: Attention heads; divides ``c``.
-        dropout: In MLPs and after attention.
+        depth: Number of blocks of each kind.
+        nhead: Number of attention heads; it must divide ``c``.
+        dropout: Dropout rate in MLPs and after attention.
     """
 
     diffusers_class = "WuerstchenPrior"
@@ -75,7 +75,7 @@ class Prior(Network):
         self.reset_parameters()
 
     def normalize(self, z: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
-        """Bring the compressor's latents to the scale that Stage C trains on: (z + 1) / 42 of the released ones."""
+        """Scale the compressor's latents for Stage C: (z + 1) / 42 for the released one."""
         return (z + self.latent_std) / self.latent_mean
 
     def denormalize(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
@@ -84,12 +84,12 @@ class Prior(Network):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the authors do: Xavier, small inputs, no output and no timestep, residuals scaled by depth.
+        """Initialize as the authors do: Xavier, small inputs, zero output and timestep, residuals scaled by depth.
 
-        Their N(0, 0.02) keeps something of a text's scale at their widths. Narrow ones would leave next to nothing,
-        and attention would not find the text for hundreds of steps: there the scale is kept. And zero padding, all that
-        tells one place of the grid from another, tells it only where channels are not zero: in narrow networks, which
-        have few blocks to spread it, they begin with a constant.
+        The authors' N(0, 0.02) preserves part of a text's scale at their widths. In narrow networks almost nothing
+        would be left, and attention would ignore the text for hundreds of steps, so they preserve the scale. Also, only
+        zero padding tells positions apart, and only if channels are not zero. Narrow networks have few blocks to
+        spread this information, so their channels start with a constant.
         """
         self.apply(xavier)
         nn.init.normal_(self.projection.weight, std=0.02)
@@ -116,22 +116,22 @@ class Prior(Network):
         """Predict the noise in ``x``.
 
         Args:
-            x: Noised latents, in the scale that ``normalize`` gives.
+            x: Noised latents, in the scale of ``normalize``.
             t: Timesteps in [0, 1].
-            text: Text states, padding included: all 77 of CLIP. ``k`` times the batch (guidance) is as if ``x`` and
-                ``t`` were repeated ``k`` times, and cheaper.
-            cache: The same dict for all steps of one sampling run, so that what depends on ``text`` alone is computed
-                at its first step only.
+            text: Text states including padding: all 77 of CLIP. ``k`` times the batch size (guidance) gives the same
+                result as repeating ``x`` and ``t`` ``k`` times, at less cost.
+            cache: One dict for all steps of a sampling run, so that values that depend only on ``text`` are computed
+                at the first step only.
 
         Returns:
-            eps = (x - a) / (|1 - b| + 1e-5), in the dtype of ``x``.
+            The noise, eps = (x - a) / (|1 - b| + 1e-5), in the dtype of ``x``.
 
         Raises:
-            UsageError: The texts are no multiple of the batch.
+            UsageError: The number of texts is not a multiple of the batch size.
         """
         if text.shape[0] % x.shape[0]:
             raise UsageError(
-                f"got {text.shape[0]} texts for {x.shape[0]} latents: give one, or the same number, for each"
+                f"got {text.shape[0]} texts for {x.shape[0]} latents: give one, or the same number, per latent"
             )
         dtype = self.projection.weight.dtype
         cache = {} if cache is None else cache

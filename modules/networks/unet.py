@@ -32,13 +32,13 @@ from .layers import (
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all blocks of one forward pass see.
+    """Conditions that all blocks of a forward pass share.
 
     Attributes:
-        embedding: Of the timestep, (batch, c_r).
+        embedding: Embedding of the timestep, (batch, c_r).
         text: Mapped text states, (batch, n, c_cond).
-        effnet: The compressor's latents, (batch, 16, h, w); none where no level sees them.
-        cache: Of the sampling run.
+        effnet: The compressor's latents, (batch, 16, h, w), or None if no level sees them.
+        cache: Cache of the sampling run.
     """
 
     embedding: Tensor
@@ -47,11 +47,11 @@ class Conditions:
     cache: ConditionCache
 
     def latents(self, h: int, w: int) -> Float[Tensor, "batch h w c_latent"]:
-        """Resize the compressor's latents, once a sampling run for each size."""
+        """Resize the compressor's latents, once per size and sampling run."""
         key = f"latents.{h}x{w}"
         if key not in self.cache:
             if self.effnet is None:
-                raise ValueError("effnet is None: a level sees the compressor's latents (inject_effnet)")
+                raise ValueError("effnet is None, but a level needs the compressor's latents (inject_effnet)")
             resized = F.interpolate(
                 self.effnet.float(), size=(h, w), mode="bicubic", antialias=True, align_corners=True
             )
@@ -66,17 +66,17 @@ class StageBUNet(Network):
         c_in: Channels of the noised latents.
         c_out: Channels of the predicted noise.
         c_r: Width of the timestep embedding.
-        patch_size: Latent pixels folded into the first level's pixels, on each side.
+        patch_size: Side length in latent pixels of the patch that makes a pixel of the first level.
         c_cond: Width of mapped text states and conditions.
         c_hidden: Width of each level.
-        nhead: Attention heads of each level; -1 where a level has no attention.
-        blocks: How often each level repeats its ``level_config``.
-        level_config: For each level a word of C (residual), T (timestep) and A (attention).
-        inject_effnet: Whether a level sees the compressor's latents.
+        nhead: Number of attention heads of each level; -1 for a level without attention.
+        blocks: Number of times each level repeats its ``level_config``.
+        level_config: Blocks of each level, as a word of C (residual), T (timestep) and A (attention).
+        inject_effnet: Whether each level sees the compressor's latents.
         effnet_embd: Channels of the compressor's latents.
         clip_embd: Width of the text states.
-        kernel_size: Of the depthwise convolutions.
-        dropout: In MLPs and after attention; one for all levels or one for each.
+        kernel_size: Kernel size of the depthwise convolutions.
+        dropout: Dropout rate in MLPs and after attention; one for all levels or one per level.
     """
 
     diffusers_class = "WuerstchenDiffNeXt"
@@ -139,12 +139,12 @@ class StageBUNet(Network):
 
     @property
     def multiple(self) -> int:
-        """What the latents' height and width must be multiples of."""
+        """Number of which the latents' height and width must be multiples."""
         return int(self.patch_size * 2 ** (len(self.down_blocks) - 1))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the authors do; each residual block is scaled once, by 1 / sqrt(number of blocks)."""
+        """Initialize as the authors do; each residual block is scaled once, by 1 / sqrt(number of blocks)."""
         self.apply(xavier)
         for mapper in [*self.effnet_mappers, self.clip_mapper]:
             if mapper is not None:
@@ -160,12 +160,12 @@ class StageBUNet(Network):
     def predictor(
         self, effnet: Tensor | None, text: Tensor, guidance_scale: float = 0.0
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function of x and t that predicts the noise throughout one sampling run.
+        """Return the function of x and t that predicts the noise during one sampling run.
 
         Args:
             effnet: The compressor's latents, (n, 16, h, w).
-            text: Text states, (n, length, width); with guidance (2 n, length, width), the unwanted ones second.
-            guidance_scale: Scale of the guidance away from no embedding and the unwanted text; up to 1 there is none.
+            text: Text states, (n, length, width); with guidance (2 n, length, width), the negative ones last.
+            guidance_scale: Scale of the guidance away from the zero embedding and the negative text; off up to 1.
         """
         guided = guidance_scale > 1
         cache: ConditionCache = {}
@@ -194,13 +194,13 @@ class StageBUNet(Network):
         Args:
             x: Noised Stage A latents divided by 0.3764; height and width are multiples of ``multiple``.
             t: Timesteps in [0, 1].
-            effnet: The compressor's latents, as it gives them; None where no level sees them.
-            text: Text states, padding included.
-            cache: The same dict for all steps of one sampling run, so that what depends on ``effnet`` and ``text``
-                alone is computed at its first step only.
+            effnet: The compressor's latents, not normalized, or None if no level sees them.
+            text: Text states, including padding.
+            cache: One dict for all steps of a sampling run, so that values that depend only on ``effnet`` and
+                ``text`` are computed at the first step only.
 
         Returns:
-            eps = (x - a) / b, in the dtype of ``x``.
+            The noise, eps = (x - a) / b, in the dtype of ``x``.
         """
         check_size("latents", x, self.multiple)
         dtype = self.clip_mapper.weight.dtype
@@ -223,7 +223,7 @@ class StageBUNet(Network):
     def _level(
         self, y: Tensor, name: str, mapper: nn.Module | None, seen: Conditions, skip: Tensor | None = None
     ) -> Tensor:
-        """Run one level's blocks; its first block, a residual one, takes the skip."""
+        """Run a level's blocks; the first, a residual block, takes the skip connection."""
         blocks = self.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList)
         weights = None if mapper is None else (mapper.weight, mapper.bias)
@@ -241,7 +241,7 @@ class StageBUNet(Network):
 
 
 def _blocks(config: dict[str, Any], i: int, c_skip: int = 0) -> list[nn.Module]:
-    """Build level i's blocks; its first block has ``c_skip`` channels more to see."""
+    """Build level i's blocks; the first takes ``c_skip`` additional channels."""
     c, c_cond, dropout = config["c_hidden"][i], config["c_cond"], config["dropout"]
     dropout = dropout[i] if isinstance(dropout, list) else dropout
     built: list[nn.Module] = []
@@ -258,14 +258,14 @@ def _blocks(config: dict[str, Any], i: int, c_skip: int = 0) -> list[nn.Module]:
 
 
 def _down(c_hidden: Sequence[int], i: int) -> list[nn.Module]:
-    """Build the way into level i; the first level has none."""
+    """Build the downsampling into level i; the first level has none."""
     if i == 0:
         return []
     return [nn.Sequential(layer_norm(c_hidden[i - 1]), Conv(c_hidden[i - 1], c_hidden[i], kernel_size=2, stride=2))]
 
 
 def _up(c_hidden: Sequence[int], i: int) -> list[nn.Module]:
-    """Build the way out of level i; the first level has none."""
+    """Build the upsampling out of level i; the first level has none."""
     if i == 0:
         return []
     out = ConvTranspose(c_hidden[i], c_hidden[i - 1], kernel_size=2, stride=2)
@@ -273,11 +273,11 @@ def _up(c_hidden: Sequence[int], i: int) -> list[nn.Module]:
 
 
 def _check_levels(config: dict[str, Any], levels: int) -> None:
-    """Refuse lists that do not have an entry for each level, and words that do not begin with C or know other kinds."""
+    """Check that lists have an entry per level, and that words begin with C and consist of C, T and A."""
     for name in ("nhead", "blocks", "level_config", "inject_effnet"):
         if (count := len(config[name])) != levels:
-            raise UsageError(f"{name} has {count} entries and c_hidden {levels}: give one for each level")
+            raise UsageError(f"{name} has {count} entries but c_hidden has {levels}: give one per level")
     if unknown := set("".join(config["level_config"])) - set("CTA"):
         raise UsageError(f"level_config has {min(unknown)!r}: use C, T and A")
     if wrong := [word for word in config["level_config"] if not word.startswith("C")]:
-        raise UsageError(f"level_config has {wrong[0]!r}: begin each level with C, which takes the skip")
+        raise UsageError(f"level_config has {wrong[0]!r}: begin each level with C, which takes the skip connection")

@@ -1,4 +1,4 @@
-"""Stage A: the 4x VQGAN between pixels and latents, and the discriminator it is trained against."""
+"""Stage A: the 4x VQGAN between pixels and latents, and the discriminator for its training."""
 
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
@@ -15,9 +15,9 @@ from .layers import Conv, ConvTranspose, Pointwise, Shuffle, Unshuffle, check_si
 
 
 class MixingResidualBlock(nn.Module):
-    """Depthwise and channelwise mixing, each behind a norm with scalar scale and shift and a scalar gate.
+    """Depthwise and channelwise mixing, each with a norm, a scalar scale and shift, and a scalar gate.
 
-    All six scalars start at zero, so that a fresh block is the identity.
+    All six scalars start at zero, so that a new block is the identity.
     """
 
     def __init__(self, c: int, c_hidden: int) -> None:
@@ -42,8 +42,8 @@ class Quantized(NamedTuple):
     """Latents snapped to the codebook.
 
     Attributes:
-        latents: (batch, 4, h, w); their gradient goes straight through to the latents before.
-        indices: (batch, h, w), which code.
+        latents: Quantized latents, (batch, 4, h, w); their gradient passes straight through to the unquantized ones.
+        indices: Index of each code, (batch, h, w).
         loss: Distance of the codes to the latents plus ``beta`` times that of the latents to the codes.
     """
 
@@ -53,7 +53,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest neighbour in a codebook (van den Oord et al., equation 3), commitment weighted with ``beta``."""
+    """Nearest neighbor in a codebook (van den Oord et al., equation 3), with the commitment weighted by ``beta``."""
 
     def __init__(self, num_embeddings: int, c: int, beta: float = 0.25, rows_at_once: int = 8192) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / num_embeddings, 1 / num_embeddings)
 
     def forward(self, z: Float[Tensor, "batch c h w"]) -> Quantized:
-        """Snap each pixel of ``z`` to its nearest code; distances are held for ``rows_at_once`` pixels only."""
+        """Snap each pixel of ``z`` to its nearest code, computing distances for ``rows_at_once`` pixels at a time."""
         pixels = z.permute(0, 2, 3, 1)
         codes = self.embedding.weight
         with torch.no_grad():
@@ -78,15 +78,15 @@ class VQGAN(Network):
     """Würstchen's Stage A: images in [0, 1] to 4x smaller latents with four channels and back (arXiv 2306.00637).
 
     Args:
-        in_channels: Of images.
-        out_channels: Of reconstructions.
-        up_down_scale_factor: Pixel (un)shuffle at the border to images.
-        levels: Resolutions; each after the first halves again.
-        bottleneck_blocks: Blocks of the decoder at the lowest resolution.
-        embed_dim: Width there.
-        latent_channels: Of latents and codes.
-        num_vq_embeddings: Codes.
-        scale_factor: Stage B works on latents divided by it.
+        in_channels: Channels of images.
+        out_channels: Channels of reconstructions.
+        up_down_scale_factor: Factor of the pixel (un)shuffle next to the images.
+        levels: Number of resolutions; each halves the one before.
+        bottleneck_blocks: Number of decoder blocks at the lowest resolution.
+        embed_dim: Width at the lowest resolution.
+        latent_channels: Channels of latents and codes.
+        num_vq_embeddings: Number of codes.
+        scale_factor: Divisor of the latents that Stage B works on.
     """
 
     diffusers_class = "PaellaVQModel"
@@ -133,7 +133,7 @@ class VQGAN(Network):
         self.out_block = nn.Sequential(Pointwise(widths[0], out_channels * patch), Shuffle(up_down_scale_factor))
 
     def encode(self, images: Float[Tensor, "batch c_image h w"]) -> Float[Tensor, "batch c h_latent w_latent"]:
-        """Return the latents before quantisation, normalised by the encoder's BatchNorm."""
+        """Return the latents before quantization, normalized by the encoder's BatchNorm."""
         check_size("images", images, self.compression)
         x = self.in_block(images)
         for block in self.down_blocks[:-1]:
@@ -147,34 +147,34 @@ class VQGAN(Network):
         return out
 
     def decode(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c_image h_image w_image"]:
-        """Return images, not clamped."""
+        """Decode latents into images, not clamped."""
         images: Tensor = self.out_block(self.up_blocks(latents.permute(0, 2, 3, 1).contiguous()))
         return images.contiguous()
 
     def forward(
         self, images: Float[Tensor, "batch c_image h w"], quantize: bool = True
     ) -> tuple[Float[Tensor, "batch c_image h w"], Quantized | None]:
-        """Reconstruct images, through the codebook or past it."""
+        """Reconstruct images, with or without quantization."""
         latents = self.encode(images)
         quantized = self.quantize(latents) if quantize else None
         return self.decode(latents if quantized is None else quantized.latents), quantized
 
     def to_latents(self, images: Float[Tensor, "batch c_image h w"]) -> Float[Tensor, "batch c h_latent w_latent"]:
-        """Encode into the space in which Stage B works: not quantised, divided by ``scale_factor``."""
+        """Encode images into Stage B's latent space: not quantized, divided by ``scale_factor``."""
         return self.encode(images) / self.scale_factor
 
     def to_images(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c_image h_image w_image"]:
-        """Decode from the space in which Stage B works, clamped to [0, 1]."""
+        """Decode latents of Stage B's space into images, clamped to [0, 1]."""
         return self.decode(latents * self.scale_factor).clamp(0, 1)
 
 
 class PatchDiscriminator(Network):
-    """Stage A's adversary: one logit (positive: real) for each patch.
+    """Stage A's discriminator: one logit (positive: real) per patch; spectral norm, InstanceNorm, LeakyReLU 0.2.
 
     Args:
-        c_in: Image channels.
-        c_hidden: Width of the last layers; halved for each layer before them.
-        depth: Stride-2 convolutions: a patch is ``2**depth`` pixels. Spectral norm, InstanceNorm, LeakyReLU 0.2.
+        c_in: Channels of images.
+        c_hidden: Width of the last layers, halved for each layer before them.
+        depth: Number of stride-2 convolutions; a patch is ``2**depth`` pixels wide.
     """
 
     diffusers_class = "PatchDiscriminator"
@@ -199,13 +199,13 @@ class PatchDiscriminator(Network):
         self.logits = nn.Conv2d(widths[-1], 1, kernel_size=1)
 
     def forward(self, images: Float[Tensor, "batch c_image h w"]) -> Float[Tensor, "batch 1 h_patch w_patch"]:
-        """Judge each patch.
+        """Return the logit of each patch.
 
         Raises:
-            UsageError: The image is no larger than one patch: InstanceNorm needs more.
+            UsageError: The image is not larger than one patch, which InstanceNorm requires.
         """
         h, w = images.shape[-2:]
         if max(h, w) <= (patch := 2 ** self.config["depth"]):
-            raise UsageError(f"images of {h}x{w} are one patch of {patch} pixels: give larger ones or a smaller depth")
+            raise UsageError(f"images of {h}x{w} have one patch of {patch} pixels: give larger ones or a smaller depth")
         logits: Tensor = self.logits(self.encoder(images))
         return logits

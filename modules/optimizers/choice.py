@@ -1,4 +1,4 @@
-"""Which optimizer a module trains with: by name, with the module's own settings, or any that a config describes."""
+"""Choice of a module's optimizer: by name, with the module's settings, or any optimizer from a config."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ OptimizerChoice: TypeAlias = OptimizerName | OptimizerCallable
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What a module's named optimizers are made with.
+    """Settings of a module's named optimizers.
 
-    Lion's are taken from AdamW's: a tenth of the learning rate and ten times the weight decay, the far end of what Chen
-    et al. 2023, section 5, advise, with their betas of (0.9, 0.99).
+    Lion's are derived from AdamW's: a tenth of the learning rate and ten times the weight decay, the upper end of the
+    advice of Chen et al. 2023, section 5, with their betas of (0.9, 0.99).
     """
 
     lr: float
@@ -35,14 +35,14 @@ class OptimizerSettings:
     weight_decay: float
 
     def of(self, name: OptimizerName) -> OptimizerCallable:
-        """The named optimizer, over parameter groups.
+        """Return the function that builds the named optimizer from parameter groups.
 
         Raises:
-            UsageError: There is none of that name.
+            UsageError: The name is unknown.
         """
         if name not in get_args(OptimizerName):
             raise UsageError(
-                f"optimizer {name!r} is none of {', '.join(get_args(OptimizerName))}"
+                f"optimizer {name!r} is not one of {', '.join(get_args(OptimizerName))}"
                 f"{closest(name, get_args(OptimizerName))}"
             )
         if name.startswith("lion"):
@@ -58,17 +58,17 @@ def make_optimizer(
     module: nn.Module,
     groups: Sequence[dict[str, Any]] | None = None,
 ) -> Optimizer:
-    """Makes a module's optimizer; where its states take 8 bits, those of embeddings do not.
+    """Build a module's optimizer, with exceptions for embeddings.
 
-    An embedding's rows have gradients of very different sizes, rare tokens' hardly any, so that blocks lose them
-    (Dettmers et al. 2021, section 2.3). Nor are embeddings and output heads matrices to :class:`Muon`
-    (Jordan et al. 2024).
+    8-bit optimizers keep embeddings' states in 32 bits: the gradients of rare tokens are so much smaller than others
+    that blocks would lose them (Dettmers et al. 2021, section 2.3). :class:`Muon` does not treat embeddings and output
+    heads as matrices (Jordan et al. 2024).
 
     Args:
-        choice: What the user has chosen.
-        settings: Of named optimizers.
-        module: What is trained.
-        groups: Parameter groups; by default :func:`parameter_groups`.
+        choice: Optimizer that the user has chosen.
+        settings: Settings of named optimizers.
+        module: Module to train.
+        groups: Parameter groups (default: :func:`parameter_groups`).
     """
     make = settings.of(choice) if isinstance(choice, str) else choice
     optimizer = make(parameter_groups(module) if groups is None else groups)
@@ -81,14 +81,14 @@ def make_optimizer(
 
 
 def _heads(module: nn.Module) -> list[Tensor]:
-    """Weights of the output heads of transformers models."""
+    """Return the weights of the output heads of transformers models."""
     models: list[Any] = [part for part in module.modules() if hasattr(part, "get_output_embeddings")]
     heads = [model.get_output_embeddings() for model in models]
     return [head.weight for head in heads if head is not None]
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """What is trained of a module, in two groups: matrices, which decay, and everything else, which does not."""
+    """Return a module's trained parameters in two groups: matrices, with weight decay, and the rest, without."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     others = [parameter for parameter in parameters if parameter.ndim < 2]
@@ -96,7 +96,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _fused_adamw(params: Any, **settings: Any) -> Optimizer:
-    """Torch's AdamW, which takes no other optimizer's states: it would only notice in the middle of a step."""
+    """Build torch's AdamW, and check loaded states, as it would notice another optimizer's only during a step."""
     optimizer = torch.optim.AdamW(params, fused=True, **settings)
     optimizer.register_load_state_dict_pre_hook(_check_states)
     return optimizer
@@ -108,7 +108,7 @@ def _check_states(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 STAGES = OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
-"""Stages A and C: torch's AdamW(lr), as the authors' scripts call it. That only matrices decay is ours."""
+"""For Stages A and C: torch's AdamW(lr) as in the authors' scripts, except that only matrices decay."""
 
 STAGE_B = OptimizerSettings(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
-"""Stage B, as in the authors' script for its first version; that of the paper's version was not published."""
+"""For Stage B, as in the authors' script for its first version; the script for the paper's was not published."""

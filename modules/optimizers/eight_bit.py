@@ -1,8 +1,8 @@
-"""AdamW and Lion whose states take 8 bits an element, on one device and on the shards of many.
+"""AdamW and Lion with states of 8 bits per element, on one device or sharded over many.
 
-The arithmetic is bitsandbytes' (CPU, CUDA, ROCm and XPU). What is ours is that it steps on what a process holds of a
-sharded parameter, and that checkpoints hold the states as 32-bit optimizers do: they load at any number of processes,
-and in a run with 32-bit states or from one.
+bitsandbytes does the arithmetic (CPU, CUDA, ROCm and XPU). This file adds steps on a process's part of a sharded
+parameter, and checkpoints in the format of 32-bit optimizers: they load with any number of processes, and between runs
+with 8-bit and 32-bit states in both directions.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from .block_quantisation import count_blocks, decode, encode, table
 State = dict[str, Any]
 Betas = tuple[float, float]
 DEVICES = ("cpu", "cuda", "xpu")
-"""Where bitsandbytes has kernels for 8-bit states."""
+"""Device types for which bitsandbytes has kernels for 8-bit states."""
 
 
 class EightBitOptimizer(Optimizer):
-    """What AdamW and Lion share: states in blocks of 8 bits, and 32-bit ones in checkpoints.
+    """Base class of AdamW and Lion with 8-bit states, stored as 32-bit states in checkpoints.
 
-    Tensors of fewer than ``min_8bit_size`` elements (all of a sharded tensor's count) and those given to
-    :meth:`keep_32_bits` have ordinary states. ``state_dict`` holds float32 numbers in the host's memory, by the names
-    that ``torch.optim`` uses, sharded as their parameter is. Going on from it is going on to the bit, as long as
-    processes hold the parts that they held; otherwise blocks fall elsewhere, and states are rounded once.
+    Tensors with fewer than ``min_8bit_size`` elements (counting all parts of a sharded tensor) and those passed to
+    :meth:`keep_32_bits` have ordinary states. ``state_dict`` contains float32 numbers in host memory, under the names
+    that ``torch.optim`` uses, sharded like their parameter. Resuming is exact to the bit if each process has the same
+    parts as before; otherwise block boundaries move, and states are rounded once.
 
-    Subclasses name the algorithm for bitsandbytes, and their states with whether these can be below 0.
+    Subclasses give bitsandbytes' name of the algorithm, and their states' names with whether they can be negative.
     """
 
     algorithm: ClassVar[str]
@@ -58,20 +58,20 @@ class EightBitOptimizer(Optimizer):
             _require_bitsandbytes(type(self).__name__)
 
     def __getstate__(self) -> State:
-        """What a copy is made of: what keeps 32 bits too."""
+        """Return the state for a copy, including which parameters keep 32-bit states."""
         return super().__getstate__() | {"_kept": self._kept}
 
     def keep_32_bits(self, parameters: Iterable[Tensor]) -> None:
-        """Gives these parameters ordinary states, whatever their size: before the first step."""
+        """Give these parameters ordinary states, whatever their size; call it before the first step."""
         self._kept |= set(parameters)
 
     def in_8_bits(self, parameter: Tensor) -> bool:
-        """Whether a parameter's states take 8 bits an element."""
+        """Return whether a parameter's states take 8 bits per element."""
         kinds = (torch.float32, torch.bfloat16, torch.float16)
         return parameter.numel() >= self.min_8bit_size and parameter not in self._kept and parameter.dtype in kinds
 
     def allocate(self) -> None:
-        """Makes room for the states of all parameters, which the first step would do."""
+        """Allocate the states of all parameters, as the first step would."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not self.state[parameter]:
@@ -79,7 +79,7 @@ class EightBitOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; returns what the closure does."""
+        """Perform one step and return the closure's result."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             whole = []
@@ -93,7 +93,7 @@ class EightBitOptimizer(Optimizer):
                     whole.append((local, gradient, state))
                     continue
                 state["step"] += 1
-                if local.numel():  # a process may hold nothing of a small tensor
+                if local.numel():  # a process may have no part of a small tensor
                     self._step_8_bits(group, local, gradient, state)
             if whole:
                 self._step_32_bits(group, *(list(parts) for parts in zip(*whole, strict=True)))
@@ -102,7 +102,7 @@ class EightBitOptimizer(Optimizer):
     def _step_8_bits(self, group: Mapping[str, Any], parameter: Tensor, gradient: Tensor, state: State) -> None:
         from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
-        # Kernels read memory from end to end; channels-last weights, for one, do not lie so.
+        # Kernels need contiguous memory, which channels-last weights, for example, do not have.
         contiguous = parameter.contiguous()
         tables = [table(signed, parameter.device) for signed in self.moments.values()]
         optimizer_update_8bit_blockwise(
@@ -113,7 +113,7 @@ class EightBitOptimizer(Optimizer):
             state2=state.get("exp_avg_sq"),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            beta3=0.0,  # this and alpha are AdEMAMix's
+            beta3=0.0,  # beta3 and alpha are for AdEMAMix
             alpha=0.0,
             eps=group["eps"],
             step=state["step"],
@@ -149,9 +149,9 @@ class EightBitOptimizer(Optimizer):
         return state
 
     def state_dict(self) -> State:
-        """States as ``torch.optim`` keeps them, in float32 and the host's memory."""
+        """Return the states in ``torch.optim``'s format, in float32 and host memory."""
         saved = super().state_dict()
-        # Keys that torch.optim.AdamW would otherwise fill in with slower choices of its own.
+        # Without these keys, torch.optim.AdamW would choose slower defaults.
         defaults = torch.optim.AdamW([torch.zeros(1)], fused=True).defaults
         saved["param_groups"] = [{**defaults, **group} for group in saved["param_groups"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -174,10 +174,10 @@ class EightBitOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes states of this optimizer or of its 32-bit relative over.
+        """Load states of this optimizer or of its 32-bit version.
 
         Raises:
-            UsageError: They are another optimizer's.
+            UsageError: The states belong to a different optimizer.
         """
         own = {"params", "initial_lr", *self.defaults}
         groups = [{k: v for k, v in group.items() if k in own} for group in state_dict["param_groups"]]
@@ -202,14 +202,14 @@ class EightBitOptimizer(Optimizer):
 
 
 class AdamW8bit(EightBitOptimizer):
-    """AdamW (Loshchilov and Hutter 2019) with states in 8 bits; small tensors are stepped by torch's fused one.
+    """AdamW (Loshchilov and Hutter 2019) with 8-bit states; small tensors use torch's fused AdamW.
 
     Args:
         params: Parameters or groups.
         lr: Learning rate.
-        betas: Decay of the two moments.
-        eps: Added to the root of the second.
-        weight_decay: Decoupled.
+        betas: Decay rates of the two moments.
+        eps: Number added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
     """
 
     algorithm = "adam"
@@ -232,13 +232,13 @@ class AdamW8bit(EightBitOptimizer):
 
 
 class Lion8bit(EightBitOptimizer):
-    """Lion (Chen et al. 2023, algorithm 2) with its state in 8 bits.
+    """Lion (Chen et al. 2023, algorithm 2) with an 8-bit state.
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate: a third to a tenth of AdamW's, as the paper has it.
-        betas: Interpolation of the update, and decay of the momentum.
-        weight_decay: Decoupled: three to ten times AdamW's.
+        lr: Learning rate; the paper recommends a third to a tenth of AdamW's.
+        betas: Interpolation factor of the update, and decay rate of the momentum.
+        weight_decay: Decoupled weight decay; three to ten times AdamW's.
     """
 
     algorithm = "lion"
@@ -263,7 +263,7 @@ class Lion8bit(EightBitOptimizer):
 
 
 class Lion(Lion8bit):
-    """Lion with its state in the parameters' precision."""
+    """Lion with a state in the parameters' precision."""
 
     min_8bit_size = math.inf
 
@@ -271,7 +271,7 @@ class Lion(Lion8bit):
 def adamw_step(
     group: Mapping[str, Any], parameters: list[Tensor], gradients: list[Tensor], states: list[State]
 ) -> None:
-    """AdamW's step as torch's fused kernel has it, on plain tensors."""
+    """Perform a step of torch's fused AdamW on plain tensors."""
     adamw(
         parameters,
         gradients,
@@ -291,21 +291,21 @@ def adamw_step(
 
 
 def require_states(optimizer: str, moments: Iterable[str], state: Mapping[str, Any]) -> None:
-    """Refuses a parameter's state that belongs to another optimizer.
+    """Check that a parameter's state belongs to this kind of optimizer.
 
     Raises:
-        UsageError: Says what it holds and what is needed.
+        UsageError: It belongs to a different one; the message names what it has and what is needed.
     """
     held, wanted = sorted(set(state) - {"step"}), sorted(moments)
     if held != wanted:
         raise UsageError(
-            f"the checkpoint's optimizer keeps {' and '.join(held) or 'nothing'} of a parameter and {optimizer} "
-            f"{' and '.join(wanted)}: keep the optimizer, or begin with the weights alone (init_from)"
+            f"the checkpoint's optimizer stores {' and '.join(held) or 'nothing'} per parameter, but {optimizer} needs "
+            f"{' and '.join(wanted)}: keep the optimizer, or start from the weights only (init_from)"
         )
 
 
 def _require_bitsandbytes(name: str) -> None:
-    # On CPUs with bfloat16 it asks for a package for 4-bit products, which nothing here computes.
+    # On CPUs with bfloat16 it warns about a missing package for 4-bit products, which are not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional  # noqa: F401

@@ -1,4 +1,4 @@
-"""Muon: steps in orthogonal directions for matrices, AdamW for everything else, as one optimizer."""
+"""Muon: one optimizer with orthogonalized steps for matrices and AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from ...dtensor import local_part
 from .eight_bit import Betas, State, adamw_step, require_states
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration (Jordan et al. 2024): steep at 0, singular values end within 0.7 and 1.2."""
+"""Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024): singular values end in [0.7, 1.2]."""
 
 TOGETHER = 2**22
-"""Elements of matrices of one shape that are multiplied at a time: small ones gain by it, large ones need no more."""
+"""Number of elements of equally shaped matrices to multiply at a time; batching speeds up small matrices."""
 
 
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024) for matrices and AdamW for the rest, with learning rates of AdamW's size for both.
+    """Muon (Jordan et al. 2024) for matrices and AdamW for the rest, with learning rates of AdamW's scale for both.
 
-    A matrix moves by its momentum with all singular values brought near 1, times 0.2 sqrt(max(rows, columns)), which is
-    the size that AdamW's steps have (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2). Kernels of
-    convolutions are matrices too, one row for each index of their first dimension. Vectors, depthwise kernels, anything
-    else with a single row or column, and what is given to :meth:`keep_adamw` are AdamW's: embeddings and the output
-    heads of language models should be (the modules here do it). A matrix has one state instead of AdamW's two.
+    A matrix's step is its momentum with all singular values brought near 1, times 0.2 sqrt(max(rows, columns)), which
+    matches the size of AdamW's steps (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2). Convolution
+    kernels count as matrices, with a row per index of their first dimension. AdamW handles vectors, depthwise kernels,
+    anything else with a single row or column, and parameters passed to :meth:`keep_adamw`, which should be embeddings
+    and language models' output heads (rewurst's modules do this). A matrix has one state instead of AdamW's two.
 
-    On shards (FSDP) states stay shards, and every process computes the directions of whole matrices: correct, and as
-    much arithmetic in each process as in one.
+    Under FSDP states stay sharded, and every process computes the directions of whole matrices: the result is correct,
+    but the arithmetic per process does not shrink with more processes.
 
     Args:
         params: Parameters or groups.
         lr: Learning rate.
-        betas: Decay of AdamW's moments.
-        eps: Added to the root of AdamW's second.
-        weight_decay: Decoupled, of both kinds.
-        momentum: Decay of the momentum of matrices, which looks ahead (Nesterov).
-        matrix_lr_scale: The learning rate of matrices is this multiple of ``lr``.
-        iterations: Of Newton-Schulz.
+        betas: Decay rates of AdamW's moments.
+        eps: Number added to the root of AdamW's second moment.
+        weight_decay: Decoupled weight decay of all parameters.
+        momentum: Decay rate of the matrices' Nesterov momentum.
+        matrix_lr_scale: Factor by which ``lr`` is multiplied for matrices.
+        iterations: Number of Newton-Schulz iterations.
 
     Raises:
-        UsageError: A number outside of its range; a loaded state that is another optimizer's.
+        UsageError: A number is out of range, or a loaded state belongs to a different optimizer.
     """
 
     def __init__(
@@ -76,26 +76,26 @@ class Muon(Optimizer):
                 )
         self._adamw: set[Tensor] = set()
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        # torch reads "fused" where it restores a state: AdamW's step count belongs on the parameter's device then.
+        # With "fused", torch restores AdamW's step count on the parameter's device.
         more = {"matrix_lr_scale": matrix_lr_scale, "iterations": iterations, "fused": True}
         super().__init__(params, defaults | more)
         self.register_load_state_dict_pre_hook(_check_states)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of: what AdamW steps too."""
+        """Return the state for a copy, including which parameters AdamW keeps."""
         return super().__getstate__() | {"_adamw": self._adamw}
 
     def keep_adamw(self, parameters: Iterable[Tensor]) -> None:
-        """Has AdamW step these, whatever their shape: before the first step."""
+        """Let AdamW handle these parameters, whatever their shape; call it before the first step."""
         self._adamw |= set(parameters)
 
     def is_orthogonal(self, parameter: Tensor) -> bool:
-        """Whether a parameter's steps are Muon's rather than AdamW's."""
+        """Return whether Muon rather than AdamW handles a parameter."""
         return parameter.ndim >= 2 and min(parameter.shape[:2]) > 1 and parameter not in self._adamw
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; returns what the closure does."""
+        """Perform one step and return the closure's result."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -143,8 +143,8 @@ class Muon(Optimizer):
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Bring all singular values of ``matrices`` (n, rows, columns) near 1, by Newton-Schulz iterations.
 
-    Each applies 3.4445 s - 4.775 s^3 + 2.0315 s^5 to singular values, which are at most 1 once the matrix has been
-    divided by its norm. Computed in bfloat16 on accelerators, in float32 on CPUs.
+    Each iteration applies 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular values, which are at most 1 after division
+    by the matrix's norm. The computation is in bfloat16 on accelerators and in float32 on CPUs.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

@@ -1,1 +1,1 @@
-"""What several of the LightningModules use."""
+"""Building blocks that several of the LightningModules share."""

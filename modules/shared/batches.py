@@ -1,4 +1,4 @@
-"""Batches of the Würstchen stages: their pixels, and randomness by sample."""
+"""Batches of the Würstchen stages: pixels, and random numbers per sample."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -11,20 +11,20 @@ Batch: TypeAlias = dict[str, Any]
 
 
 def pixels(batch: Batch) -> Float[Tensor, "batch 3 h w"]:
-    """Return a batch's images in [0, 1]: data modules send bytes."""
+    """Return a batch's images, converted from bytes to [0, 1]."""
     images: Tensor = batch["image"]
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return a tensor in at least float32: what losses are computed in."""
+    """Return a tensor in at least float32, the precision that losses are computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def generators(batch: Batch) -> list[Generator] | None:
-    """Return a generator for each sample of a batch, seeded with its ``seed``; none where it has none.
+    """Return a generator per sample of a batch, seeded with its ``seed``, or None if the batch has no seeds.
 
-    They are the CPU's: what is drawn depends neither on the device nor on ranks, workers or micro-batches.
+    They are CPU generators, so that random numbers do not depend on the device, ranks, workers or micro-batches.
     """
     if "seed" not in batch:
         return None
@@ -34,7 +34,7 @@ def generators(batch: Batch) -> list[Generator] | None:
 def uniforms(
     randomness: Sequence[Generator] | None, batch_size: int, count: int, device: torch.device
 ) -> Float[Tensor, "count batch"]:
-    """Draw ``count`` numbers in [0, 1) for each sample, from its own generator."""
+    """Draw ``count`` numbers in [0, 1) per sample, each sample's from its own generator."""
     if randomness is None:
         return torch.rand(count, batch_size, device=device)
     return torch.stack([torch.rand(count, generator=one) for one in randomness], dim=1).to(device)

@@ -1,4 +1,4 @@
-"""What stages of diffusion share as LightningModules: validation by intervals of time, frozen parts, the optimizer."""
+"""Base class of the diffusion stages: validation by intervals of time, frozen parts, the optimizer."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .image_metrics import CorpusMeans, log_means
 from .monitored import MeasuredByCorpus, WatchedModule
 
 BUCKETS = 5
-"""Intervals of t that the validation loss is told apart by."""
+"""Number of intervals of t for which validation losses are logged separately."""
 
 
 class DiffusionStage(MeasuredByCorpus, WatchedModule):
-    """A diffusion model that is trained on what frozen networks make of captioned images.
+    """A diffusion model trained on the outputs of frozen networks for captioned images.
 
-    Subclasses take in losses with :meth:`take_in` in their ``validation_step``. Logged are, for each corpus, the means
-    of what was taken in, and over all corpora ``<stage>/loss_at/<interval of t>``.
+    Subclasses pass losses to :meth:`take_in` in their ``validation_step``. Their means are logged per corpus, and over
+    all corpora as ``<stage>/loss_at/<interval of t>``.
 
     Args:
-        optimizer: Of all that is trained.
-        max_grad_norm: As in :class:`WatchedModule`.
-        max_loss_weight: Largest value of 1 / snr(t) that losses are weighted with.
+        optimizer: Optimizer of all trained parameters.
+        max_grad_norm: Norm to clip gradients to, as in :class:`WatchedModule`.
+        max_loss_weight: Largest weight of a loss; weights are 1 / snr(t) up to it.
 
     Raises:
-        UsageError: A weight below 1.
+        UsageError: ``max_loss_weight`` is below 1.
     """
 
     optimizer_settings: ClassVar[OptimizerSettings] = STAGES
@@ -44,33 +44,33 @@ class DiffusionStage(MeasuredByCorpus, WatchedModule):
     ) -> None:
         super().__init__(max_grad_norm)
         if max_loss_weight < 1:
-            raise UsageError(f"max_loss_weight {max_loss_weight} must be at least 1, which is no weight")
+            raise UsageError(f"max_loss_weight {max_loss_weight} must be at least 1, which means no weighting")
         self.max_loss_weight = max_loss_weight
         self.optimizer = optimizer
         self._means = CorpusMeans()
 
     @abstractmethod
     def frozen_parts(self) -> dict[str, Frozen[Any] | None]:
-        """Networks that are used and not trained, by the name of the argument that gives them; none where absent."""
+        """Return the frozen networks, or None if absent, by the name of the argument that sets them."""
 
     def quantiles(self, batch: Batch, drawn: Tensor) -> Tensor:
-        """A number in [0, 1) for each sample, (n,), to make its training time of: as ``drawn`` where a batch has none.
+        """Return a number in [0, 1) per sample, (n,), for its training time; ``drawn`` if a batch has none.
 
-        A data module's ``quantile`` is evenly spread over the global batch. Losses differ more by t than by picture,
-        and the gradient of a batch that has all times in it is far less noisy.
+        A data module's ``quantile`` is evenly spread over the global batch. Losses vary more with t than with the
+        image, so the gradient of a batch that covers all times is far less noisy.
         """
         given = batch.get("quantile")
         return drawn if given is None else torch.as_tensor(given, dtype=drawn.dtype).to(drawn.device)
 
     def validation_times(self, batch: Batch, count: int, randomness: list[Generator] | None) -> tuple[Tensor, Tensor]:
-        """Interval of t and t of each of ``count`` samples, (count,): the same at every validation."""
+        """Return the interval of t, and t, of each of ``count`` samples, (count,), equal at every validation."""
         rows = torch.as_tensor(batch.get("row", range(count)), device=self.device)
         [within] = uniforms(randomness, count, 1, self.device)
         bucket = rows % BUCKETS
         return bucket, ((bucket + within) / BUCKETS).clamp_min(0.001)
 
     def take_in(self, corpus: int, losses: Tensor, errors: Tensor, bucket: Tensor, counted: Tensor) -> None:
-        """Takes in each sample's loss for its corpus, and its error for its interval of t."""
+        """Add each sample's loss to its corpus's mean, and its error to the mean of its interval of t."""
         self._means.add("loss", corpus, losses, counted)
         for index in range(BUCKETS):
             self._means.add(f"loss_at/{index}", 0, errors, counted & (bucket == index))
@@ -83,17 +83,17 @@ class DiffusionStage(MeasuredByCorpus, WatchedModule):
         log_means(self, means, stage, loaders)
 
     def configure_optimizers(self) -> Optimizer:
-        """One optimizer over all that is trained; weight decay, if there is any, acts on matrices only."""
+        """Build the optimizer of all trained parameters; weight decay, if any, applies only to matrices."""
         return make_optimizer(self.optimizer, self.optimizer_settings, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps which attribute is which network, and what the frozen ones are and where they came from."""
+        """Add descriptions of the networks, and the fingerprints and sources of the frozen ones."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["networks"] = describe(self)
         checkpoint["frozen"] = {name: part.state() for name, part in self.frozen_parts().items() if part is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that was trained with other frozen parts."""
+        """Check that the checkpoint was trained with the same frozen parts."""
         for name, part in self.frozen_parts().items():
             if part is not None:
                 part.check(checkpoint.get("frozen", {}).get(name), name)

@@ -1,7 +1,7 @@
-"""Floating-point operations of a training step, by counting what the networks' products take.
+"""Floating-point operations of a training step, counted from the networks' matrix products.
 
-A multiplication and an addition are two. A backward pass takes twice the forward pass's, once for the inputs and once
-for the weights; what is computed again to save memory is not counted, as in every published model FLOP utilisation.
+A multiplication and an addition count as two. A backward pass takes twice as many as the forward pass, for the inputs
+and for the weights. Recomputation to save memory is not counted, as in every published model FLOP utilization.
 """
 
 import json
@@ -21,27 +21,27 @@ from ..networks.base import Network
 Shape = tuple[int, ...]
 TRAINED = 3  # forward, and backward to inputs and weights
 FROZEN = 1
-PASSED = 2  # gradients go through it to its inputs, and none to its weights
+PASSED = 2  # forward, and backward to the inputs only
 
 
 def flops_per_token(parameters: int, layers: int, width: int, length: int) -> float:
     """Return the FLOPs per token of training a transformer: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
 
     Args:
-        parameters: Parameters that a token is multiplied with, N.
+        parameters: Number of parameters that a token is multiplied with, N.
         layers: Number of layers, L.
         width: Width of the hidden states, d.
-        length: Length of a row in tokens, T; attention counts as if every token looked at all others.
+        length: Length of a row in tokens, T; attention counts as if every token attended to all others.
     """
     return 6.0 * parameters + 12.0 * layers * width * length
 
 
 def matrix_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a transformers model that tokens are multiplied with, as training counts them.
+    """Return the number of a transformers model's parameters that tokens are multiplied with in training.
 
-    Frozen ones, such as those below adapters, count two thirds: they have no gradients of their own.
+    Frozen parameters, such as those under adapters, count two thirds, because they have no gradients.
 
-    Vectors (norms, biases) and embeddings that are only looked up (tokens, positions) are left out; an embedding that
+    Vectors (norms, biases) and embeddings that are only looked up (tokens, positions) are left out. An embedding that
     is tied to the head counts once, as the head.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
@@ -53,23 +53,23 @@ def matrix_parameters(model: nn.Module) -> int:
 
 
 def forward_flops(network: Network, shapes: Sequence[Shape | None], method: str = "__call__") -> float:
-    """FLOPs of a forward pass of ``network.method`` on inputs of the given shapes, None for an input that is None.
+    """Return the FLOPs of a forward pass of ``network.method`` on inputs of given shapes (None for no input).
 
-    They are counted once for each network and shapes, on a copy that holds no numbers.
+    They are counted once per network and shapes, on a copy on the meta device.
     """
     config = json.dumps(network.config, sort_keys=True)
     return _counted(type(network), config, tuple(shape and tuple(shape) for shape in shapes), method)  # type: ignore[arg-type]
 
 
 def text_flops(encoder: TextEncoder, texts: int) -> float:
-    """FLOPs of a forward pass of a text encoder on a number of texts."""
+    """Return the FLOPs of a text encoder's forward pass on a number of texts."""
     config = encoder.model.config.to_json_string(use_diff=False)
     return _counted_text(type(encoder.model), config, texts, encoder.length)  # type: ignore[arg-type]
 
 
 @cache
 def lpips_flops(images: Shape) -> float:
-    """FLOPs of LPIPS's network on images (n, 3, height, width), one of the two that it compares."""
+    """Return the FLOPs of LPIPS's network on one of the two batches of images (n, 3, height, width) it compares."""
     with torch.random.fork_rng([]), torch.device("meta"):
         return _count(LPIPS(vgg16()), "features", [torch.empty(images)])
 
@@ -77,10 +77,10 @@ def lpips_flops(images: Shape) -> float:
 def stage_a_flops(
     vqgan: VQGAN, images: Shape, adversary: PatchDiscriminator | None = None, perceptual: bool = False
 ) -> float:
-    """FLOPs of a training step of Stage A on images (n, 3, height, width).
+    """Return the FLOPs of a training step of Stage A on images (n, 3, height, width).
 
-    The adversary sees what was decoded twice, once for each network's loss, and the originals. LPIPS sees both, with
-    gradients for one.
+    The discriminator processes the reconstructions twice, once per network's loss, and the originals once. LPIPS
+    processes both, with gradients only for the reconstructions.
     """
     latents = (images[0], vqgan.config["latent_channels"], *(side // vqgan.compression for side in images[2:]))
     total = TRAINED * (forward_flops(vqgan, [images], "encode") + forward_flops(vqgan, [latents], "decode"))
@@ -107,5 +107,5 @@ def _counted_text(model: Any, config: str, texts: int, length: int) -> float:
 
 def _count(network: nn.Module, method: str, inputs: Sequence[torch.Tensor | None]) -> float:
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        getattr(network, method)(*inputs)  # with gradients, as in training: networks do some things otherwise without
+        getattr(network, method)(*inputs)  # with gradients, because networks compute some things differently without
     return float(counter.get_total_flops())

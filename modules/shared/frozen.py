@@ -17,21 +17,21 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class Frozen(Generic[AnyModule]):
-    """A network that a module uses and does not train.
+    """A network that a module uses but does not train.
 
-    It is no submodule: neither the optimizer nor the checkpoint nor an average of weights holds it. The checkpoint says
-    where it came from and its fingerprint instead.
+    It is not a submodule, so optimizer, checkpoint and weight averages do not contain it. The checkpoint stores its
+    source and fingerprint instead.
 
     Args:
-        module: The network.
-        source: Name of the file, folder or model on the hub.
+        module: Network to freeze.
+        source: Name of its file, folder or model on the hub.
     """
 
     def __init__(self, module: AnyModule, source: str) -> None:
         self.module, self.source = module.eval().requires_grad_(False), source
 
     def on(self, device: torch.device) -> AnyModule:
-        """Return the network, moved to a device the first time."""
+        """Return the network on a device, moving it the first time."""
         first = next(self.module.parameters(), None)
         if first is not None and first.device != device:
             self.module.to(device)
@@ -48,14 +48,14 @@ class Frozen(Generic[AnyModule]):
         return digest.hexdigest()
 
     def state(self) -> dict[str, str]:
-        """Return what a checkpoint keeps of it."""
+        """Return its description in checkpoints."""
         return {"source": self.source, "sha256": self.fingerprint}
 
     def check(self, kept: Mapping[str, str] | None, name: str) -> None:
-        """Refuse to go on with another network than the checkpoint was trained with.
+        """Check that this is the network that the checkpoint was trained with.
 
         Raises:
-            UsageError: Names both.
+            UsageError: It is a different network; the message names both.
         """
         if kept is not None and kept["sha256"] != self.fingerprint:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""How near reconstructions are to images, by image, and means over a corpus that no batch or rank changes."""
+"""Similarity of reconstructions to images, and means over a corpus that do not depend on batches or ranks."""
 
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -14,9 +14,9 @@ Images: TypeAlias = Float[Tensor, "batch 3 h w"]
 
 
 def psnr(images: Images, targets: Images) -> Float[Tensor, " batch"]:
-    """Peak signal-to-noise ratio in dB of each image in [0, 1], clamped to it first.
+    """Return the peak signal-to-noise ratio in dB of each image, after clamping to [0, 1].
 
-    Means of it are means of decibels over images, not the decibels of a mean squared error over all of them.
+    Its mean is the mean of decibels over images, not the decibels of their mean squared error.
     """
     values: Tensor = peak_signal_noise_ratio(
         images.float().clamp(0, 1), targets.float(), data_range=1.0, reduction="none", dim=(1, 2, 3)
@@ -25,7 +25,7 @@ def psnr(images: Images, targets: Images) -> Float[Tensor, " batch"]:
 
 
 def ssim(images: Images, targets: Images) -> Float[Tensor, " batch"]:
-    """Structural similarity of each image in [0, 1] (Wang et al. 2004: Gaussian window, 11 pixels, deviation 1.5)."""
+    """Return each image's structural similarity (Wang et al. 2004: Gaussian window, 11 pixels, deviation 1.5)."""
     values = structural_similarity_index_measure(
         images.float().clamp(0, 1), targets.float(), data_range=1.0, reduction="none"
     )
@@ -34,24 +34,24 @@ def ssim(images: Images, targets: Images) -> Float[Tensor, " batch"]:
 
 
 def valid_samples(batch: dict[str, Tensor], like: Tensor) -> Tensor:
-    """Return which samples of a batch count: all but those that only fill it up, (batch,)."""
+    """Return which samples of a batch count, (batch,); padding samples do not."""
     return batch.get("valid", torch.ones(like.shape[0], dtype=torch.bool)).to(like.device)
 
 
 class CorpusMeans:
-    """Means over the samples of each corpus, whatever batches they come in and whatever rank they are on."""
+    """Means over the samples of each corpus, regardless of their batches and ranks."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, int], Tensor] = {}
 
     def add(self, name: str, corpus: int, values: Float[Tensor, " batch"], counted: Tensor) -> None:
-        """Take in a value for each sample; ``counted`` says which of them count. Ranks must add alike."""
+        """Add a value per sample that ``counted`` selects. All ranks must make the same calls."""
         chosen = values.double()[counted]
         sums = torch.stack([chosen.sum(), counted.sum().double()])
         self._sums[name, corpus] = self._sums.get((name, corpus), torch.zeros_like(sums)) + sums
 
     def reduce(self, strategy: Strategy) -> dict[tuple[str, int], Tensor]:
-        """Return the mean over all ranks by name and corpus, and begin anew. Where nothing counted there is none."""
+        """Return the mean over all ranks by name and corpus, leaving out those without samples, and reset."""
         keys, sums = list(self._sums), list(self._sums.values())
         self._sums = {}
         if not keys:
@@ -62,7 +62,7 @@ class CorpusMeans:
 
 
 def log_means(module: LightningModule, means: Mapping[tuple[str, int], Tensor], stage: str, loaders: object) -> None:
-    """Log means as ``<stage>/<name>/<corpus>`` and the average of the losses; corpora are the loaders' keys."""
+    """Log means as ``<stage>/<name>/<corpus>``, and the losses' average; the loaders' keys name the corpora."""
     names = dict(enumerate(loaders)) if isinstance(loaders, dict) else {index: str(index) for _, index in means}
     for (name, corpus), mean in means.items():
         module.log(f"{stage}/{name}/{names[corpus]}", mean)

@@ -1,4 +1,4 @@
-"""Text encoders that are trained with Stage C: built from a config, kept in checkpoints as plain values, read back."""
+"""Text encoders trained with Stage C: built from a config, stored in checkpoints as plain values, and restored."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..networks.weight_files import is_one_file, read_file
 
 
 def fresh_text_encoder(settings: Mapping[str, Any]) -> TextEncoder:
-    """Build a CLIP text model with fresh weights around a tokenizer.
+    """Build a CLIP text model with new weights for a tokenizer.
 
     Args:
-        settings: Those of ``transformers.CLIPTextConfig``, without the numbers of tokens, which are the tokenizer's,
-            and ``tokenizer``, a folder that ``rewurst prepare tokenizer`` made. ``max_position_embeddings`` states
-            are what the stages see of a text.
+        settings: Settings of ``transformers.CLIPTextConfig``, except those that follow from the tokenizer, and
+            ``tokenizer``, a folder made by ``rewurst prepare tokenizer``. The stages see a text as
+            ``max_position_embeddings`` states.
 
     Raises:
-        UsageError: An unknown setting, no tokenizer.
+        UsageError: A setting is unknown, or there is no tokenizer.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -41,16 +41,16 @@ def fresh_text_encoder(settings: Mapping[str, Any]) -> TextEncoder:
     end = tokenizer.eos_token_id
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     model = CLIPTextModel(CLIPTextConfig(**settings, **tokens))
-    # CLIP's deviation of 0.02 is gone after some ten of AdamW's first steps: words would be told apart much later.
+    # AdamW's first ten or so steps drown CLIP's deviation of 0.02, so words would become distinct much later.
     words: Any = model.get_input_embeddings()
     torch.nn.init.normal_(words.weight)
     return TextEncoder(model, tokenizer)
 
 
 def _framed_tokenizer(folder: str, length: int) -> Any:
-    """Load a tokenizer so that texts begin and end with its end token, as CLIP's do, and are padded with it.
+    """Load a tokenizer whose texts begin and end with its end token, as CLIP's do, and are padded with it.
 
-    Without them an empty text would have no token that attention may look at.
+    Without these tokens an empty text would have nothing to attend to.
     """
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
@@ -69,7 +69,7 @@ def _framed_tokenizer(folder: str, length: int) -> Any:
 
 
 def text_encoder_state(encoder: TextEncoder, attribute: str) -> dict[str, Any]:
-    """Return what a checkpoint says of an encoder whose weights it holds under ``attribute``: texts and numbers."""
+    """Return a checkpoint's description, in plain values, of an encoder with weights under ``attribute``."""
     with tempfile.TemporaryDirectory() as folder:
         encoder.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
@@ -78,10 +78,10 @@ def text_encoder_state(encoder: TextEncoder, attribute: str) -> dict[str, Any]:
 
 
 def checkpoint_text_encoder(path: str | Path) -> TextEncoder | str | None:
-    """Return the text encoder that a checkpoint holds, or the name of the one it was trained with, if it says any.
+    """Return a checkpoint's text encoder, or the name of the one it was trained with, or None.
 
     Raises:
-        UsageError: The file cannot be read, or what it holds does not belong together.
+        UsageError: The file cannot be read, or its text encoder is broken.
     """
     if not is_one_file(path):
         return None

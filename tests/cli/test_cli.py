@@ -271,7 +271,7 @@ def test_wrong_use_is_one_line_and_status_2(
         (["prepare", "verify", "nowhere"], "no corpus at nowhere"),
         (
             ["export", "hf", "nowhere.ckpt", "out"],
-            "nowhere.ckpt is no file: give a .safetensors, .pt or .ckpt file with weights",
+            "nowhere.ckpt is not a file: give a .safetensors, .pt or .ckpt file with weights",
         ),
         (["generate", "text", "./nowhere", "a"], "model folder ./nowhere does not exist"),
     ],

@@ -274,7 +274,7 @@ def test_results_of_a_model_gather(tmp_path: Path) -> None:
         ([], "nothing to evaluate: give --tasks, --corpus or --images"),
         (["--corpus", "a/x", "b/x"], "b/x and a/x would both be called 'x': say NAME=b/x"),
         (["--images", "x", "--image_size", "63"], "image_size=63 does not fit this model's stages"),
-        (["--images", "x", "--image_size", "64", "--inception", "no.pth"], "inception no.pth is no file"),
+        (["--images", "x", "--image_size", "64", "--inception", "no.pth"], "inception no.pth is not a file"),
         (["--corpus", "x", "--limit", "0"], "limit 0 must be at least 1"),
     ],
 )

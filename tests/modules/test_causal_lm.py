@@ -183,7 +183,7 @@ class TestInitFrom:
         for name, message in (
             ("cut.ckpt", r"cut.ckpt cannot be read as weights \(.*\): copy or download it again"),
             ("cut.safetensors", r"cut.safetensors cannot be read as weights \(.*\): copy or"),
-            ("cutt.ckpt", r"cutt.ckpt is no file; did you mean \S+cut.ckpt"),
+            ("cutt.ckpt", r"cutt.ckpt is not a file; did you mean \S+cut.ckpt"),
         ):
             with pytest.raises(UsageError, match=message):
                 CausalLM(tiny_config, init_from=str(tmp_path / name))
@@ -195,7 +195,7 @@ class TestInitFrom:
 
         torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
         with pytest.raises(
-            UsageError, match=r"bomb.ckpt holds a pickled getattr, which is not loaded: give a file of tensors"
+            UsageError, match=r"bomb.ckpt contains a pickled getattr, which is not loaded: give a file of tensors"
         ):
             CausalLM(tiny_config, init_from=str(tmp_path / "bomb.ckpt"))
         assert not (tmp_path / "executed").exists()

@@ -148,7 +148,7 @@ def test_the_unet_needs_no_embedding_if_no_level_uses_it() -> None:
         ({"unet": UNET | {"inject_effnet": [False, True]}}, r"inject_effnet is \[False, True\]: nothing is injected"),
         ({"unet": UNET | {"c_in": 3}}, "unet's c_in is 3 but stage_a's latent_channels is 4: set c_in to that"),
         ({"unet": UNET | {"clip_embd": 3}}, "unet's clip_embd is 3 but the text encoder's width is 16"),
-        ({"high_noise_share": 1.5}, r"high_noise_share 1.5 must lie in \[0, 1\]"),
+        ({"high_noise_share": 1.5}, r"high_noise_share 1.5 must be in \[0, 1\]"),
         ({"high_noise_steps": -1}, "high_noise_steps -1 must be at least 0"),
         ({"max_loss_weight": 0.5}, "max_loss_weight 0.5 must be at least 1"),
     ],
@@ -163,5 +163,5 @@ def test_other_latents_are_refused(single: Build, picture_data: Data, tmp_path: 
         single().data_of({"z": torch.zeros(1), "caption": ["disc"]})
     data = picture_data()
     data.made_by = {"stage_a": {"sha256": "another", "source": "there", "corpus": "shapes"}}
-    with pytest.raises(UsageError, match=r"stage_a of .* is not what made the latents of shapes"):
+    with pytest.raises(UsageError, match=r"stage_a of .* did not make the latents of shapes"):
         trainer(tmp_path, max_steps=1).fit(single(), data)

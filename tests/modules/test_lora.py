@@ -140,9 +140,9 @@ def test_a_run_resumes(
     ("lora", "message"),
     [
         ({"rank": 4}, "lora has 'rank', expected r, lora_alpha"),
-        ({"r": 0}, "lora's r is 0, expected a whole number from 1"),
+        ({"r": 0}, "lora's r is 0, expected a whole number of at least 1"),
         ({"target_modules": ["to_x"]}, "lora cannot be added: "),
-        ({"target_modules": ["projection"]}, "target_modules reach projection, which is not a linear layer"),
+        ({"target_modules": ["projection"]}, "target_modules match projection, which is not a linear layer"),
     ],
 )
 def test_wrong_settings(lora: dict[str, Any], message: str, stage_c: Callable[..., StageC]) -> None:

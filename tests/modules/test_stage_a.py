@@ -284,10 +284,10 @@ def test_non_finite_losses_stop_the_run(picture_data: Data, tmp_path: Path) -> N
     [
         ({"vqgan": "huge"}, "VQGAN has no preset 'huge'"),
         ({"vqgan": {"preset": "tiny", "embed_dims": 3}}, "VQGAN has no argument 'embed_dims'"),
-        ({"drop_quantisation": 1.0}, r"drop_quantisation 1.0 must lie in \[0, 1\)"),
+        ({"drop_quantisation": 1.0}, r"drop_quantisation 1.0 must be in \[0, 1\)"),
         ({"max_grad_norm": 0}, "max_grad_norm 0 must be above 0"),
         ({"adversarial_loss": "wasserstein"}, "adversarial_loss 'wasserstein' is unknown"),
-        ({"perceptual_weight": 0.1, "vgg16": "no/vgg.pth"}, "no/vgg.pth is no file"),
+        ({"perceptual_weight": 0.1, "vgg16": "no/vgg.pth"}, "no/vgg.pth is not a file"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
@@ -297,7 +297,7 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
 
 def test_missing_perceptual_weights_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.warns(UserWarning, match="training goes without the perceptual loss; give vgg16, or set") as said:
+    with pytest.warns(UserWarning, match="training omits the perceptual loss; give vgg16, or set") as said:
         module = stage_a(perceptual_weight=0.1)
     assert len(said) == 1
     assert module.lpips is None

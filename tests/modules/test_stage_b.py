@@ -244,14 +244,14 @@ def test_a_pretrained_backbone(stage_a_folder: str, tmp_path: Path) -> None:
     module = stage_b(stage_a_folder, unet=unet, compressor={}, backbone_weights=str(tmp_path / "efficientnet.pth"))
     for name, tensor in module.compressor.backbone.state_dict().items():
         assert torch.equal(tensor, state[f"features.{name}"])
-    with pytest.raises(UsageError, match=r"efficientnet.pth has no features\.\S+ as the backbone has"):
+    with pytest.raises(UsageError, match=r"efficientnet.pth lacks the backbone's features\.\S+:"):
         stage_b(stage_a_folder, backbone_weights=str(tmp_path / "efficientnet.pth"))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zero_share": 1.5}, r"zero_share 1.5 must lie in \[0, 1\]"),
+        ({"zero_share": 1.5}, r"zero_share 1.5 must be in \[0, 1\]"),
         ({"max_loss_weight": 0.5}, r"max_loss_weight 0.5 must be at least 1"),
         ({"unet": {"preset": "tiny"}}, r"unet's effnet_embd is 16 but the compressor's c_latent is 4"),
         ({"compressor": "huge"}, r"SemanticCompressor has no preset 'huge'"),

@@ -316,7 +316,7 @@ def test_an_export_draws_diffusers_pictures(
         ({"prior": "huge"}, "Prior has no preset 'huge'"),
         ({"prior": {**PRIOR, "c_in": 3}}, "prior's c_in is 3 but the compressor's c_latent is 4: set c_in to that"),
         ({"prior": {**PRIOR, "c_cond": 3}}, "prior's c_cond is 3 but the text encoder's width is 16"),
-        ({"latent_mean": 2.0}, "latent_mean 2.0 and latent_std None: give both, or none"),
+        ({"latent_mean": 2.0}, "latent_mean 2.0 and latent_std None: give both or neither"),
         ({"latent_mean": 0.0, "latent_std": 1.0}, "latent_mean 0.0 must be above 0"),
         ({"text_encoder": {"hidden_size": 16}}, "text_encoder has no tokenizer"),
         (
@@ -325,7 +325,7 @@ def test_an_export_draws_diffusers_pictures(
         ),
         ({"max_grad_norm": -1.0}, "max_grad_norm -1.0 must be above 0"),
         ({"max_loss_weight": 0.5}, "max_loss_weight 0.5 must be at least 1"),
-        ({"high_noise_share": 1.5}, r"high_noise_share 1.5 must lie in \[0, 1\]"),
+        ({"high_noise_share": 1.5}, r"high_noise_share 1.5 must be in \[0, 1\]"),
     ],
 )
 def test_bad_arguments(stage_c: Callable[..., StageC], changes: dict[str, Any], message: str) -> None:
@@ -345,5 +345,5 @@ def test_pictures_need_stage_b_and_a(stage_c: Callable[..., StageC], stages: dic
         "prior": PRIOR,
         "text_encoder": {"tokenizer": stages["tokenizer"], "hidden_size": 16, "num_attention_heads": 2},
     }
-    with pytest.raises(UsageError, match=r"b.ckpt names no Stage A, which pictures are drawn with: give stage_a"):
+    with pytest.raises(UsageError, match=r"b.ckpt names no Stage A, which is needed to generate images: give stage_a"):
         _ = StageC(str(tmp_path / "b.ckpt"), **clip).lower_stages

@@ -118,7 +118,7 @@ def test_other_makers_are_refused(
     SemanticCompressor.from_preset("tiny", widths=[8, 16, 16], c_latent=4).save(tmp_path / "other")
     data = LatentDataModule("d", {"a": Corpus(str(tmp_path / "latents"))}, {}, 4, 4)
     with pytest.raises(
-        UsageError, match=r"compressor of \S+other is not what made the latents of \S+latents, which was"
+        UsageError, match=r"compressor of \S+other did not make the latents of \S+latents, which were made"
     ):
         losses(str(tmp_path / "other"), text_encoder_folder, data)
 

@@ -94,7 +94,9 @@ def test_8_bit_states_resume_in_32_bits_and_without_sharding(pool: Pool, in_8_bi
 def test_another_optimizers_states_are_refused(pool: Pool, in_8_bits: dict[str, Any]) -> None:
     own = in_8_bits["own"] | {"resume": f"{in_8_bits['own']['folder']}/in_8_bits/step=4.ckpt", "optimizer": "lion_8bit"}
     answer = pool.run("run", 2, name="no", steps=12, **own)
-    assert "keeps exp_avg and exp_avg_sq of a parameter and Lion8bit exp_avg: keep the optimizer" in answer["usage"]
+    assert (
+        "stores exp_avg and exp_avg_sq per parameter, but Lion8bit needs exp_avg: keep the optimizer" in answer["usage"]
+    )
 
 
 def test_muons_states_resume_on_another_number_of_processes(pool: Pool, folder: str) -> None:

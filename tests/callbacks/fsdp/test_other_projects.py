@@ -46,7 +46,7 @@ def test_alike_modules_of_a_sequence_are_blocks(module: nn.Module, kinds: list[s
 
 @pytest.mark.parametrize("module", [nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.ReLU())])
 def test_what_does_not_repeat_is_refused(module: nn.Module) -> None:
-    with pytest.raises(UsageError, match="holds no list or sequence of alike modules"):
+    with pytest.raises(UsageError, match="has no list or sequence of modules of one class"):
         find_blocks(module)
 
 

@@ -220,14 +220,14 @@ def test_a_module_built_on_rank_zero_is_what_it_would_have_been(pool: Pool, hybr
 
 
 def test_a_module_that_no_process_built(pool: Pool) -> None:
-    assert "nobody knows the values of" in pool.run("built_on_rank_zero", 2, nobody=True)["usage"]
+    assert "so the values of" in pool.run("built_on_rank_zero", 2, nobody=True)["usage"]
 
 
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("blocks", "did you mean 'TransformerEncoderLayer'?; what repeats in it is"),
-        ("no blocks", "does not say which its blocks are"),
+        ("blocks", "did you mean 'TransformerEncoderLayer'?; these classes repeat in it: "),
+        ("no blocks", "does not name its blocks"),
         ("replicas", "replicas 3 do not divide 2 processes"),
         ("frozen", "beside of Foreign was built without memory"),
         ("manual", "use strategy ddp"),

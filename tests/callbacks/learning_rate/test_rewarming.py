@@ -141,12 +141,12 @@ def test_finished_epochs_are_reported() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: LRRewarming(COSINE, "ten"), "length 'ten' is no length"),
+        (lambda: LRRewarming(COSINE, "ten"), "length 'ten' is not a length"),
         (lambda: LRRewarming(COSINE, 0), "length 0 must be at least 1"),
         (lambda: LRRewarming(COSINE, 10, optimizer_state="drop"), "optimizer_state 'drop' must be"),  # type: ignore[arg-type]
         (lambda: LRRewarming(COSINE, 10, anneal_length=5), "WarmupCosine has no constant phase"),
         (lambda: fit(Foreign(), [LRRewarming(COSINE, 10)], 3), "the data module names no dataset"),
-        (lambda: fit(Foreign(scheduler=True), [LRRewarming(COSINE, 10, "a")], 3), "CosineAnnealingLR beside"),
+        (lambda: fit(Foreign(scheduler=True), [LRRewarming(COSINE, 10, "a")], 3), "CosineAnnealingLR and LRRewarming"),
         (lambda: fit(Foreign(), [LRRewarming(INFINITE, 9, "a", anneal_length=3)], 3), "needs a checkpoint in the"),
     ],
 )

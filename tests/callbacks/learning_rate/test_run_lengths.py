@@ -37,7 +37,7 @@ def test_lengths_in_steps(length: int | str, steps: int) -> None:
     ("length", "message"),
     [
         ("0 epochs", "length '0 epochs' must be above 0"),
-        ("1 epoch", "length '1 epoch' is in epochs, but object counts none: give it in steps"),
+        ("1 epoch", "length '1 epoch' is in epochs, but object does not count them: give it in steps"),
         ("an epoch", "length 'an epoch' is no length"),
     ],
 )

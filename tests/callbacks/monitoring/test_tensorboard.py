@@ -111,7 +111,7 @@ def test_the_layout_names_what_is_logged(corpora: dict[str, str], tiny_config: d
     rest = {name for name in logged if not name.startswith(by_corpus)} - unused
     assert rest <= shown, "everything that a person watches stands in a chart"
     assert charts["Validation loss"] == ["corpora/loss"]
-    assert f"MFU: {CausalLM.flops_formula}, a second and device, over its peak" in charts
+    assert f"MFU: {CausalLM.flops_formula}, per second and device, over its peak" in charts
 
 
 def test_the_start_of_a_dataset_is_marked(corpora: dict[str, str], tiny_config: dict[str, Any], tmp_path: Path) -> None:

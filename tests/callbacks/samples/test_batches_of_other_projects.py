@@ -107,7 +107,7 @@ def test_captions_go_with_their_samples() -> None:
 
 
 def test_unknown_batches_are_reported_and_a_hook_describes_them(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"a validation batch is a Own, and must be a tensor, or a dict.*batch_fields"):
+    with pytest.raises(UsageError, match=r"a validation batch is a Own, but must be a tensor, or a dict.*batch_fields"):
         fit(tmp_path, Draws(), BATCHES["own"], LogSamples(2))
 
     class Told(Draws):

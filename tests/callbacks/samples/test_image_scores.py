@@ -189,7 +189,7 @@ def test_two_processes_give_the_scores_of_one(clip_folder: str, tmp_path: Path) 
     [
         ({}, "give inception, the file pt_inception-2015-12-05-6726825d.pth of torch-fidelity, for FID, or clip"),
         ({"inception": "x", "samples": 1}, "samples 1 must be at least 2, and every_n_steps None at least 1"),
-        ({"inception": "no.pth"}, "inception no.pth is no file: give pt_inception-2015"),
+        ({"inception": "no.pth"}, "inception no.pth is not a file: give pt_inception-2015"),
         ({"clip": "/no/clip"}, "clip /no/clip cannot be loaded as a CLIP model with its processor"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_file_with_other_contents(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
     for name in ("other.pth", "text.pth"):
-        with pytest.raises(UsageError, match=f"{name} does not hold the weights of pt_inception"):
+        with pytest.raises(UsageError, match=f"{name} does not have the weights of pt_inception"):
             ImageScores(str(tmp_path / name)).setup(trainer(tmp_path), Draws(), "fit")
 
 
@@ -217,9 +217,9 @@ class Flat(Draws):
     ("module", "arguments", "val", "message"),
     [
         (Draws(), {"corpora": ["sean"]}, 6, "there is no validation corpus 'sean'; did you mean 'seen'"),
-        (Draws(), {"reference": "A"}, 6, "Draws.draw_samples gives B, C, no reference 'A'"),
-        (Flat(), {}, 6, r"Flat.predict_step gives shape \(4, 10\), expected pictures of shape 4 x 3 x height x width"),
-        (Draws(), {}, 1, "FID needs two images at least"),
+        (Draws(), {"reference": "A"}, 6, "Draws.draw_samples returns B, C, not reference 'A'"),
+        (Flat(), {}, 6, r"Flat.predict_step returns shape \(4, 10\), expected images of shape 4 x 3 x height x width"),
+        (Draws(), {}, 1, "FID needs at least two images"),
     ],
 )
 def test_bad_use(

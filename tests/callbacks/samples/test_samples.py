@@ -118,7 +118,7 @@ def test_large_pictures_are_not_enlarged() -> None:
 def test_bad_use(picture_data: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="samples 0 and every_n_steps None must be at least 1"):
         LogSamples(0)
-    with pytest.raises(UsageError, match="there is no validation corpus 'sean': choose of seen, unseen"):
+    with pytest.raises(UsageError, match="there is no validation corpus 'sean', only seen, unseen"):
         fit(tmp_path, picture_data(4, 4), LogSamples(corpora=["sean"]))
 
     class Plain(LightningModule):

@@ -236,7 +236,7 @@ def test_a_gif_whose_frame_is_larger_than_its_screen_is_refused() -> None:
     data = bytearray(encoded(Image.new("L", (8, 8)), "GIF"))
     frame = data.index(b",\0\0\0\0\x08\0\x08\0")
     data[frame + 5 : frame + 9] = struct.pack("<HH", 6000, 6000)
-    with pytest.raises(DecodeError, match="the picture is 6000 x 6000, its header says otherwise"):
+    with pytest.raises(DecodeError, match="the image is 6000 x 6000, which differs from its header"):
         decode(bytes(data))
 
 

@@ -106,7 +106,7 @@ def test_the_image_of_a_sample() -> None:
         ({"jpg": b"<html>"}, "not a JPEG"),
         ({"jpg": image(3, 3)[:20]}, "the png header is cut off"),
         ({"json": b"{"}, r"\.json is not valid JSON"),
-        ({"json": b"[]"}, r"\.json holds a list, expected an object"),
+        ({"json": b"[]"}, r"\.json contains a list, expected an object"),
         ({"json": b"\xff"}, r"\.json is not valid JSON"),
     ],
 )
@@ -143,7 +143,7 @@ def test_missing_captions() -> None:
         "a.tar: caption_key is 'captoin', which no sample has; did you mean 'caption'?"
     )
     assert str(no_caption("a.tar", "body", {"jpg": b""})) == (
-        "a.tar: caption_key is 'body', which no sample has; no .json holds text either"
+        "a.tar: caption_key is 'body', which no sample has; no .json has text either"
     )
     assert isinstance(no_caption("a.tar", "body", {"json": b"{"}), UsageError)
 

@@ -72,7 +72,7 @@ def test_weights_that_are_missing_or_of_another_network(vgg_file: Path, tmp_path
     monkeypatch.setattr(perceptual, "cached_vgg16", lambda: vgg_file)
     assert LPIPS.from_files() is not None
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UsageError, match=r"other.pth has no features.0.weight as VGG16 has: give torchvision's"):
+    with pytest.raises(UsageError, match=r"other.pth does not have VGG16's features.0.weight: give torchvision's"):
         LPIPS.from_files(tmp_path / "other.pth")
 
 

@@ -152,8 +152,8 @@ def test_ddim_sampling_is_deterministic() -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda x: diffusion.sample(lambda x, t: x, x, [1.0]), "timesteps [1.0] are wrong: give at least two"),
-        (lambda x: diffusion.sample(lambda x, t: x, x, [0.5, 1.0]), "timesteps [0.5, 1.0] are wrong"),
+        (lambda x: diffusion.sample(lambda x, t: x, x, [1.0]), "timesteps [1.0] are invalid: give at least two"),
+        (lambda x: diffusion.sample(lambda x, t: x, x, [0.5, 1.0]), "timesteps [0.5, 1.0] are invalid"),
         (lambda x: diffusion.sample(lambda x, t: x, x, [2.0, 0.0]), "within [0, 1]"),
         (lambda x: diffusion.draw(x.shape, [Generator(), Generator()], x), "got 2 generators for 3 images"),
     ],

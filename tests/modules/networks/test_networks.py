@@ -348,7 +348,7 @@ def test_compiled_blocks_change_nothing() -> None:
         (lambda: Prior.from_preset("tiny", nhead=3), "c is 64 and nhead is 3: nhead must divide c"),
         (
             lambda: StageBUNet.from_preset("tiny", blocks=[1]),
-            "blocks has 1 entries and c_hidden 2: give one for each level",
+            "blocks has 1 entries but c_hidden has 2: give one per level",
         ),
         (lambda: StageBUNet.from_preset("tiny", level_config=["CT", "CX"]), "level_config has 'X': use C, T and A"),
         (lambda: StageBUNet.from_preset("tiny", level_config=["CT", "TA"]), "level_config has 'TA': begin each level"),
@@ -363,13 +363,13 @@ def test_bad_arguments(build: Any, message: str) -> None:
 
 def test_sizes_that_do_not_fit() -> None:
     unet = StageBUNet.from_preset("tiny")
-    with pytest.raises(UsageError, match="latents of 6x8 do not fit: height and width must be multiples of 4"):
+    with pytest.raises(UsageError, match="latents are 6x8: height and width must be multiples of 4"):
         unet(*stage_b_inputs(6, 8))
     with pytest.raises(
-        UsageError, match="images of 8x8 are one patch of 8 pixels: give larger ones or a smaller depth"
+        UsageError, match="images of 8x8 have one patch of 8 pixels: give larger ones or a smaller depth"
     ):
         PatchDiscriminator.from_preset("tiny")(torch.rand(2, 3, 8, 8))
     with pytest.raises(UsageError, match="got 3 texts for 2 latents"):
         Prior.from_preset("tiny")(torch.randn(2, 16, 4, 4), torch.rand(2), torch.randn(3, 7, 32))
-    with pytest.raises(UsageError, match="images of 34x32 do not fit: height and width must be multiples of 4"):
+    with pytest.raises(UsageError, match="images are 34x32: height and width must be multiples of 4"):
         VQGAN.from_preset("tiny").encode(torch.rand(1, 3, 34, 32))

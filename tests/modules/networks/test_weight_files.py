@@ -104,7 +104,7 @@ def test_lightning_checkpoint(tmp_path: Path, randomize: Any) -> None:
         assert same(back.state_dict(), getattr(module, attribute).state_dict())
         assert back.config == getattr(module, attribute).config
     with pytest.raises(
-        UsageError, match=r"b\.ckpt holds StageBUNet, SemanticCompressor: give a checkpoint with a Prior"
+        UsageError, match=r"b\.ckpt contains StageBUNet, SemanticCompressor: give a checkpoint with a Prior"
     ):
         Prior.from_checkpoint(tmp_path / "b.ckpt")
 
@@ -206,23 +206,23 @@ def write(name: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "none.pt is no file: give a .safetensors, .pt or .ckpt file with weights"),
-        ("pickled", "evil.pt holds "),
+        ("missing", "none.pt is not a file: give a .safetensors, .pt or .ckpt file with weights"),
+        ("pickled", "evil.pt contains "),
         ("bare_pickle", "evil.pkl "),
         ("truncated", "diffusion_pytorch_model.safetensors cannot be read as weights"),
-        ("no_config", "holds no config.json: give a folder that rewurst or diffusers wrote"),
+        ("no_config", "does not contain config.json: give a folder that rewurst or diffusers wrote"),
         (
             "broken_config",
-            "config.json is no JSON (Expecting value: line 1 column 6 (char 5)): copy or download it again",
+            "config.json is not valid JSON (Expecting value: line 1 column 6 (char 5)): copy or download it again",
         ),
-        ("no_weights", "holds no weights: diffusion_pytorch_model.safetensors is missing"),
+        ("no_weights", "does not contain weights: diffusion_pytorch_model.safetensors is missing"),
         ("not_finite", "blocks.3.depthwise.bias has values that are not finite"),
-        ("other_stage", "b.pt holds Stage B (StageBUNet): give a checkpoint of Stage C (Prior)"),
+        ("other_stage", "b.pt contains Stage B (StageBUNet): give a checkpoint of Stage C (Prior)"),
         ("other_stage_folder", "describes a PaellaVQModel: Prior needs WuerstchenPrior"),
-        ("incomplete", "c.safetensors lacks blocks.1.mapper.weight: it is no complete Prior"),
-        ("surplus", "c.safetensors holds lora, which Prior does not have"),
+        ("incomplete", "c.safetensors lacks blocks.1.mapper.weight: it is not a complete Prior"),
+        ("surplus", "c.safetensors contains lora, which Prior does not have"),
         ("misshapen", "c.safetensors: projection.weight has shape (32, 16, 1, 1), not (64, 16, 1, 1)"),
-        ("a_list", "list.pt holds a list: give a file with a dictionary of tensors"),
+        ("a_list", "list.pt contains a list: give a file with a dictionary of tensors"),
     ],
 )
 def test_bad_files(kind: str, message: str, tmp_path: Path) -> None:

@@ -154,11 +154,15 @@ def test_states_cross_between_8_and_32_bits(first: Any, second: Any) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        ("lion", "adamw", "keeps exp_avg of a parameter and AdamW exp_avg and exp_avg_sq: keep the optimizer"),
-        ("adamw", "lion_8bit", "keeps exp_avg and exp_avg_sq of a parameter and Lion8bit exp_avg"),
-        ("lion_8bit", "adamw_8bit", "keeps exp_avg of a parameter and AdamW8bit exp_avg and exp_avg_sq"),
-        ("adamw", "muon", "keeps exp_avg and exp_avg_sq of a parameter and Muon momentum_buffer: keep the optimizer"),
-        ("muon", "adamw", "keeps momentum_buffer of a parameter and AdamW exp_avg and exp_avg_sq"),
+        ("lion", "adamw", "stores exp_avg per parameter, but AdamW needs exp_avg and exp_avg_sq: keep the optimizer"),
+        ("adamw", "lion_8bit", "stores exp_avg and exp_avg_sq per parameter, but Lion8bit needs exp_avg"),
+        ("lion_8bit", "adamw_8bit", "stores exp_avg per parameter, but AdamW8bit needs exp_avg and exp_avg_sq"),
+        (
+            "adamw",
+            "muon",
+            "stores exp_avg and exp_avg_sq per parameter, but Muon needs momentum_buffer: keep the optimizer",
+        ),
+        ("muon", "adamw", "stores momentum_buffer per parameter, but AdamW needs exp_avg and exp_avg_sq"),
     ],
 )
 def test_states_of_other_optimizers_are_refused(first: Any, second: Any, expected: str) -> None:
@@ -169,7 +173,7 @@ def test_states_of_other_optimizers_are_refused(first: Any, second: Any, expecte
 
 
 def test_wrong_use() -> None:
-    with pytest.raises(UsageError, match=r"^optimizer 'adamw_8bits' is none of .*; did you mean 'adamw_8bit'\?$"):
+    with pytest.raises(UsageError, match=r"^optimizer 'adamw_8bits' is not one of .*; did you mean 'adamw_8bit'\?$"):
         SETTINGS.of("adamw_8bits")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"^AdamW8bit: betas \(0.9, 1.0\) must be"):
         AdamW8bit(parameters(), betas=(0.9, 1.0))

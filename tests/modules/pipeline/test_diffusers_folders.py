@@ -82,7 +82,7 @@ def test_a_variant_is_chosen_by_name(theirs: Any, tmp_path: Path) -> None:
     theirs.prior_prior.save_pretrained(tmp_path, variant="ema")
     half = type(theirs.prior_prior).from_pretrained(tmp_path, variant="ema").half()
     half.save_pretrained(tmp_path, variant="fp16")
-    with pytest.raises(UsageError, match="has the variants ema, fp16 and no plain weights: say which by variant"):
+    with pytest.raises(UsageError, match="has the variants ema, fp16 and no plain weights: choose one with variant"):
         Prior.from_folder(tmp_path)
     assert next(Prior.from_folder(tmp_path, variant="fp16").parameters()).dtype == torch.float16
     assert next(Prior.from_folder(tmp_path, variant="ema").parameters()).dtype == torch.float32

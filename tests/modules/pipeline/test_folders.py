@@ -103,8 +103,8 @@ class TestBadFolders:
             ("vqgan", "lacks its part vqgan"),
             ("prior_prior", "lacks its part prior_prior"),
             ("prior_tokenizer", "lacks its part prior_tokenizer"),
-            ("model_index.json", "holds no model_index.json: give a folder that rewurst or diffusers wrote"),
-            ("decoder/config.json", "holds no config.json"),
+            ("model_index.json", "does not contain model_index.json: give a folder that rewurst or diffusers wrote"),
+            ("decoder/config.json", "does not contain config.json"),
             ("text_encoder/model.safetensors", "cannot be loaded as a CLIP text model"),
         ],
     )
@@ -146,9 +146,9 @@ class TestBadExports:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"stage_a": "b"}, "holds StageBUNet, SemanticCompressor: give a checkpoint with a VQGAN"),
-            ({"stage_c": "a"}, "holds VQGAN: give a checkpoint with a Prior"),
-            ({"text_encoder": Path("/nowhere")}, "/nowhere is no folder"),
+            ({"stage_a": "b"}, "contains StageBUNet, SemanticCompressor: give a checkpoint with a VQGAN"),
+            ({"stage_c": "a"}, "contains VQGAN: give a checkpoint with a Prior"),
+            ({"text_encoder": Path("/nowhere")}, "/nowhere is not a folder"),
         ],
     )
     def test_wrong_stage(self, changes: Any, message: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -253,7 +253,10 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["export", "diffusers", "--stage_a=a", "--stage_b=b", "--stage_c=no.ckpt", "out"], "no.ckpt is no file"),
+            (
+                ["export", "diffusers", "--stage_a=a", "--stage_b=b", "--stage_c=no.ckpt", "out"],
+                "no.ckpt is not a file",
+            ),
             (["export", "diffusers", "--stage_a=a", "out"], "arguments are required: --stage_b, --stage_c"),
             (["generate", "image", "nowhere", "a", "--out", "a.png"], "nowhere"),
             (["generate", "image", "nowhere", "@no.txt", "--out", "a.png"], "no.txt cannot be read"),
