@@ -28,7 +28,7 @@ import numpy as np
 import pictures
 import yaml
 from demo import command
-from report import COLOURS
+from report import COLORS
 
 from rewurst.preparation.sources.pictures import shapes
 from rewurst.reproduce.logged import scalars
@@ -245,7 +245,7 @@ def markdown(summary: dict[str, Any]) -> str:
     """Two tables: losses, and what the pictures show."""
     begin = summary["start"]["loss"]
     lines = [
-        "# A prior that keeps learning: new shapes in new colours",
+        "# A prior that keeps learning: new shapes in new colors",
         "",
         f"Validation loss after {summary['steps']} steps; one seed.",
         "",
@@ -283,7 +283,7 @@ def draw_figure(results: Sequence[Result], path: Path) -> None:
 
     canvas, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True, layout="constrained")
     for panel, name in zip(panels, CORPORA, strict=True):
-        for colour, (line, marker), result in zip(COLOURS[1:], STYLES, results, strict=False):
+        for colour, (line, marker), result in zip(COLORS[1:], STYLES, results, strict=False):
             steps, losses = zip(*result.losses[name], strict=True)
             panel.plot(steps, losses, color=colour, linestyle=line, marker=marker, label=result.run.title)
         panel.axhline(results[0].losses[name][0][1], color="grey", linewidth=0.8, linestyle=":", label="start")

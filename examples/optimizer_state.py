@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from report import COLOURS
+from report import COLORS
 
 from rewurst.callbacks import LRRewarming, StepProgressBar, WarmupCosine
 from rewurst.datamodules import Corpus, TextDataModule
@@ -88,7 +88,7 @@ def draw(runs: dict[str, Curves], out: Path) -> None:
 
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     begin = next(iter(runs.values()))
-    for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
+    for (name, run), colour in zip(runs.items(), COLORS, strict=False):
         joined = run.val if run is begin else {max(begin.val): begin.val[max(begin.val)], **run.val}
         for panel, curve in zip(panels, (run.rates, run.train, joined), strict=True):
             panel.plot(list(curve), list(curve.values()), color=colour, label=name, linewidth=1.2)

@@ -11,8 +11,8 @@ from typing import Any
 from rewurst.reproduce.logged import scalars
 
 CORPORA = ("prose", "code")
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
+# Okabe and Ito's colors, which the colour-blind can tell apart.
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 
 Curve = list[tuple[float, float]]
 
@@ -85,7 +85,7 @@ def _draw(results: list[Result], figure: Path) -> None:
     canvas, panels = plt.subplots(1, len(CORPORA), figsize=(10, 4), sharex=True, layout="constrained")
     start = results[0]
     for panel, corpus in zip(panels, CORPORA, strict=True):
-        for colour, result in zip(COLOURS, results, strict=False):
+        for colour, result in zip(COLORS, results, strict=False):
             curve = result.losses[corpus] if result is start else [start.losses[corpus][-1], *result.losses[corpus]]
             panel.plot([x / 1e6 for x, _ in curve], [y for _, y in curve], "o-", color=colour, label=result.title)
         panel.axvline(start.tokens / 1e6, color="grey", linewidth=0.8, linestyle=":")

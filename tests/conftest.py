@@ -127,8 +127,8 @@ def _picture(corpus: int, row: int, side: int) -> np.ndarray[Any, Any]:
     y, x = np.mgrid[:side, :side] / side
     middle, radius = draw.uniform(0.3, 0.7, 2), draw.uniform(0.15, 0.3)
     inside = (x - middle[0]) ** 2 + (y - middle[1]) ** 2 < radius**2
-    colours = draw.integers(0, 256, (2, 3, 1, 1))
-    return np.where(inside, colours[0], colours[1]).astype(np.uint8)
+    colors = draw.integers(0, 256, (2, 3, 1, 1))
+    return np.where(inside, colors[0], colors[1]).astype(np.uint8)
 
 
 class _Batches:

@@ -1,7 +1,7 @@
-"""Flat files of tokens, read in place: Megatron's and GPT-NeoX's ``.bin``, nanoGPT's, llm.c's and LitData's chunks.
+"""Read flat token files in place: Megatron's and GPT-NeoX's ``.bin``, nanoGPT's, llm.c's and LitData's chunks.
 
-Each file is a stream of tokens behind a header of any length. Row i begins at token i times ``sequence_length`` and has
-one token more, as in our own shards, so that every token of a file but the first is predicted once.
+Each file is a stream of tokens after a header of any length. Row i begins at token i times ``sequence_length`` and has
+one token more, as in rewurst's shards, so that every token of a file except the first is predicted once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .tokens import TokenIndex
 
 @dataclass(frozen=True, kw_only=True)
 class FlatIndex(TokenIndex):
-    """The contents of ``index.json`` of flat files; of each shard ``rows`` and ``samples`` are the rows.
+    """The contents of ``index.json`` of flat files; both ``rows`` and ``samples`` of a shard count rows.
 
     Attributes:
         begins: Offset of the first token of each file, in bytes.
@@ -32,19 +32,21 @@ class FlatIndex(TokenIndex):
     shard_names: ClassVar[str] = r"[^/\\\0]+"
 
     def check(self, where: str) -> None:
-        """Raise if the index at ``where`` contradicts itself."""
+        """Raise ``UsageError`` if the index at ``where`` contradicts itself."""
         super().check(where)
         if len(self.begins) != len(self.shards):
-            raise UsageError(f"{where}: {len(self.begins)} begins for {len(self.shards)} files; index them again")
+            raise UsageError(
+                f"{where}: begins has {len(self.begins)} offsets for {len(self.shards)} files; index them again"
+            )
 
 
 class FlatFile:
-    """One file of tokens.
+    """One flat file of tokens.
 
     Args:
         index: Index of the corpus.
-        folder: Folder of the index.
-        shard: Entry of this file in the index.
+        folder: Path or URL of the folder that contains the index.
+        shard: Entry of the file in the index.
 
     Raises:
         UsageError: The file is missing or has another size.

@@ -197,7 +197,7 @@ class ImageRows:
         return self.shards.index
 
     def image(self, row: int) -> tuple[Mapping[str, bytes], Size]:
-        """Return the members of an image, and its height and width as the index says."""
+        """Return the members of an image, and its height and width from the index."""
         facts = self.shards.facts[row]
         return self.shards.members(row), (int(facts["height"]), int(facts["width"]))
 

@@ -46,8 +46,8 @@ class TokenIndex(CorpusIndex):
         vocab_size: Size of the vocabulary; every token is smaller.
         end_token: Token after each document; None if unknown.
         tokenizer_sha256: SHA-256 of the ``tokenizer.json`` that made the tokens; empty if unknown.
-        masks: Whether each member is followed by ``<key>.mask.npy``, of the same shape, which is false for tokens that
-            are not to be predicted.
+        masks: Whether each member is followed by ``<key>.mask.npy`` of the same shape, which is false for tokens that
+            are not predicted.
         begin_tokens: Tokens before each document, such as a BOS; empty in corpora prepared before they were recorded.
     """
 
@@ -170,7 +170,7 @@ class TokenShards:
             tokens[slot] = self._shards[shard].row(row)
 
     def read_masks(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-        """Read which tokens of rows are to be predicted, (n, sequence_length + 1): all if the corpus has no masks."""
+        """Return which tokens of rows are predicted, (n, sequence_length + 1): all if the corpus has no masks."""
         rows = np.asarray(rows)
         masks = np.ones((rows.size, self.index.sequence_length + 1), dtype=np.bool_)
         if self.index.masks:
@@ -245,7 +245,7 @@ class TokenShard(OpenShard):
         return f"member {self.member_name(sample)}, row {inside}"
 
     def mask(self, number: int) -> NDArray[np.bool_]:
-        """Return which tokens of a row of the shard are to be predicted, shape (sequence_length + 1,)."""
+        """Return which tokens of a row of the shard are predicted, shape (sequence_length + 1,)."""
         sample, row = divmod(number, self._rows_per_sample)
         begin = self._mask_begins.get(sample)
         if begin is None:

@@ -15,7 +15,6 @@ from .buckets import Lanes
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
-UNKNOWN_ROWS = 2**40  # rows of a stream, whose length is unknown
 BLOCK = 4096  # number of counters permuted together
 
 Batch = dict[str, Any]
@@ -78,7 +77,7 @@ class Rows(Protocol):
 
 @runtime_checkable
 class Streamed(Protocol):
-    """A corpus whose rows come in sequence, without numbers."""
+    """Corpus whose rows are read in sequence, without numbers."""
 
     streamed: bool
 
@@ -86,7 +85,7 @@ class Streamed(Protocol):
         """Choose the reader of a micro-batch."""
 
     def place(self) -> tuple[int, int, int, int]:
-        """Return the worker of the latest micro-batch, and where its reader is after it."""
+        """Return the worker of the latest micro-batch and the position of its reader after it."""
         ...
 
 
@@ -122,10 +121,11 @@ class MicroBatches(Dataset[Batch]):
         self._lanes, self._orders, self._sources, self._read = lanes, orders, sources, read
         self._slots, self._accumulation, self._start, self._seed = slots, accumulation, start, seed
         self._blocks: dict[tuple[int, int], tuple[int, Numbers]] = {}
+        self._numbered = [not isinstance(source, Streamed) for source in sources]
         self._streams = [source for source in sources if isinstance(source, Streamed)]
 
     def rows_of(self, number: int) -> Numbers:
-        """Return how many samples of each corpus a micro-batch has, without reading it."""
+        """Return the number of samples from each corpus in a micro-batch, without reading it."""
         slots = self._slots_of(number % self._accumulation)
         corpus, _, _ = self._lanes.batch(number // self._accumulation - self._start)
         return np.bincount(corpus[slots.start : slots.stop], minlength=len(self._sources))
@@ -144,7 +144,7 @@ class MicroBatches(Dataset[Batch]):
             mine = corpus == index
             if mine.any():
                 own = int(self._lanes.lane_of[index, lane])
-                numbered = source.lanes[own] != UNKNOWN_ROWS
+                numbered = self._numbered[index]
                 rows[mine] = source.in_lane(own, self._index(index, own, counter[mine])) if numbered else counter[mine]
         for stream in self._streams:
             stream.seek(number)

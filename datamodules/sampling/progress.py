@@ -29,7 +29,7 @@ class Progress(Callback):
         accumulation: Micro-batches in a global batch.
         rows: Rows used since the dataset began, by corpus, ``(corpora,)``.
         epochs: How the run is divided into epochs.
-        rows_of: Rows of each corpus in a micro-batch, by its number.
+        rows_of: Function from the number of a micro-batch to its rows from each corpus.
         limits: ``limit_train_batches`` as set by the user and as set by the data module.
     """
 
@@ -109,7 +109,7 @@ class Progress(Callback):
         self._micro_batches += 1
         if isinstance(batch, dict) and "corpus" in batch:
             self.rows += np.bincount(batch["corpus"], minlength=len(self.rows))
-        else:  # a project's own batch, which does not say where its samples are from
+        else:  # a project's own batch, which has no origin of its samples
             step = self.epochs.done(self.step, self.start) + self.start if self.epochs.repeats else self.step
             self.rows += self.rows_of(step * self.accumulation + self._micro_batches - 1)
         if self._micro_batches == self.accumulation:
@@ -121,5 +121,5 @@ class Progress(Callback):
 
 
 def _unknown(number: int) -> NDArray[np.int64]:
-    """Stand in until there is a loader."""
+    """Raise until there is a loader."""
     raise IndexError(number)

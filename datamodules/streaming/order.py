@@ -72,7 +72,8 @@ class ShardOrder:
         yield from self._permuted(block, url, epoch, number)
 
     def _permuted(self, block: Sequence[T], url: str, epoch: int, number: int) -> Iterator[T]:
-        keys = round_keys(self.seed, self.corpus, epoch, f"rows {url} {number}")
+        tar = url.rpartition("/")[2]  # the order stays when the tars move
+        keys = round_keys(self.seed, self.corpus, epoch, f"rows {tar} {number}")
         return (block[i] for i in permute(np.arange(len(block), dtype=np.int64), len(block), keys).tolist())
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ... import UsageError
 from .order import Place, ShardOrder, approximate
 
 
@@ -63,7 +64,15 @@ class StreamPlaces:
             self._pending.append((name, worker, Place(*place)))
 
     def commit(self) -> dict[str, float]:
-        """Take over what a complete global batch has used; return the passes over each corpus, for logging."""
+        """Take over what a complete global batch has used; return the passes over each corpus, for logging.
+
+        Raises:
+            UsageError: Its batches did not say it.
+        """
+        if self._now and not self._pending:
+            raise UsageError(
+                "batches of streams have lost the entry places, which says where their readers are: leave it in"
+            )
         for name, worker, place in self._pending:
             self._now[name] = [*self._now[name][:worker], place, *self._now[name][worker + 1 :]]
             if place.epoch and name not in self._repeated:

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import UsageError
-from ..sampling.micro_batches import UNKNOWN_ROWS
 from .order import Place, ShardOrder
 from .tars import is_pipe
+
+UNKNOWN_ROWS = 2**40  # a stream has no end
 
 T = TypeVar("T")
 Rows = NDArray[np.int64]

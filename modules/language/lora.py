@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import UsageError
 from ...hints import closest
@@ -32,6 +33,8 @@ def add_adapters(model: Any, settings: Mapping[str, Any]) -> None:
         UsageError: peft is not installed, or a setting is wrong or matches nothing.
     """
     config, whole = lora_config(settings)
+    if any(isinstance(parameter, FakeTensor) for parameter in model.parameters()):
+        raise UsageError("lora cannot be planned, because peft needs weights: plan without it, which takes more memory")
     from peft import inject_adapter_in_model
 
     trained = [_modules_named(model, name) for name in whole]

@@ -187,3 +187,10 @@ def test_last_is_a_link_to_the_newest_and_resumes_leave_nothing_behind(fit: Fit)
         folder = Path("runs/a/version_0/checkpoints")
         assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", f"step={steps}.ckpt"]
         assert (folder / "last.ckpt").resolve().name == f"step={steps}.ckpt"
+
+
+def test_of_a_file_and_a_link_to_it(tmp_path: Path) -> None:
+    torch.save({"global_step": 3, "optimizer_states": []}, tmp_path / "step=3.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("step=3.ckpt")
+    assert newest_checkpoint([tmp_path]) == tmp_path / "step=3.ckpt"
+    assert newest_checkpoint([tmp_path], resumable=True) == tmp_path / "last.ckpt"

@@ -35,8 +35,10 @@ def newest_checkpoint(
     found = {path for folder in folders for path in Path(folder).rglob("*.ckpt") if _time(path)}
     steps: dict[Path, int] = {}
     only_weights = []
-    # Of a checkpoint and a link to it the link is taken: ModelCheckpoint never removes the file that was resumed from.
-    for path in sorted(found, key=lambda path: (_time(path), path.is_symlink(), str(path)), reverse=True):
+    # Of a checkpoint and a link to it a run resumes from the link: ModelCheckpoint never removes the file it came from.
+    # Everybody else gets the file itself, so that it is not what is removed as an older one.
+    order = sorted(found, key=lambda path: (_time(path), path.is_symlink() == resumable, str(path)), reverse=True)
+    for path in order:
         content = describe(path)
         if content is None:
             rank_zero_warn(f"{path} is truncated: an older checkpoint is used instead")

@@ -1,4 +1,4 @@
-"""Tell before training whether a config fits a device's memory."""
+"""Plan before training whether a config fits a device's memory."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def _quiet_lightning() -> Iterator[None]:
 
 
 def _reason(error: Exception, name: str) -> str:
-    """Return one line that says why and where a step could not be run."""
+    """Return one line with the reason and the place at which a step failed."""
     frames = reversed(traceback.extract_tb(error.__traceback__))
     places = (f"{frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(NOT_THE_MODULE))
     place = next(places, "unknown place")

@@ -282,7 +282,7 @@ def test_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(KeyboardInterrupt):
             shard_files.exchange(new, target)
     assert not target.exists()
-    with pytest.warns(UserWarning, match="cut off"):
+    with pytest.warns(UserWarning, match="left by an interrupted save"):
         remove_leftovers([tmp_path])
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert (target / "meta.pt").read_text() == "before"

@@ -118,10 +118,12 @@ def test_filtered_and_corrupt_images_are_counted_and_replaced_by_the_next(
                 members = {"png": png(i)}  # no caption
             writer.write({"__key__": f"{i:03d}", **members})
     corpora = {"web": Corpus(stream=str(tmp_path / "x.tar"))}
-    seen, trainer = view(make(corpora=corpora, filters=Filters(min_size=8)), 2)
-    assert sorted(seen) == [(i, f"picture {i}") for i in (0, 1, 3, 4, 6, 8, 10, 11)]
-    assert float(trainer.logged_metrics["data/left_out"]) == 3
-    assert float(trainer.logged_metrics["data/corrupt"]) == 1
+    seen, trainer = view(make(corpora=corpora, filters=Filters(min_size=8)), 4)
+    whole = [(i, f"picture {i}") for i in (0, 1, 3, 4, 6, 8, 10, 11)]
+    assert sorted(seen[:8]) == sorted(seen[8:]) == whole
+    # Two passes, but for what comes after the last image of the second one.
+    assert 3 <= float(trainer.logged_metrics["data/left_out"]) <= 6
+    assert 1 <= float(trainer.logged_metrics["data/corrupt"]) <= 2
 
 
 def test_what_image_streams_cannot_do(make: Callable[..., ImageTextDataModule], stream: str) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rewurst.reproduce.wuerstchen import recipes as of_recipes
 from rewurst.reproduce.wuerstchen.costs import Cost, a100_hours
 from rewurst.reproduce.wuerstchen.curves import at_equal_score, first_reach, shifted
-from rewurst.reproduce.wuerstchen.evidence import CLAIMS, Evidence
+from rewurst.reproduce.wuerstchen.evidence import CLAIMS, Evidence, breaks_at
 from rewurst.reproduce.wuerstchen.jobs import Pictures, Plan, baseline_steps, last_checkpoint, make_jobs
 from rewurst.reproduce.wuerstchen.ledger import Outcome
 from rewurst.reproduce.wuerstchen.recipes import CONFIGS, Recipes, parts, read_recipes, whole_parts
@@ -176,8 +176,28 @@ def test_the_papers_hours() -> None:
 
 def test_compressions_change_only_z(recipes: Recipes) -> None:
     found = of_recipes.variants(recipes)
-    ratios = {kind: of_recipes.ratio_of(of_recipes.shape_of(recipe, 64), 64) for kind, recipe in found.items()}
-    assert {round(ratio) for ratio in ratios.values()} >= {12, 48, 96, 192}
+    ratios = [of_recipes.ratios_of(of_recipes.shape_of(recipe, 64), 64) for recipe in found.values()]
+    assert {ratio["per_side"] for ratio in ratios} == {8, 16, 32}
+    assert {round(ratio["numbers"]) for ratio in ratios} >= {12, 48, 96, 192}
     for recipe in found.values():
         model = recipe["model"]["init_args"]
         assert model["unet"]["effnet_embd"] == of_recipes.shape_of(recipe, 64)[0]
+
+
+def test_the_papers_42_is_per_side() -> None:
+    ratios = of_recipes.ratios_of((16, 24, 24), 1024)
+    assert {name: round(ratio, 1) for name, ratio in ratios.items()} == {
+        "per_side": 42.7,
+        "positions": 1820.4,
+        "numbers": 341.3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("psnr", "expected"),
+    [({8: 25.0, 16: 23.0, 32: 19.0}, 32), ({8: 25.0, 16: 21.9, 32: 19.0}, 16), ({8: 25.0, 16: 24.0}, None), ({}, None)],
+)
+def test_the_side_ratio_at_which_reconstructions_break(psnr: dict[int, float], expected: int | None) -> None:
+    rows = [{"per_side": ratio, "psnr": value} for ratio, value in psnr.items()]
+    rows += [{"per_side": ratio, "psnr": value - 5} for ratio, value in psnr.items()]  # fewer channels
+    assert breaks_at(rows) == expected

@@ -125,7 +125,8 @@ def test_from_drawn_shapes_to_the_report(recipes: Path, began: list[str], tmp_pa
     single = next(row for row in report["costs"] if row["stage"] == "single_stage")
     assert flops["single_stage"] == pytest.approx(flops["stage_b"] + flops["stage_c"], abs=5 * single["flops_per_step"])
     assert [row["steps"] for row in report["table"] if row["model"] == "stage_c"] == [4, 8]
-    assert {tuple(row["z"]): row["ratio"] for row in report["compressions"]} == {(4, 8, 8): 48, (2, 4, 4): 384}
+    assert {tuple(row["z"]): row["numbers"] for row in report["compressions"]} == {(4, 8, 8): 48, (2, 4, 4): 384}
+    assert {row["per_side"] for row in report["compressions"]} == {8, 16}
     assert all(row["psnr"] > 0 for row in report["compressions"])
     assert min(report["seconds_per_picture"].values()) > 0
     text = (tmp_path / "report.md").read_text()

@@ -14,7 +14,7 @@ from .jobs import RunJob
 from .results import Curve, Results
 
 # Okabe and Ito's colors, which color-blind readers can tell apart; line styles work without colors.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SHARES_MAP = "viridis"  # from dark to light, suited to color-blind readers
@@ -86,12 +86,12 @@ def draw_replay(evidence: Evidence, path: Path) -> None:
     import matplotlib
 
     shares = (0.0, *runs.SHARES)
-    colours = matplotlib.colormaps[_SHARES_MAP]
+    colors = matplotlib.colormaps[_SHARES_MAP]
     lines: dict[str, tuple[str, Style]] = {}
     for index, share in enumerate(shares):
         label = f"{share * 100:g} % replay" if share else "no replay"
         marker = {"marker": MARKERS[index], "markersize": 4}
-        lines[runs.replay_name(share)] = (label, {"color": colours(index / len(shares)), **marker})
+        lines[runs.replay_name(share)] = (label, {"color": colors(index / len(shares)), **marker})
     lines[runs.BOTH_SCRATCH] = ("both from scratch", {"color": "#D55E00", "linestyle": "--"})
     lines[runs.NEW_SCRATCH] = ("new from scratch", {"color": "#CC79A7", "linestyle": ":"})
     _draw_both(evidence, path, lines)
@@ -214,7 +214,7 @@ def _learning_rates(jobs: Sequence[RunJob], chain: str) -> tuple[list[int], list
 
 
 def _style(index: int) -> Style:
-    return {"color": COLOURS[index], "linestyle": STYLES[index]}
+    return {"color": COLORS[index], "linestyle": STYLES[index]}
 
 
 def _unit(evidence: Evidence) -> tuple[str, float]:

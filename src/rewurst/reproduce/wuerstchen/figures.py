@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..continual.figures import COLOURS, MARKERS, STYLES, Style
+from ..continual.figures import COLORS, MARKERS, STYLES, Style
 from .curves import shifted
 from .evidence import CASCADE, SINGLE, Evidence
 
@@ -43,7 +43,7 @@ def draw_scores(evidence: Evidence, path: Path) -> None:
         for seed in evidence.seeds:
             curve = shifted(evidence.curve(model, seed), before)
             style: Style = {
-                "color": COLOURS[index],
+                "color": COLORS[index],
                 "linestyle": STYLES[index],
                 "marker": MARKERS[index],
                 "markersize": 5,
@@ -70,10 +70,10 @@ def draw_compressions(evidence: Evidence, path: Path) -> None:
     for panel, (name, label) in zip(panels if len(measures) > 1 else [panels], measures, strict=True):
         _line(panel, [row for row in rows if row["run"] != "stage_b"], name)
         whole = [row for row in rows if row["run"] == "stage_b"]
-        ends = {"color": COLOURS[1], "marker": MARKERS[1], "linestyle": "none", "label": "the recipe's whole run"}
-        panel.plot([row["ratio"] for row in whole], [row[name] for row in whole], **ends)
-        panel.set(xlabel="numbers in a picture divided by those in z", ylabel=label, xscale="log")
-        ticks = sorted({row["ratio"] for row in rows})
+        ends = {"color": COLORS[1], "marker": MARKERS[1], "linestyle": "none", "label": "the recipe's whole run"}
+        panel.plot([row["per_side"] for row in whole], [row[name] for row in whole], **ends)
+        panel.set(xlabel="pixels per place of z and side", ylabel=label, xscale="log")
+        ticks = sorted({row["per_side"] for row in rows})
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.margins(x=0.15, y=0.12)  # room for the names of z
         panel.minorticks_off()
@@ -87,9 +87,9 @@ def _line(panel: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
     """Draw the mean over seeds at each z; equal compressions are above each other, each labeled with its z."""
     found: dict[tuple[float, str], list[float]] = {}
     for row in rows:
-        found.setdefault((row["ratio"], "x".join(map(str, row["z"]))), []).append(row[name])
+        found.setdefault((row["per_side"], "x".join(map(str, row["z"]))), []).append(row[name])
     means = [(ratio, z, sum(values) / len(values)) for (ratio, z), values in sorted(found.items())]
-    style = {"color": COLOURS[0], "marker": MARKERS[0], "linestyle": STYLES[0], "label": "short runs, by z"}
+    style = {"color": COLORS[0], "marker": MARKERS[0], "linestyle": STYLES[0], "label": "short runs, by z"}
     panel.plot([ratio for ratio, _, _ in means], [value for _, _, value in means], **style)
     for ratio, z, value in means:
         panel.annotate(z, (ratio, value), textcoords="offset points", xytext=(6, 6), fontsize=9)

@@ -6,7 +6,7 @@ from ...preparation.sources.pictures.shapes import Shape
 from ..report import VERDICTS, claims_table, hours, machine, write
 from ..verdicts import Row
 from .costs import a100_hours, as_rows, released
-from .evidence import CASCADE, CLAIMS, SINGLE, Evidence
+from .evidence import CASCADE, CLAIMS, LARGEST_COST, SINGLE, Evidence, breaks_at
 from .figures import draw_all
 from .jobs import baseline_steps
 from .recipes import image_size_of, shape_of, steps_of
@@ -176,13 +176,19 @@ def _compressions(content: Row) -> list[str]:
         "Pictures drawn by Stage B from the true z of validation pictures. The last row of a seed is the recipe's",
         "whole run; the others are short runs.",
         "",
-        "| z | numbers of a picture / of z | seed | PSNR (dB) | SSIM | all attributes kept |",
-        "|---|---|---|---|---|---|",
+        "| z | times smaller per side | positions | numbers | seed | PSNR (dB) | SSIM | all attributes kept |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in content["compressions"]:
         z = "x".join(map(str, row["z"])) + (", whole run" if row["run"] == "stage_b" else "")
         kept = f"{row['all']:.3f}" if "all" in row else ""
-        lines.append(f"| {z} | {row['ratio']:g} | {row['seed']} | {row['psnr']:.2f} | {row['ssim']:.3f} | {kept} |")
+        ratios = " | ".join(f"{row[name]:g}" for name in ("per_side", "positions", "numbers"))
+        lines.append(f"| {z} | {ratios} | {row['seed']} | {row['psnr']:.2f} | {row['ssim']:.3f} | {kept} |")
+    short = [row for row in content["compressions"] if row["run"] != "stage_b"]
+    if short:
+        ratio = breaks_at(short)
+        where = "at no ratio tried" if ratio is None else f"from {ratio:g} per side on"
+        lines += ["", f"The PSNR is more than {-LARGEST_COST:g} dB below that of the smallest ratio per side {where}."]
     return lines
 
 
