@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from wuerstchen import peak_bytes, reset_peak, twin
 
 from rewurst.datamodules import Corpus, ImageTextDataModule, LatentDataModule
-from rewurst.datamodules.sampling.micro_batches import Picks
+from rewurst.datamodules.sampling.micro_batches import SampleIndices
 from rewurst.modules import StageC
 from rewurst.modules.networks import Prior, SemanticCompressor, diffusion
 from rewurst.preparation.index import index_shards
@@ -164,9 +164,9 @@ def compare_data(root: Path, images: int, layers: int, runs: int, batch_size: in
         path = data.corpora["a"].path
         reader = data.reader([data.open_corpus("a", path)])
         rows = np.arange(batch_size)
-        picks = Picks(np.zeros_like(rows), rows, rows, 0, training=True)
+        picks = SampleIndices(np.zeros_like(rows), rows, rows, 0, training=True)
 
-        def deliver(reader: Any = reader, picks: Picks = picks) -> list[Tensor]:
+        def deliver(reader: Any = reader, picks: SampleIndices = picks) -> list[Tensor]:
             batch = reader(picks)
             with torch.no_grad():
                 return [module.embeddings(batch), module.text_states(batch)]

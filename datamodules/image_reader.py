@@ -16,7 +16,7 @@ from .corpora.images import ImageRows
 from .imaging.captions import choose
 from .imaging.decoding import MAX_PIXELS, DecodeError, decode
 from .imaging.geometry import Crop, Size, crop, resample, size_to_decode, uniform
-from .sampling.micro_batches import Batch, Picks
+from .sampling.micro_batches import Batch, SampleIndices
 from .sampling.permutation import slot_seeds
 from .streaming.image_stream import ImageStream
 
@@ -25,7 +25,7 @@ REPLACEMENTS = 32  # tried for one slot; with half of the images corrupt all of 
 
 
 @dataclass(frozen=True)
-class Showing:
+class CropSettings:
     """How images are shown in training.
 
     Args:
@@ -46,7 +46,7 @@ class Showing:
 
 
 @dataclass(frozen=True)
-class Shown:
+class CroppedImage:
     """One image of a batch: pixels (h, w, 3), what they show of the stored image, the stored size, the caption.
 
     Attributes:
@@ -64,7 +64,7 @@ class Shown:
         return list(self.captions), list(map(int, self.crop)), list(map(int, self.original_size))
 
 
-class Sample(Protocol):
+class DecodedSample(Protocol):
     """What every sample of a batch has."""
 
     @property
@@ -83,22 +83,22 @@ class Sample(Protocol):
         ...
 
 
-S = TypeVar("S", bound=Sample)
+S = TypeVar("S", bound=DecodedSample)
 
 
 class ReplacingReader(ABC, Generic[S]):
-    """Picks -> a batch, in which other samples stand for those that cannot be read.
+    """SampleIndices -> a batch, in which other samples stand for those that cannot be read.
 
     Args:
         sources: Corpora, as picks number them.
         showing: How images are shown.
     """
 
-    def __init__(self, sources: Sequence[Images], showing: Showing) -> None:
-        self.sources, self._showing = sources, showing
+    def __init__(self, sources: Sequence[Images], showing: CropSettings) -> None:
+        self.sources, self._crop_settings = sources, showing
         self._streams = [source for source in sources if isinstance(source, ImageStream)]
 
-    def __call__(self, picks: Picks) -> Batch:
+    def __call__(self, picks: SampleIndices) -> Batch:
         """Reads a micro-batch; ``corrupt`` says where the images lie that had to be replaced, and why."""
         corrupt: list[str] = []
         replaced = np.zeros(len(picks.row), dtype=np.bool_)
@@ -120,14 +120,14 @@ class ReplacingReader(ABC, Generic[S]):
         }
 
     @abstractmethod
-    def show(self, source: Any, row: int, seed: int, picks: Picks) -> S:
+    def show(self, source: Any, row: int, seed: int, picks: SampleIndices) -> S:
         """One sample; a ``DecodeError`` where it cannot be read."""
 
     @abstractmethod
     def arrays(self, shown: Sequence[S]) -> Batch:
         """The tensors of a batch."""
 
-    def _one(self, source: Images, row: int, seed: int, picks: Picks, corrupt: list[str]) -> S:
+    def _one(self, source: Images, row: int, seed: int, picks: SampleIndices, corrupt: list[str]) -> S:
         count = source.lanes[picks.lane]
         for attempt in range(REPLACEMENTS):
             try:
@@ -139,21 +139,21 @@ class ReplacingReader(ABC, Generic[S]):
         raise UsageError(f"{REPLACEMENTS} images in a row cannot be decoded, the last is {corrupt[-1]}")
 
 
-class ImageReader(ReplacingReader[Shown]):
-    """Picks -> a batch of images."""
+class ImageReader(ReplacingReader[CroppedImage]):
+    """SampleIndices -> a batch of images."""
 
-    def arrays(self, shown: Sequence[Shown]) -> Batch:
+    def arrays(self, shown: Sequence[CroppedImage]) -> Batch:
         """Pixels, channels first."""
         pixels = np.stack([one.pixels for one in shown]).transpose(0, 3, 1, 2)
         return {"image": torch.from_numpy(np.ascontiguousarray(pixels))}
 
-    def show(self, source: Images, row: int, seed: int, picks: Picks) -> Shown:
+    def show(self, source: Images, row: int, seed: int, picks: SampleIndices) -> CroppedImage:
         """Decode and crop one image.
 
         Raises:
             DecodeError: It is corrupt.
         """
-        showing = self._showing
+        showing = self._crop_settings
         target = showing.sizes[picks.lane]
         members, size = source.image(row)
         covered = None if showing.resize is None else (max(showing.resize, target[0]), max(showing.resize, target[1]))
@@ -170,7 +170,7 @@ class ImageReader(ReplacingReader[Shown]):
             pixels = pixels[:, ::-1]
         captions = source.index.captions(members) or [""]
         caption = captions[choose(captions, seed if picks.training else None)]
-        return Shown(pixels, shown, size, "" if drop < showing.caption_dropout else caption, captions)
+        return CroppedImage(pixels, shown, size, "" if drop < showing.caption_dropout else caption, captions)
 
 
 def describe_left_out(name: str, rows: ImageRows) -> str:

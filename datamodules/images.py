@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .. import UsageError
 from .base import Corpus, StreamDataModule
 from .corpora.images import ImageRows, ImageShards
-from .image_reader import ImageReader, Images, Showing, describe_left_out
+from .image_reader import CropSettings, ImageReader, Images, describe_left_out
 from .imaging.corrupt import CorruptImages
 from .imaging.decoding import MAX_PIXELS
 from .imaging.filters import Filters
@@ -104,7 +104,7 @@ class ImageTextDataModule(StreamDataModule[Images]):
         self.filters = filters or Filters()
         self.max_upscale = max_upscale
         self._chosen = shapes is not None
-        self._showing = Showing(self.sizes, resize, random_crop, flip, caption_dropout, max_pixels)
+        self._crop_settings = CropSettings(self.sizes, resize, random_crop, flip, caption_dropout, max_pixels)
         self._corrupt = CorruptImages(max_corrupt)
         self._left_out = 0  # by filters, of streams
 
@@ -126,7 +126,7 @@ class ImageTextDataModule(StreamDataModule[Images]):
 
     def reader(self, sources: Sequence[Images]) -> Reader:
         """Decodes, crops and captions."""
-        return ImageReader(sources, self._showing)
+        return ImageReader(sources, self._crop_settings)
 
     def example_batch(self, micro_batch_size: int) -> Batch:
         """Return a batch of black images of the largest shape; no corpus is needed."""

@@ -21,7 +21,7 @@ from .images import ImageTextDataModule
 from .imaging.captions import choose
 from .imaging.filters import Filters
 from .imaging.geometry import Crop, Size, uniform
-from .sampling.micro_batches import Batch, Picks, Reader
+from .sampling.micro_batches import Batch, Reader, SampleIndices
 
 __all__ = ["Corpus", "LatentDataModule"]
 
@@ -37,9 +37,9 @@ class ShownLatents:
 
 
 class LatentReader(ReplacingReader[ShownLatents]):
-    """Picks -> a batch of latents."""
+    """SampleIndices -> a batch of latents."""
 
-    def show(self, source: Any, row: int, seed: int, picks: Picks) -> ShownLatents:
+    def show(self, source: Any, row: int, seed: int, picks: SampleIndices) -> ShownLatents:
         """One sample; a caption is dropped where the data module of images would drop it."""
         shards = source.shards
         assert isinstance(shards, LatentShards)
@@ -52,7 +52,7 @@ class LatentReader(ReplacingReader[ShownLatents]):
         if "text" in arrays and arrays["text"].ndim > 2:  # the states of each caption
             arrays["text"] = arrays["text"][chosen]
         drop = uniform(seed, "flip, caption", 2)[1] if picks.training else 1.0
-        if drop < self._showing.caption_dropout:
+        if drop < self._crop_settings.caption_dropout:
             caption = ""
             if "text" in arrays:
                 arrays["text"] = self._empty_text(shards)
@@ -161,7 +161,7 @@ class LatentDataModule(ImageTextDataModule):
 
     def reader(self, sources: Sequence[Any]) -> Reader:
         """Reads arrays."""
-        return LatentReader(sources, self._showing)
+        return LatentReader(sources, self._crop_settings)
 
     def example_batch(self, micro_batch_size: int) -> Batch:
         """Return one sample of the largest shape, repeated: only a corpus knows the shapes of its latents.
@@ -176,7 +176,7 @@ class LatentDataModule(ImageTextDataModule):
         zeros = np.zeros(micro_batch_size, dtype=np.int64)
         row = rows.in_lane(lane, zeros)
         seed, quantile = np.arange(micro_batch_size), zeros.astype(np.float64)
-        picks = Picks(zeros, row, seed, lane, training=True, quantile=quantile)
+        picks = SampleIndices(zeros, row, seed, lane, training=True, quantile=quantile)
         return self.reader([rows])(picks) | {"corpus": zeros, "row": row}
 
     def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:

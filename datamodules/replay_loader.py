@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .. import UsageError
 from .base import Corpus, StreamDataModule
-from .sampling.micro_batches import Batch, Picks, Reader
+from .sampling.micro_batches import Batch, Reader, SampleIndices
 
 Loaders = DataLoader[Any] | Mapping[str, DataLoader[Any]]
 
@@ -69,7 +69,7 @@ class DatasetReader:
     collate: Callable[[list[Any]], Any]
     names_origin = False  # the batch is the project's own, with nothing added
 
-    def __call__(self, picks: Picks) -> Any:
+    def __call__(self, picks: SampleIndices) -> Any:
         """Return the batch of some picks."""
         samples = []
         for corpus, row, seed in zip(picks.corpus.tolist(), picks.row.tolist(), picks.seed.tolist(), strict=True):

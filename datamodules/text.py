@@ -14,7 +14,7 @@ from .. import UsageError
 from ..tokenizer_files import load_tokenizer
 from .base import Corpus, StreamDataModule
 from .corpora.tokens import TokenShards
-from .sampling.micro_batches import Batch, Picks, Reader
+from .sampling.micro_batches import Batch, Reader, SampleIndices
 from .sources import SourceOptions, row_length
 from .streaming.token_stream import TokenStream
 
@@ -229,11 +229,11 @@ class TokenReader:
         self._sources = sources
         self._smallest = min(source.index.vocab_size for source in sources)
 
-    def __call__(self, picks: Picks) -> Batch:
+    def __call__(self, picks: SampleIndices) -> Batch:
         """Reads the rows of a micro-batch."""
         return {"input_ids": self._tokens(picks), **self._masks(picks)}
 
-    def _masks(self, picks: Picks) -> Batch:
+    def _masks(self, picks: SampleIndices) -> Batch:
         """Return which tokens are to be predicted, nothing if no corpus says so."""
         if not any(source.index.masks for source in self._sources):
             return {}
@@ -244,7 +244,7 @@ class TokenReader:
                 mask[slots] = shards.read_masks(picks.row[slots])
         return {"mask": torch.from_numpy(mask)}
 
-    def _tokens(self, picks: Picks) -> torch.Tensor:
+    def _tokens(self, picks: SampleIndices) -> torch.Tensor:
         if len(self._sources) == 1:
             return torch.from_numpy(self._sources[0].read(picks.row))
         shape = (len(picks.row), self._sources[0].index.sequence_length + 1)

@@ -22,7 +22,7 @@ Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Picks:
+class SampleIndices:
     """The samples of a micro-batch.
 
     Attributes:
@@ -89,7 +89,7 @@ class Streamed(Protocol):
         ...
 
 
-Reader = Callable[[Picks], Batch]
+Reader = Callable[[SampleIndices], Batch]
 """Function that turns picks into the model's batch; it is sent to worker processes."""
 
 
@@ -150,7 +150,7 @@ class MicroBatches(Dataset[Batch]):
             stream.seek(number)
         numbers = np.arange(slots.start, slots.stop)
         seeds, quantiles = slot_seeds(self._seed, step, numbers), slot_quantiles(self._seed, step, numbers)
-        picks = Picks(corpus, rows, seeds, lane, training=True, quantile=quantiles)
+        picks = SampleIndices(corpus, rows, seeds, lane, training=True, quantile=quantiles)
         # Arrays that only the host reads stay NumPy: each tensor costs a shared memory file and a device copy.
         batch = self._read(picks)
         if not getattr(self._read, "names_origin", True):
@@ -206,7 +206,7 @@ class EvaluationRows(Dataset[Batch]):
         valid = index < self._source.lanes[lane]
         index[~valid] = 0
         rows = self._source.in_lane(lane, index)
-        picks = Picks(np.zeros_like(rows), rows, slot_seeds(self._seed, 0, rows), lane, training=False)
+        picks = SampleIndices(np.zeros_like(rows), rows, slot_seeds(self._seed, 0, rows), lane, training=False)
         batch = self._read(picks)
         valid &= ~batch.get("replaced", np.False_)
         return batch | {"row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}

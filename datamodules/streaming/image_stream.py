@@ -13,13 +13,13 @@ from ..imaging.facts import facts_array, facts_of
 from ..imaging.filters import Filters
 from ..imaging.geometry import Size, nearest_bucket
 from .stream import Stream
-from .tars import Sample, samples
+from .tars import TarSample, samples
 
 BUFFER_IMAGES = 256
 MOST_LEFT_OUT = 100_000  # in a row, before it is taken for a mistake
 
 
-class ImageStream(Stream[Sample]):
+class ImageStream(Stream[TarSample]):
     """Images and captions in the order of their tars; what filters leave out is counted.
 
     Args:
@@ -55,7 +55,7 @@ class ImageStream(Stream[Sample]):
         parts = [list(self.urls), asdict(self._filters), list(self._size), self._max_upscale, BUFFER_IMAGES]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def open(self, url: str, epoch: int) -> Iterator[Sample]:
+    def open(self, url: str, epoch: int) -> Iterator[TarSample]:
         """Yield the samples of a tar in the order of a pass."""
         marked = (sample | {"__url__": url} for sample in samples(url))
         return self._order.shuffled(marked, url, epoch, BUFFER_IMAGES)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ... import UsageError
 from ..corpora.tokens import DTYPES, HEADER_BYTES, read_header
-from .tars import Sample
+from .tars import TarSample
 
 Pack = Callable[[Iterable[str]], Iterator[NDArray[Any]]]
 """Turns documents into the pieces of a stream of tokens."""
@@ -34,7 +34,7 @@ class RowFormat:
     text_field: str
 
 
-def rows_of(samples: Iterator[Sample], url: str, form: RowFormat, pack: Pack) -> Iterator[NDArray[Any]]:
+def rows_of(samples: Iterator[TarSample], url: str, form: RowFormat, pack: Pack) -> Iterator[NDArray[Any]]:
     """Yield the rows of a tar, each of shape (sequence_length + 1,).
 
     Args:
@@ -61,7 +61,7 @@ def _is_array(name: str) -> bool:
     return name.rpartition(".")[2] == "npy"
 
 
-def _array(sample: Sample, url: str, form: RowFormat) -> NDArray[Any]:
+def _array(sample: TarSample, url: str, form: RowFormat) -> NDArray[Any]:
     place = f"{url}, sample {sample['__key__']!r}"
     names = [name for name in sample if _is_array(name)]
     if len(names) != 1:
@@ -82,7 +82,7 @@ def _array(sample: Sample, url: str, form: RowFormat) -> NDArray[Any]:
     return rows
 
 
-def _text(sample: Sample, url: str, text_field: str) -> str:
+def _text(sample: TarSample, url: str, text_field: str) -> str:
     place = f"{url}, sample {sample['__key__']!r}"
     try:
         if "txt" in sample:

@@ -27,7 +27,7 @@ END_BYTES = 1024  # a tar ends with two blocks of zeros
 _READ_BYTES = 2**20
 _MAGIC = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\x00", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 
-Sample = dict[str, Any]
+TarSample = dict[str, Any]
 
 
 def is_pipe(url: str) -> bool:
@@ -35,7 +35,7 @@ def is_pipe(url: str) -> bool:
     return url.lower().startswith("pipe:")
 
 
-def samples(url: str) -> Iterator[Sample]:
+def samples(url: str) -> Iterator[TarSample]:
     """Yield the samples of a tar as webdataset makes them: ``__key__``, and bytes by extension.
 
     Args:

@@ -18,7 +18,7 @@ from rewurst.callbacks import linear
 from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.sampling import permutation as order_module
 from rewurst.datamodules.sampling.buckets import Lanes
-from rewurst.datamodules.sampling.micro_batches import MicroBatches, Picks, Positions, as_is
+from rewurst.datamodules.sampling.micro_batches import MicroBatches, Positions, SampleIndices, as_is
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
 from rewurst.datamodules.sampling.permutation import CorpusOrder
 from rewurst.datamodules.sampling.progress import Progress
@@ -45,7 +45,7 @@ class Numbered:
         return str(row)
 
 
-def nothing(picks: Picks) -> dict[str, Any]:
+def nothing(picks: SampleIndices) -> dict[str, Any]:
     """Reader that returns its requests."""
     assert picks.quantile is not None
     return {"seed": picks.seed, "quantile": picks.quantile}
@@ -131,7 +131,7 @@ def test_the_first_batch_after_a_resume_costs_the_same_anywhere(
         work["permutations"] += 1
         return real(index, size, keys)
 
-    def read(picks: Picks) -> dict[str, Any]:
+    def read(picks: SampleIndices) -> dict[str, Any]:
         work["rows"] += len(picks.row)
         return {}
 

@@ -23,7 +23,7 @@ from rewurst import UsageError
 from rewurst.callbacks import ReplayScheduler
 from rewurst.datamodules import Corpus, Filters, ImageTextDataModule
 from rewurst.datamodules.image_reader import ImageReader
-from rewurst.datamodules.sampling.micro_batches import EvaluationRows, MicroBatches, Picks
+from rewurst.datamodules.sampling.micro_batches import EvaluationRows, MicroBatches, SampleIndices
 from rewurst.preparation.index import index_shards
 
 _QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1}
@@ -186,7 +186,7 @@ def test_ranks_share_the_same_global_batch(write_images: Callable[..., str], wor
 class Written:
     """A reader that reads nothing."""
 
-    def __call__(self, picks: Picks) -> dict[str, Any]:
+    def __call__(self, picks: SampleIndices) -> dict[str, Any]:
         return {"seed": picks.seed}
 
 
@@ -345,6 +345,6 @@ def test_readers_survive_pickling(write_images: Callable[..., str]) -> None:
     data.setup("fit")
     source = data._sources()[0]
     reader = data.reader([source])
-    picks = Picks(np.zeros(2, int), np.arange(2), np.arange(2), 0, training=True)
+    picks = SampleIndices(np.zeros(2, int), np.arange(2), np.arange(2), 0, training=True)
     copy: ImageReader = pickle.loads(pickle.dumps(reader))
     assert torch.equal(copy(picks)["image"], reader(picks)["image"])

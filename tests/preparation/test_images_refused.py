@@ -16,7 +16,7 @@ from rewurst.preparation.sources.pictures import Picture
 from rewurst.preparation.steps.recoding import Fault, Recoding, sample_of
 from rewurst.preparation.verify import verify
 from rewurst.preparation.writing import shard_file
-from rewurst.preparation.writing.image_writer import Sample
+from rewurst.preparation.writing.image_writer import ImageSample
 
 
 def test_corrupt_pictures_are_counted_and_named(
@@ -181,7 +181,7 @@ def test_an_interrupted_preparation_leaves_no_index_and_resumes(
     monkeypatch.setattr(image_units, "UNIT_PICTURES", 3)
     original, seen = image_units.sample_of, list[str]()
 
-    def sample(picture: Picture, recoding: Recoding) -> Sample | Fault:
+    def sample(picture: Picture, recoding: Recoding) -> ImageSample | Fault:
         seen.append(picture.name)
         if len(seen) == 8:
             raise KeyboardInterrupt

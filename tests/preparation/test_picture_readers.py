@@ -16,10 +16,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from rewurst.datamodules import Corpus, ImageTextDataModule
 from rewurst.datamodules.corpora.images import ImageRows, ImageShards
-from rewurst.datamodules.image_reader import ImageReader, Showing
+from rewurst.datamodules.image_reader import CropSettings, ImageReader
 from rewurst.datamodules.imaging.decoding import DecodeError, read_image
 from rewurst.datamodules.imaging.filters import Filters
-from rewurst.datamodules.sampling.micro_batches import EvaluationRows, Picks
+from rewurst.datamodules.sampling.micro_batches import EvaluationRows, SampleIndices
 from rewurst.modules.networks import SemanticCompressor
 from rewurst.preparation.images import prepare_images
 from rewurst.preparation.index import index_shards
@@ -214,7 +214,7 @@ def test_a_size_that_the_index_does_not_say_is_corrupt(tmp_path: Path) -> None:
     shards = ImageShards(tmp_path / "out" / "train")
     shards.facts = shards.facts.copy()
     shards.facts[0]["height"], shards.facts[0]["width"] = 32, 48
-    reader = ImageReader([ImageRows(shards, Filters(), [(32, 32)])], Showing([(32, 32)]))
+    reader = ImageReader([ImageRows(shards, Filters(), [(32, 32)])], CropSettings([(32, 32)]))
     none = np.zeros(0, dtype=np.int64)
     with pytest.raises(DecodeError, match="32 x 48 pixels upright, but its index says 48 x 32: index or prepare"):
-        reader.show(reader.sources[0], 0, 0, Picks(none, none, none, 0, training=False))
+        reader.show(reader.sources[0], 0, 0, SampleIndices(none, none, none, 0, training=False))

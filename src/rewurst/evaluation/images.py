@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..callbacks.samples.image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
 from ..datamodules.corpora.images import ImageRows, ImageShards
-from ..datamodules.image_reader import ImageReader, Showing
+from ..datamodules.image_reader import ImageReader, CropSettings
 from ..datamodules.imaging.filters import Filters
 from ..datamodules.sampling.micro_batches import EvaluationRows, as_is
 from ..modules.networks import diffusion
@@ -150,7 +150,7 @@ def _judge(inception: str | None, clip: str | None, device: str) -> tuple[ImageJ
 def validation_images(corpus: str, side: int, batch_size: int, limit: int | None) -> Iterator[Batch]:
     """Yield batches of readable images, without padding rows."""
     rows = ImageRows(ImageShards(corpus), Filters(), [(side, side)])
-    reader = ImageReader([rows], Showing([(side, side)], random_crop=False))
+    reader = ImageReader([rows], CropSettings([(side, side)], random_crop=False))
     left = len(rows.shards) if limit is None else limit
     loader = DataLoader(EvaluationRows(rows, reader, batch_size), batch_size=None, collate_fn=as_is)  # type: ignore[arg-type]
     for batch in loader:

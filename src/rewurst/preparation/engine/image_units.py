@@ -28,7 +28,7 @@ from ..sources.pictures import Listing, Picture
 from ..steps.recoding import Fault, Faults, Recoding, sample_of, side_of, without_caption
 from ..writing.destination import UNFINISHED, Target
 from ..writing.image_index import image_index
-from ..writing.image_writer import Sample, image_key, image_shard_name, is_full, no_picture
+from ..writing.image_writer import ImageSample, image_key, image_shard_name, is_full, no_picture
 from ..writing.shard_file import ShardFile
 from .resumable_units import Engine, Record, Stage, Unit, complete, digest_of, finish, progress_bar
 
@@ -86,7 +86,7 @@ def gather(job: ImageJob, unit: Unit) -> Record:
     The record has ``seen``, ``faults`` (pictures that cannot be used), ``several`` (the number of pictures with several
     captions) and, for each side that has samples, ``entry``, ``facts`` and ``ends``, the offsets after each sample.
     """
-    files, samples, faults, several = dict[str, ShardFile](), dict[str, list[Sample]](), list[Fault](), 0
+    files, samples, faults, several = dict[str, ShardFile](), dict[str, list[ImageSample]](), list[Fault](), 0
     with job.target.scratch() as scratch, ExitStack() as stack:
         for picture in unit.work:
             result = sample_of(picture, job.recoding)
@@ -106,7 +106,7 @@ def gather(job: ImageJob, unit: Unit) -> Record:
     return {"seen": len(unit.work), "faults": faults, "several": several, "sides": sides}
 
 
-def _publish(job: ImageJob, file: ShardFile, samples: Sequence[Sample]) -> Record:
+def _publish(job: ImageJob, file: ShardFile, samples: Sequence[ImageSample]) -> Record:
     entry = file.close()
     ends = np.fromfile(file.path.with_suffix(".idx"), dtype="<u8")[1:]
     for path in (file.path, file.path.with_suffix(".idx")):

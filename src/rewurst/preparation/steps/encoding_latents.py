@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...datamodules.corpora.images import ImageRows, ImageShards
 from ...datamodules.corpora.latents import LatentIndex, array_bytes
-from ...datamodules.image_reader import ImageReader, Showing
+from ...datamodules.image_reader import CropSettings, ImageReader
 from ...datamodules.imaging.filters import Filters
 from ...datamodules.imaging.geometry import Size, buckets, nearest_bucket
 from ...datamodules.imaging.header import DecodeError
-from ...datamodules.sampling.micro_batches import Picks, as_is
+from ...datamodules.sampling.micro_batches import SampleIndices, as_is
 from ..writing.destination import Target, everywhere
 from ..writing.latent_writer import LatentFolder
 from .latent_networks import Makers
@@ -101,7 +101,7 @@ class LatentWork:
 
     def made(self, shard: int) -> tuple[list[Members], list[str]]:
         """Return the members of a shard's samples, and what was wrong with the images that cannot be read."""
-        crops = Showing(self.sizes, self.options.resize, random_crop=False)
+        crops = CropSettings(self.sizes, self.options.resize, random_crop=False)
         reader = ImageReader([ImageRows(self.images, Filters(), self.sizes)], crops)
         groups = list(_groups(shard, self.folder, self.sizes, self.options.batch_size))
         loader = DataLoader(
@@ -133,7 +133,7 @@ class Groups(Dataset[dict[str, Any]]):
         shard, rows, lane = self._groups[number]
         [source] = self._reader.sources
         none = np.zeros(0, dtype=np.int64)
-        picks = Picks(none, none, none, lane, training=False)
+        picks = SampleIndices(none, none, none, lane, training=False)
         read, shown, faults = [], [], {}
         for row in rows:
             try:

@@ -27,7 +27,7 @@ from ...datamodules.imaging.header import MAX_PIXELS, DecodeError
 from ...datamodules.storage.url import Place, Url
 from ..sources.pictures import Drawing, Picture
 from ..sources.pictures.shapes import draw
-from ..writing.image_writer import Sample
+from ..writing.image_writer import ImageSample
 
 FORMATS = ("jpg", "png", "webp")
 _SUFFIXES = {"jpeg": "jpg", "tiff": "tif"}  # of formats, where it is another word
@@ -66,7 +66,7 @@ class Fault(NamedTuple):
     reason: str
 
 
-def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
+def sample_of(picture: Picture, recoding: Recoding) -> ImageSample | Fault:
     """The sample that a picture becomes, or why it becomes none."""
     try:
         captions = _captions(picture.caption)
@@ -91,12 +91,12 @@ def sample_of(picture: Picture, recoding: Recoding) -> Sample | Fault:
         if values:
             members["json"] = json.dumps(values, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")
         share = int.from_bytes(hashlib.blake2b(decides, digest_size=8).digest(), "big") / 2**64
-        return Sample(members, facts_of(members, max_pixels=recoding.max_pixels), share, picture.side)
+        return ImageSample(members, facts_of(members, max_pixels=recoding.max_pixels), share, picture.side)
     except DecodeError as error:
         return Fault("corrupt", picture.name, str(error))
 
 
-def side_of(sample: Sample, held_out: float) -> str:
+def side_of(sample: ImageSample, held_out: float) -> str:
     """Where a sample goes: as its source says, or ``val`` for a share of ``held_out`` and ``train`` for the others."""
     return sample.side or ("val" if sample.draw < held_out else "train")
 

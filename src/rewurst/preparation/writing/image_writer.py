@@ -30,7 +30,7 @@ def no_picture(folder: str) -> UsageError:
     return UsageError(f"{folder}: no picture is left for it; give more, or another --held_out")
 
 
-class Sample(NamedTuple):
+class ImageSample(NamedTuple):
     """A picture ready for a shard: its members, their facts, and a number in [0, 1) that only the file decides."""
 
     members: dict[str, bytes]
