@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..callbacks.samples.image_quality import INCEPTION_FILE, Clip, ImageJudge, load_inception
 from ..datamodules.corpora.images import ImageRows, ImageShards
-from ..datamodules.image_reader import ImageReader, CropSettings
+from ..datamodules.image_reader import CropSettings, ImageReader
 from ..datamodules.imaging.filters import Filters
 from ..datamodules.sampling.micro_batches import EvaluationRows, as_is
 from ..modules.networks import diffusion
