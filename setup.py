@@ -8,7 +8,7 @@ for link in ("modules", "datamodules", "callbacks", "configs", "train.py"):
     path = Path(__file__).parent / "src" / "rewurst" / link
     if not path.exists() or (path.is_file() and not link.endswith(".py")):
         raise SystemExit(
-            f"{path} is no working symbolic link: clone again with `git clone -c core.symlinks=true` "
+            f"{path} is not a working symbolic link: clone again with `git clone -c core.symlinks=true` "
             "(on Windows with developer mode on)"
         )
 

@@ -1,4 +1,4 @@
-"""Random states of every rank in the checkpoint, so that a killed run goes on as if nothing had happened."""
+"""Random states of every rank in the checkpoint, so that a killed run resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class ExactResume(StepCallback):
     What this cannot restore is the position of a loader, without which no run resumes exactly: ``TextDataModule`` and
     the other data modules have it, and so does torchdata's ``StatefulDataLoader``.
     Saving is a collective operation where there are several processes, as saving a checkpoint is. A checkpoint saved
-    within a global batch (``ModelCheckpoint`` saves after the first micro-batch of a run that goes on) holds the states
-    from before it, since a run that goes on from there begins that global batch anew.
+    within a global batch (``ModelCheckpoint`` saves after the first micro-batch of a resumed run) contains the states
+    from before it, since a run that resumes from there repeats that global batch.
 
     Raises:
         UsageError: The checkpoint is of another number of processes. Set ``world_size_may_change`` where nothing in
@@ -49,7 +49,7 @@ class ExactResume(StepCallback):
         self._within_step = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The states by rank: tensors, numbers and tuples, nothing that would need unpickling."""
+        """Return the states by rank: tensors, numbers and tuples, nothing that would need unpickling."""
         within = self._within_step and not self._stepped
         own = self._after_step if within and self._after_step is not None else randomness()
         if not (distributed.is_available() and distributed.is_initialized()):
@@ -59,7 +59,7 @@ class ExactResume(StepCallback):
         return {"ranks": ranks}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps the states until training starts: set-up and the sanity check draw from them."""
+        """Keep the states until training starts: set-up and the sanity check draw from them."""
         state = checkpoint["callbacks"].get(self.state_key)
         if trainer.state.fn != TrainerFn.FITTING or state is None:
             return
@@ -75,7 +75,7 @@ class ExactResume(StepCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the restored states in place."""
+        """Put the restored states in place."""
         super().on_train_start(trainer, pl_module)
         if self._restored is not None:
             states, self._restored = self._restored[trainer.global_rank], None
@@ -85,7 +85,7 @@ class ExactResume(StepCallback):
         self._within_step = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A global batch begins, or goes on."""
+        """Note whether a global batch begins or continues."""
         self._within_step = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -101,7 +101,7 @@ class ExactResume(StepCallback):
 
 
 def randomness() -> Randomness:
-    """The random states of this process, as plain values and tensors."""
+    """Return the random states of this process, as plain values and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states: Randomness = {
         "python": random.getstate(),
@@ -114,7 +114,7 @@ def randomness() -> Randomness:
 
 
 def restore_randomness(states: Randomness) -> None:
-    """Puts states of :func:`randomness` back."""
+    """Restore states of :func:`randomness`."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]

@@ -16,7 +16,7 @@ MARKER = "rewurst.json"
 
 @runtime_checkable
 class Exportable(Protocol):
-    """What a module must offer to be exported by :class:`ExportAtEnd`."""
+    """Interface of a module that can be exported by :class:`ExportAtEnd`."""
 
     def export(self, folder: Path, tokenizer: Path) -> None:
         """Write the model and a tokenizer into a folder, which is replaced."""

@@ -1,4 +1,4 @@
-"""What a model unlearns and learns on a new dataset, against where it stood when the dataset began."""
+"""Losses of every corpus relative to the start of a dataset: what a model forgets and learns."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Forgetting(Callback):
     Logs after every validation ``forgetting/<corpus>`` (loss now minus loss at the start) of old corpora,
     ``adaptation/<corpus>`` (loss at the start minus loss now) of new ones, and ``forgetting/average`` and
     ``adaptation/average``, which ``EarlyStopping`` and ``ModelCheckpoint`` can monitor. The starting losses are part of
-    the checkpoint: a run that is stopped and goes on compares with the same start, and only another dataset (see
-    :class:`~rewurst.callbacks.LRRewarming`) begins anew.
+    the checkpoint: a run that is stopped and resumed compares with the same start, and only another dataset (see
+    :class:`~rewurst.callbacks.LRRewarming`) starts over.
 
     Works with every module that logs a named loss for each validation corpus.
 
@@ -72,11 +72,11 @@ class Forgetting(Callback):
         return type(self).__name__  # the key in checkpoints of before there could be several
 
     def state_dict(self) -> dict[str, Any]:
-        """The dataset and the losses that it began with."""
+        """Return the dataset and the losses that it started with."""
         return {"dataset": self._dataset, "start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over where the dataset began."""
+        """Restore the losses that the dataset started with."""
         self._dataset, self._start = state_dict["dataset"], state_dict["start"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -93,7 +93,7 @@ class Forgetting(Callback):
                 raise UsageError(f"Forgetting: corpus {corpus!r} is not in val{closest(corpus, validated)}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validates before the first step of a dataset."""
+        """Validate before the first step of a dataset."""
         of_data = getattr(trainer.datamodule, "dataset", None)  # type: ignore[attr-defined]
         dataset = of_data or self._argument or ""
         if dataset == self._dataset and self._start:
@@ -106,7 +106,7 @@ class Forgetting(Callback):
         rank_zero_info(f"dataset {dataset!r} begins with losses {found}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the first losses of a dataset, and logs the distance of later ones."""
+        """Keep the first losses of a dataset, and log the distance of later ones."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         losses = {corpus: self._loss(trainer, corpus) for corpus in (*self.old, *self.new)}

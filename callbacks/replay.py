@@ -20,14 +20,14 @@ Share = float | Callable[[int], float]
 
 @runtime_checkable
 class ReplaySource(Protocol):
-    """What a data module must offer to be driven by :class:`ReplayScheduler`."""
+    """Interface of a data module that can be driven by :class:`ReplayScheduler`."""
 
     dataset: str
     replay_corpora: Sequence[str]
     dataset_step: int  # completed global batches of this dataset
 
     def set_replay_share(self, share: Share) -> None:
-        """Takes the share of old rows, a number or a function of the dataset's step, before any loader exists."""
+        """Take the share of old rows, a number or a function of the dataset's step, before any loader exists."""
 
     def rows_read(self) -> Mapping[str, int]:
         """Rows of this process's batches that training has used since the dataset began here, by corpus."""
@@ -48,7 +48,7 @@ class ReplayScheduler(Callback):
         length: Length of that schedule in steps or tokens ("300B tokens"); a constant share needs none.
 
     Raises:
-        UsageError: The share is no fraction, a schedule lacks its length, the data module cannot replay.
+        UsageError: The share is not a fraction, a schedule lacks its length, the data module cannot replay.
 
     Example::
 
@@ -90,7 +90,7 @@ class ReplayScheduler(Callback):
         source.set_replay_share(self._function)
 
     def state_dict(self) -> dict[str, Any]:
-        """The dataset and its share, so that a changed share under the same name is noticed."""
+        """Return the dataset and its share, so that a changed share under the same name is noticed."""
         return {"dataset": self._source.dataset if self._source else None, "share": self._describe()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ class ReplayScheduler(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs at the trainer's logging interval."""
+        """Log at the trainer's logging interval."""
         if self._source is None or not logs_now(trainer):
             return
         rows = self._rows_of_all_ranks(trainer)

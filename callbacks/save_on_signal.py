@@ -47,7 +47,7 @@ class SaveOnSignal(StepCallback):
         self._has_saved = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals over, after Lightning has set its handlers."""
+        """Take over the signals, after Lightning has set its handlers."""
         super().on_train_start(trainer, pl_module)
         self._received, self._has_saved = None, False
         path = trainer.ckpt_path

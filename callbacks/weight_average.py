@@ -38,7 +38,7 @@ class WeightAverage(StepCallback, WeightAveraging):
         decay: Share of the average that an update keeps.
         every: Steps from one update to the next.
         start_step: Step up to which the average is a copy; a run that ends before ends on its weights.
-        device: Where the average is kept, such as ``"cpu"``; by default beside the weights.
+        device: Where the average is kept, such as ``"cpu"``; by default that of the weights.
 
     Raises:
         UsageError: A number is out of range, or a checkpoint's average is another model's.
@@ -53,7 +53,7 @@ class WeightAverage(StepCallback, WeightAveraging):
     ) -> None:
         super().__init__(device=device)
         if not 0 <= decay < 1:
-            raise UsageError(f"WeightAverage: decay {decay} must lie in [0, 1)")
+            raise UsageError(f"WeightAverage: decay {decay} must be in [0, 1)")
         if every < 1 or start_step < 0:
             raise UsageError(
                 f"WeightAverage: every {every} must be at least 1 and start_step {start_step} at least 0, both in steps"

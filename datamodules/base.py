@@ -166,11 +166,11 @@ class StreamDataModule(LightningDataModule, Generic[R]):
 
     @abstractmethod
     def open_corpus(self, name: str, path: str) -> R:
-        """Opens a corpus and checks that it fits what is open already."""
+        """Open a corpus and check that it fits what is open already."""
 
     @abstractmethod
     def reader(self, sources: Sequence[R]) -> Reader:
-        """What turns picked rows of these corpora into a batch."""
+        """Return the function that turns indices of rows into a batch."""
 
     @abstractmethod
     def example_batch(self, micro_batch_size: int) -> Batch:
@@ -206,7 +206,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         return self.progress.epochs.steps
 
     def set_replay_share(self, share: Any) -> None:
-        """Takes the share of old rows: a number in [0, 1], or a picklable function of the dataset's step."""
+        """Take the share of old rows: a number in [0, 1], or a picklable function of the dataset's step."""
         self._share = share
 
     def rows_read(self) -> Mapping[str, int]:
@@ -214,7 +214,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         return dict(zip(self._order_of_names(), self.progress.rows.tolist(), strict=True))
 
     def setup(self, stage: str) -> None:
-        """Opens the corpora and settles accumulation."""
+        """Open the corpora and settle accumulation."""
         training = [(name, corpus.path) for name, corpus in self.corpora.items()] if stage == "fit" else []
         for name, path in [*training, *self.val.items()]:
             if path not in self._opened:
@@ -270,11 +270,11 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         return self._evaluation_loaders()
 
     def test_dataloader(self) -> dict[str, DataLoader[Batch]]:
-        """The validation corpora."""
+        """Return loaders of the validation corpora."""
         return self._evaluation_loaders()
 
     def predict_dataloader(self) -> dict[str, DataLoader[Batch]]:
-        """The validation corpora."""
+        """Return loaders of the validation corpora."""
         return self._evaluation_loaders()
 
     def locate(self, batch: Batch) -> str:
@@ -345,7 +345,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         return self.batch_used(batch)
 
     def batch_used(self, batch: Batch) -> dict[str, float]:
-        """Called with every training batch that has been used; returns what is to be logged."""
+        """Return what to log about a training batch that has been used; called with each."""
         return {}
 
     def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64] | None]:
@@ -384,7 +384,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         rows = self.micro_batch_size * self.trainer.world_size
         if self.global_batch_size % rows:
             raise UsageError(
-                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size} times {self.trainer.world_size} devices"
             )
         self.accumulation = self.global_batch_size // rows
@@ -414,14 +414,14 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         trainer.val_check_interval, trainer.check_val_every_n_epoch = interval, None
 
     def _order_of_names(self) -> list[str]:
-        """New corpora first, as the mixture numbers them."""
+        """Return the names of the corpora, new ones first, as the mixture numbers them."""
         return sorted(self.corpora, key=lambda name: self.corpora[name].replay)
 
     def _sources(self) -> list[R]:
         return [self._opened[self.corpora[name].path] for name in self._order_of_names()]
 
     def _orders(self) -> list[list[CorpusOrder]]:
-        """The order of each lane of each corpus."""
+        """Return the order of each lane of each corpus."""
         orders = []
         for name, source in zip(self._order_of_names(), self._sources(), strict=True):
             reading, replayed = self.reading(name), self._replay_before(name)

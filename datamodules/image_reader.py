@@ -65,11 +65,11 @@ class CroppedImage:
 
 
 class DecodedSample(Protocol):
-    """What every sample of a batch has."""
+    """A decoded sample of a batch."""
 
     @property
     def crop(self) -> Crop:
-        """What is shown of the stored image."""
+        """The part of the stored image that is used."""
         ...
 
     @property
@@ -99,7 +99,7 @@ class ReplacingReader(ABC, Generic[S]):
         self._streams = [source for source in sources if isinstance(source, ImageStream)]
 
     def __call__(self, picks: SampleIndices) -> Batch:
-        """Reads a micro-batch; ``corrupt`` says where the images lie that had to be replaced, and why."""
+        """Read a micro-batch; ``corrupt`` lists the places of images that had to be replaced, and why."""
         corrupt: list[str] = []
         replaced = np.zeros(len(picks.row), dtype=np.bool_)
         shown = []
@@ -125,7 +125,7 @@ class ReplacingReader(ABC, Generic[S]):
 
     @abstractmethod
     def arrays(self, shown: Sequence[S]) -> Batch:
-        """The tensors of a batch."""
+        """Return the tensors of a batch."""
 
     def _one(self, source: Images, row: int, seed: int, picks: SampleIndices, corrupt: list[str]) -> S:
         count = source.lanes[picks.lane]
@@ -174,7 +174,7 @@ class ImageReader(ReplacingReader[CroppedImage]):
 
 
 def describe_left_out(name: str, rows: ImageRows) -> str:
-    """One line: how many images a corpus gives, and how many are left out by which filter."""
+    """Return in one line how many images come from a corpus, and how many each filter leaves out."""
     reasons: dict[str, Any] = rows.left_out
     left_out = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
     return f"corpus {name!r}: {len(rows)} of {len(rows.shards)} images" + (f"; left out: {left_out}" if reasons else "")

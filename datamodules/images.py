@@ -114,7 +114,7 @@ class ImageTextDataModule(StreamDataModule[Images]):
         return self._corrupt.count
 
     def open_corpus(self, name: str, path: str) -> Images:
-        """Opens a corpus and says what filters leave of it; a stream counts that while it is read."""
+        """Open a corpus and log what filters leave of it; a stream counts that while it is read."""
         urls = self.streamed_tars(name, path)
         if urls is not None:
             if len(self.sizes) > 1:
@@ -125,7 +125,7 @@ class ImageTextDataModule(StreamDataModule[Images]):
         return rows
 
     def reader(self, sources: Sequence[Images]) -> Reader:
-        """Decodes, crops and captions."""
+        """Return the function that decodes, crops and captions."""
         return ImageReader(sources, self._crop_settings)
 
     def example_batch(self, micro_batch_size: int) -> Batch:

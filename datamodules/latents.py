@@ -148,7 +148,7 @@ class LatentDataModule(ImageTextDataModule):
         return {name: {**kept, "corpus": self._first.path} for name, kept in self._first.index.made_by.items()}
 
     def open_corpus(self, name: str, path: str) -> ImageRows:
-        """Opens a corpus, which must be like the others."""
+        """Open a corpus, which must be like the others."""
         if self.streamed_tars(name, path) is not None:
             raise UsageError(f"corpus {name!r} is a stream, which latents cannot be; index or prepare it")
         shards = LatentShards(path)
@@ -160,7 +160,7 @@ class LatentDataModule(ImageTextDataModule):
         return rows
 
     def reader(self, sources: Sequence[Any]) -> Reader:
-        """Reads arrays."""
+        """Return the function that reads arrays."""
         return LatentReader(sources, self._crop_settings)
 
     def example_batch(self, micro_batch_size: int) -> Batch:

@@ -151,7 +151,7 @@ class TextDataModule(StreamDataModule[TokenRows]):
 
     @property
     def tokenizer_folder(self) -> str:
-        """The tokenizer that lies beside the first corpus."""
+        """Folder of the tokenizer next to the first corpus."""
         return next(iter(self._opened.values())).tokenizer_folder
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class TextDataModule(StreamDataModule[TokenRows]):
         return super().state_dict() | {"tokenizer": self.tokenizer_folder, **tokens}
 
     def open_corpus(self, name: str, path: str) -> TokenRows:
-        """Opens a corpus; all of them have one tokenizer and one length of rows."""
+        """Open a corpus; all of them have one tokenizer and one length of rows."""
         urls = self.streamed_tars(name, path)
         shards = TokenShards(path) if urls is None else self._open_stream(name, path, urls)
         first = next(iter(self._opened.values()), shards)
@@ -198,7 +198,7 @@ class TextDataModule(StreamDataModule[TokenRows]):
         return batch | {"input_ids": batch["input_ids"].long()}
 
     def reader(self, sources: Sequence[TokenRows]) -> Reader:
-        """Reads tokens."""
+        """Return the function that reads tokens."""
         return TokenReader(sources)
 
 
@@ -230,7 +230,7 @@ class TokenReader:
         self._smallest = min(source.index.vocab_size for source in sources)
 
     def __call__(self, picks: SampleIndices) -> Batch:
-        """Reads the rows of a micro-batch."""
+        """Read the rows of a micro-batch."""
         return {"input_ids": self._tokens(picks), **self._masks(picks)}
 
     def _masks(self, picks: SampleIndices) -> Batch:

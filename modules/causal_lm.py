@@ -59,12 +59,12 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
             (architecture; initial weights as transformers draws them).
         init_from: Weights to begin with instead: a Hugging Face folder or hub name, a Lightning checkpoint, or a
             safetensors file. Neither optimizer nor step nor random state comes along.
-        optimizer: ``adamw``, ``adamw_8bit`` (states of 2 bytes a parameter instead of 8), ``lion``, ``lion_8bit`` or
+        optimizer: ``adamw``, ``adamw_8bit`` (states of 2 bytes per parameter instead of 8), ``lion``, ``lion_8bit`` or
             ``muon``, with the papers' settings, or any optimizer over parameter groups. Weight decay acts on matrices
             only; embeddings and small tensors keep 32-bit states.
         max_grad_norm: Norm that gradients are clipped to, none for no clipping. ``Trainer(gradient_clip_val)`` wins.
         z_loss: Factor of ``log(Z)**2`` added to every training loss, such as 1e-4; validation leaves it out.
-        document_masks: Keep the documents of a row apart: attention and positions begin anew after the end token of
+        document_masks: Keep the documents of a row apart: attention and positions start over after the end token of
             the data's tokenizer, and a document's first token is predicted from nothing, so not at all.
         attn_implementation: How attention is computed; by default ``"sdpa"`` where the model has it. The flash
             kinds need the package flash-attn and a GPU.
@@ -163,7 +163,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         write_folder(model, words, folder, *around)
 
     def setup(self, stage: str) -> None:
-        """Checks that the model knows every token of the data, and how its loss can be computed."""
+        """Check that the model knows every token of the data, and how its loss can be computed."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if (tokens := getattr(datamodule, "vocab_size", None)) is not None:
             require_vocabulary(self.model, tokens, self._may_extend)
@@ -194,7 +194,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         return self._losses(input_ids[:, :-1], self._targets(input_ids, mask), "none").losses
 
     def loss(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What training minimises, from ids (batch, length): the mean of the tokens' losses and every further term.
+        """Return the loss of ids (batch, length): the mean of the tokens' losses and every further term.
 
         These are the z-loss and what the model itself defines, such as the balance of a mixture's experts. Tokens that
         ``mask``, (batch, length), leaves out are read but not predicted, and do not count in the mean.
@@ -228,20 +228,20 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         return self.watch(self.loss(input_ids, batch.get("mask")), batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Counts the tokens of the whole global batch, then takes in its loss."""
+        """Count the tokens of the whole global batch, then record its loss."""
         self.tokens += self._window_tokens
         self._window_tokens = 0
         super().on_before_optimizer_step(optimizer)
 
     def log_latest(self) -> None:
-        """Logs the latest loss and norm, and the tokens so far."""
+        """Log the latest loss and norm, and the tokens so far."""
         super().log_latest()
         self.log("tokens", float(self.tokens), batch_size=1)
         if self._busiest is not None:
             self.log("train/busiest_expert", self._busiest, batch_size=1, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Sums losses and tokens of a corpus, so that the mean does not depend on batches or ranks."""
+        """Sum losses and tokens of a corpus, so that the mean does not depend on batches or ranks."""
         input_ids = batch["input_ids"]
         targets = self._targets(input_ids, batch.get("mask"))
         losses = self._losses(input_ids[:, :-1], targets, "none").losses.double().sum(1)
@@ -265,7 +265,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         return continuations(self.model, folder, prompts, max_new_tokens, temperature, **tokens)
 
     def configure_optimizers(self) -> Optimizer:
-        """The optimizer over two groups: matrices, which decay, and everything else, which does not."""
+        """Return the optimizer over two groups: matrices, which decay, and everything else, which does not."""
         return make_optimizer(self.optimizer, PAPERS, self)
 
     @property
@@ -297,7 +297,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         return super().load_state_dict(state_dict, strict and not self._saves_adapter_only, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the count of tokens and the model's config, with which an export needs nothing else."""
+        """Save the count of tokens and the model's config, with which an export needs nothing else."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["tokens"] = self.tokens
         checkpoint["model_config"] = self.model.config.to_dict()  # type: ignore[union-attr,operator]
@@ -305,7 +305,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
             checkpoint["lora"] = {"settings": self.lora, "adapter_only": self._saves_adapter_only, **self._base}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the count of tokens over; a checkpoint of another project has none."""
+        """Restore the count of tokens; a checkpoint of another project has none."""
         self.tokens = checkpoint.get("tokens", 0)
         self.fit_to_checkpoint(checkpoint)
 

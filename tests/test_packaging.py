@@ -147,4 +147,4 @@ def test_source_and_wheel_agree_on_the_links(tmp_path: Path) -> None:
         [sys.executable, "setup.py", "--version"], cwd=broken, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "is no working symbolic link: clone again with `git clone -c core.symlinks=true`" in result.stderr
+    assert "is not a working symbolic link: clone again with `git clone -c core.symlinks=true`" in result.stderr

@@ -1,4 +1,4 @@
-"""Which tar a reader opens next: a pure function of the seed, the pass over the tars, and the reader's number."""
+"""Order of the tars that a reader opens: a pure function of the seed, the pass over them, and the reader's number."""
 
 from __future__ import annotations
 

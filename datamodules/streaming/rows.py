@@ -21,7 +21,7 @@ Pack = Callable[[Iterable[str]], Iterator[NDArray[Any]]]
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What rows look like.
+    """Format of rows.
 
     Args:
         sequence_length: Number of predicted tokens per row.

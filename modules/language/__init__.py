@@ -1,1 +1,1 @@
-"""What the causal language model needs of transformers."""
+"""Helpers of the causal language model around transformers."""

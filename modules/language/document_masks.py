@@ -14,7 +14,7 @@ IGNORED = -100
 
 
 def document_positions(input_ids: Tensor, end_token: int) -> tuple[Tensor, Tensor]:
-    """Number of each token's document in its row, and the token's position in the document.
+    """Return the number of each token's document in its row, and the token's position in the document.
 
     An end token is the last of its document. Nothing here waits for the device.
 
@@ -45,11 +45,11 @@ def block_causal_mask(documents: Tensor) -> Tensor:
 
 
 def document_arguments(model: nn.Module, input_ids: Tensor, end_token: int) -> dict[str, Tensor]:
-    """What a transformers model has to be given so that documents do not see one another.
+    """Return the arguments with which a transformers model keeps documents apart.
 
     Under scaled dot-product attention that is a mask of ours. Everywhere else (flash and flex attention, sliding
-    windows) positions alone: transformers reads documents from where they begin anew, and for that waits for the
-    device once a step.
+    windows) positions alone: transformers reads documents from where they restart, and for that waits for the
+    device once per step.
     """
     documents, positions = document_positions(input_ids, end_token)
     arguments = {"position_ids": positions}

@@ -36,7 +36,7 @@ def generate_text(
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UsageError(
-            f"temperature {temperature} must not be below 0, top_p {top_p} must lie in (0, 1] and max_new_tokens "
+            f"temperature {temperature} must not be below 0, top_p {top_p} must be in (0, 1] and max_new_tokens "
             f"{max_new_tokens} be at least 1"
         )
     model: Any = build(folder).eval()

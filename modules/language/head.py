@@ -35,7 +35,7 @@ def head_computes(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iter
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a transformers model, first to last.
+    """Return the repeated layers of a transformers model, first to last.
 
     Raises:
         UsageError: The model does not say which they are.

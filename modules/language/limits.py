@@ -1,4 +1,4 @@
-"""What data ask of a model: a row for every token, positions for every row."""
+"""Limits of a model that data must fit: a row for every token, positions for every row."""
 
 from __future__ import annotations
 

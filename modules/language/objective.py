@@ -1,4 +1,4 @@
-"""What a model is trained to minimize: the loss of its tokens, and every other term that its own code adds."""
+"""The objective of a model: the loss of its tokens, and every other term that its own code adds."""
 
 from __future__ import annotations
 

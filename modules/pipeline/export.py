@@ -52,7 +52,7 @@ def export_diffusers(
 ) -> Path:
     """Write a folder that diffusers and ``TextToImage`` load, and a README that says how.
 
-    Models of the released compression (42.67 pixels a latent) and scale of z become one combined pipeline; others
+    Models of the released compression (42.67 pixels per latent) and scale of z become one combined pipeline; others
     become two folders, ``prior`` and ``decoder``, because the combined pipeline has these numbers built in.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given: prompts, seeds, steps; checked, and brought into the form the loops take."""
+"""Arguments of a pipeline call: prompts, seeds, steps; checked, and brought into the form the loops take."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ def read_prompts(argument: str) -> list[str]:
     """Return the prompt that ``argument`` is, or with ``@FILE`` the file's lines, empty ones left out.
 
     Raises:
-        UsageError: The file is missing, is no text, or holds no prompt.
+        UsageError: The file is missing, is not text, or has no prompt.
     """
     if not argument.startswith("@"):
         return [argument]
@@ -35,7 +35,7 @@ def listed_texts(texts: str | Sequence[str], name: str) -> list[str]:
     """Return one or several texts as a list."""
     listed = [texts] if isinstance(texts, str) else list(texts)
     if not listed or not all(isinstance(text, str) for text in listed):
-        raise UsageError(f"{name}={texts!r} is no text: give a string or a list of strings")
+        raise UsageError(f"{name}={texts!r} is not text: give a string or a list of strings")
     return listed
 
 

@@ -1,4 +1,4 @@
-"""What the steps of a sampling run see besides the latents, who may change it, and what must be finite."""
+"""Tensors that the steps of a sampling run see besides the latents, callbacks that may change them, checks for NaN."""
 
 from __future__ import annotations
 

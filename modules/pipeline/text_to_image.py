@@ -26,7 +26,7 @@ DECODER_TENSORS = (*PRIOR_TENSORS, EMBEDDINGS)
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the pipeline returns.
+    """Output of the pipeline.
 
     Attributes:
         images: PIL images, an array (batch, h, w, 3) or a tensor (batch, 3, h, w) in [0, 1], or latents.

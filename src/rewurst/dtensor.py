@@ -9,7 +9,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local_part(tensor: Tensor, whole: Tensor | None = None) -> Tensor:
-    """What this process holds of a tensor; of another one that would be sharded alike, where one is given."""
+    """Return this process's part of a tensor, or of another one that is sharded alike."""
     if not isinstance(tensor, DTensor):
         return tensor if whole is None else whole
     if whole is None:

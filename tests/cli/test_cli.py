@@ -179,8 +179,11 @@ def test_checkpoints_that_cannot_be_resumed(
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "foreign.ckpt")
     capsys.readouterr()
     for options, message in (
-        (["--ckpt_path", "weights.ckpt"], "holds weights only, no run to go on: begin with them by --model.init_from"),
-        (["--ckpt_path", "foreign.ckpt"], "foreign.ckpt is no Lightning checkpoint"),
+        (
+            ["--ckpt_path", "weights.ckpt"],
+            "contains only weights, so there is no run to resume; pass it to --model.init_from",
+        ),
+        (["--ckpt_path", "foreign.ckpt"], "foreign.ckpt is not a Lightning checkpoint"),
         (["--ckpt_path", "runs"], "ckpt_path runs is a folder: give a .ckpt file, or auto:runs for its newest"),
         (["--model.model.hidden_size", "32"], "has shape (320, 16), the model's is (320, 32)"),
         (["--model.model.num_hidden_layers", "3"], "weights of another model, missing model.gpt_neox.layers.2"),
@@ -218,7 +221,7 @@ def overlay(text: str) -> Callable[[Path], list[str]]:
 
 WRONG = [
     (["--trainer.max_stepz", "5"], "no option 'trainer.max_stepz'; did you mean 'trainer.max_steps'?"),
-    (["--trainer.max_steps", "five"], "trainer.max_steps: 'five' is no int"),
+    (["--trainer.max_steps", "five"], "trainer.max_steps: 'five' is not of type int"),
     (["--data.sequence_lenth", "5"], "no option 'sequence_lenth'; did you mean 'sequence_length'?"),
     (["--model", "CausalML"], "model: there is no class 'CausalML'; did you mean 'CausalLM'?"),
     (["--trainer.callbacks+=LRRewarmin"], "there is no class 'LRRewarmin'; did you mean 'LRRewarming'?"),
@@ -235,7 +238,7 @@ WRONG = [
     ),
     (overlay("data:\n  init_args:\n    corpora: {prose: {pth: x}}\n"), "no option 'pth'; did you mean 'path'?"),
     (overlay("modl:\n  class_path: CausalLM\n"), "no option 'modl.class_path'; did you mean 'model'?"),
-    (overlay("data: [\n"), "overlay.yaml is no YAML: while parsing a flow node"),
+    (overlay("data: [\n"), "overlay.yaml is not valid YAML: while parsing a flow node"),
 ]
 
 

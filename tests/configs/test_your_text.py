@@ -123,7 +123,7 @@ def test_something_else_in_the_place_of_the_export_is_refused_before_training(
     [
         (["--data.init_args.source", "my_txts"], "source my_txts: no such file or folder; did you mean my_texts or"),
         (["--share", "2"], "share 2.0 must lie between 0 and 1"),
-        (["--length", "soon"], "length 'soon' is no length"),
+        (["--length", "soon"], "length 'soon' is not a length"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -147,7 +147,7 @@ def test_bad_input() -> None:
         (lambda: ReplayLoader("a", loader, {"a": loader}), "'a' is both new and old"),
         (lambda: ReplayLoader("a", {}), "nothing new to learn"),
         (lambda: ReplayLoader("a", DataLoader(Numbers(1, "tensor"), batch_size=None)), "has no batch_size"),
-        (lambda: fit(data_of(global_batch_size=6)), "global_batch_size 6 is no multiple of micro_batch_size 4"),
+        (lambda: fit(data_of(global_batch_size=6)), "global_batch_size 6 is not a multiple of micro_batch_size 4"),
     ):
         with pytest.raises(UsageError, match=message):
             build()

@@ -124,7 +124,7 @@ def test_validation_reads_every_row_once_and_every_rank_as_many_batches(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_batch_size": 9}, "global_batch_size 9 is no multiple of micro_batch_size 4 times 1 devices"),
+        ({"global_batch_size": 9}, "global_batch_size 9 is not a multiple of micro_batch_size 4 times 1 devices"),
         ({"micro_batch_size": 0}, "micro_batch_size 0 must be at least 1"),
         ({"sequence_length": 16}, "has rows of sequence_length 8, asked for is 16"),
         ({"corpora": {"prose": Corpus("x", replay=True)}}, "has no corpus without replay: true"),

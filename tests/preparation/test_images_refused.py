@@ -67,7 +67,7 @@ def test_pictures_without_a_caption(folder: Path, tmp_path: Path, capsys: pytest
     for path in folder.rglob("*.txt"):
         path.unlink()
     with pytest.raises(
-        UsageError, match=r"none of its 12 images has a caption, expected a \.txt beside each, such as .*part0/00\.txt"
+        UsageError, match=r"none of its 12 images has a caption, expected a \.txt next to each, such as .*part0/00\.txt"
     ):
         prepare(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -280,7 +280,7 @@ def test_a_rewritten_tar_with_an_old_sidecar(tmp_path: Path) -> None:
         (["nothing.tar"], {}, "nothing.tar: no such tar"),
         (["x.tar.gz"], {}, "x.tar.gz: only plain tars"),
         (["one/a.tar", "two/a.tar"], {}, "two shards are called a.tar"),
-        (["one/a.tar", "two/b.tar"], {}, "do not lie in one local folder"),
+        (["one/a.tar", "two/b.tar"], {}, "are not in one local folder"),
         (["done"], {}, "has an index.json already; add --overwrite"),
         (["foreign"], {}, "c.idx exists and is not ours"),
         (["one"], {"caption_key": "x"}, "--caption_key does not go with shards of text"),

@@ -48,7 +48,7 @@ class Pictures(Dataset[Any]):
 
 
 class Project(LightningModule):
-    """What the projects have in common: a small network with dropout and a loss."""
+    """Base of the projects: a small network with dropout and a loss."""
 
     def __init__(self, accumulation: int) -> None:
         super().__init__()

@@ -178,7 +178,7 @@ def refused(what: str, folder: str = "") -> Any:
     elif what == "no blocks":
         model.encoder = nn.Linear(16, 16)
     elif what == "frozen":
-        model.beside = Beside(nn.Linear(2, 2, device="meta" if os.environ["RANK"] == "1" else None))  # type: ignore[assignment]
+        model.sibling = Beside(nn.Linear(2, 2, device="meta" if os.environ["RANK"] == "1" else None))  # type: ignore[assignment]
     elif what == "bitsandbytes":
         foreign = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
         model.configure_optimizers = lambda: foreign(model.parameters())  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ _LONGEST = 400
 
 
 def one_line(message: str, parser: Any) -> str:
-    """The message in one line: what is wrong, its value, and the nearest name that would be right.
+    """Return the message in one line: what is wrong, its value, and the nearest name that would be right.
 
     Args:
         message: What the parser says.
@@ -80,12 +80,12 @@ def _listed(known: set[str]) -> str:
 
 
 def _already_one_line(match: re.Match[str], parser: Any) -> str:
-    """What was said of one alternative among several."""
+    """Return the message about one alternative among several."""
     return match[1]
 
 
 def _wrong_type(match: re.Match[str], parser: Any) -> str:
-    return f"{match[1]}: {match[3].strip()!r} is no {match[2]}"
+    return f"{match[1]}: {match[3].strip()!r} is not of type {match[2]}"
 
 
 def _no_such_file(match: re.Match[str], parser: Any) -> str:

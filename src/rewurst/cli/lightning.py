@@ -1,4 +1,4 @@
-"""LightningCLI over every module and data module, with errors of one line and runs that go on by themselves."""
+"""LightningCLI over every module and data module, with errors of one line and runs that resume by themselves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from .options.short_options import add_short_options, apply_short_options
 
 
 def run(args: list[str]) -> None:
-    """Runs ``fit``, ``validate``, ``test`` or ``predict`` with the rest of a command line."""
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with the rest of a command line."""
     args = with_shipped_configs(args)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any; nothing changes on a CPU
     for what in _SAID_ALREADY:
@@ -59,7 +59,7 @@ def run(args: list[str]) -> None:
 
 
 def parse(args: list[str]) -> dict[str, Any]:
-    """The config that a command line means; nothing is made of it."""
+    """Return the config that a command line means, without building anything."""
     args = with_shipped_configs(args)
     _check_yaml(args)
     import_named(args)
@@ -77,7 +77,7 @@ def instantiate(kind: type, settings: Mapping[str, Any]) -> Any:
 
 
 _SAID_ALREADY = (
-    "The dirpath has changed",  # a run that goes on has a new version_N, on purpose
+    "The dirpath has changed",  # a resumed run may write to a folder with files, on purpose
     ".*LeafSpec.*deprecated",  # Lightning's own use of torch
     # Keys of checkpoints from before there could be several of these callbacks, which still find their state.
     r"(?s)Be aware .* callbacks: \[(?:'(?:Forgetting|WeightAverage|LogSamples|LogText|ImageScores)'(?:, )?)+\]",
@@ -95,7 +95,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises instead of printing usage and 60 lines of tried alternatives."""
+        """Raise instead of printing usage and 60 lines of tried alternatives."""
         _raise_usage_error(ex)
         raise UsageError(one_line(message, self)) from ex
 
@@ -159,7 +159,7 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what is ours."""
+        """Add the options of this project."""
         add_short_options(parser)
         parser.add_argument(
             "--construct_on_rank_zero",
@@ -169,7 +169,7 @@ class CLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Applies the short options, and has modules built where there is memory for them."""
+        """Apply the short options, and build modules where there is memory for them."""
         apply_short_options(self.config[self.subcommand] if self.subcommand else self.config)
         if not self._get(self.config, "construct_on_rank_zero"):
             return
@@ -181,7 +181,7 @@ class CLI(LightningCLI):
         self.parser.add_instantiator(_on_rank_zero, LightningModule)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the given arguments; the process's own do not matter when ``main`` is called in process."""
+        """Parse the given arguments; the process's own do not matter when ``main`` is called in process."""
         args, changes = take_changes(args)
         self.config = parser.parse_args(args)
         if changes:
@@ -206,7 +206,7 @@ class CLI(LightningCLI):
         """Lightning would let the checkpoint's hyper-parameters win over the YAML."""
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Adds a progress bar that counts steps, unless the config has one or wants none."""
+        """Add a progress bar that counts steps, unless the config has one or wants none."""
         own = config.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
         shown = config.get("enable_progress_bar") is not False and not config.get("barebones")
@@ -226,7 +226,7 @@ class CLI(LightningCLI):
             if isinstance(callback, SaveConfig):
                 callback.resumes = ckpt_path is not None
         if path is not None and str(ckpt_path).startswith("auto"):
-            rank_zero_info(f"going on from {path}")
+            rank_zero_info(f"resuming from {path}")
             if self._is_complete(path, content):
                 return
             optimizers = counted_optimizers(self.model, len(content.get("optimizer_states", [])))
@@ -262,7 +262,7 @@ class CLI(LightningCLI):
 
     def _newest(self, ckpt_path: str, must_exist: bool) -> str | None:
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return None  # a trial of a few batches, beside any run
+            return None  # a trial of a few batches, not part of a run
         folders, training = checkpoint_folders(self.trainer), not must_exist
         if self.trainer.is_global_zero and training:
             remove_leftovers(folders)
@@ -287,7 +287,7 @@ class CLI(LightningCLI):
         return self._has_our_name(content) and (own is None or stored_dataset(content) in (None, own))
 
     def _refuse_another_dataset(self, folders: list[Path]) -> None:
-        """A named run, or a folder, is one dataset's; unnamed runs of a project are told apart by theirs."""
+        """Raise if a named run, or a folder, has checkpoints of another dataset; unnamed runs may share one."""
         if self.trainer.loggers and run_name(self.trainer) is None:
             return
         another: list[str] = []
@@ -312,7 +312,7 @@ class CLI(LightningCLI):
             )
 
     def _checked(self, path: str | None, safe: bool) -> dict[str, Any]:
-        """A checkpoint that is whole, Lightning's, and this model's: Lightning's own errors are pages long."""
+        """Return a checkpoint that is whole and of this model: Lightning's own errors are pages long."""
         if path is None or not Path(path).exists():
             return {}
         if Path(path).is_dir():
@@ -320,9 +320,13 @@ class CLI(LightningCLI):
         else:
             content = read_file(path) if safe else torch.load(path, map_location="cpu", weights_only=False)
         if "global_step" not in content:
-            raise UsageError(f"{path} is no Lightning checkpoint; weights of other layouts: --model.init_from {path}")
+            raise UsageError(
+                f"{path} is not a Lightning checkpoint; for weights of other layouts use --model.init_from {path}"
+            )
         if "optimizer_states" not in content:
-            raise UsageError(f"{path} holds weights only, no run to go on: begin with them by --model.init_from {path}")
+            raise UsageError(
+                f"{path} contains only weights, so there is no run to resume; pass it to --model.init_from {path}"
+            )
         fit = getattr(self.model, "fit_to_checkpoint", None)
         if fit is not None:
             fit(content)
@@ -332,7 +336,7 @@ class CLI(LightningCLI):
         return content
 
     def _is_complete(self, path: str, content: dict[str, Any]) -> bool:
-        """Whether typing the same command again finds its work done, which is no error."""
+        """Return whether the same command finds its work done, which is not an error."""
         under_run = any(Path(path).is_relative_to(folder) for folder in checkpoint_folders(self.trainer))
         step, epochs = content.get("global_step", 0), _finished_epochs(content)
         another = stored_dataset(content) not in (None, getattr(self.datamodule, "dataset", None))
@@ -342,7 +346,7 @@ class CLI(LightningCLI):
         for at, name, limit in ((step, "step", max_steps), (epochs, "epoch", max_epochs or -1)):
             if 0 < limit <= at:
                 what = f"{path} is at {name} {at} of max_{name}s {limit}"
-                print(f"complete: {what}; a larger --trainer.max_{name}s goes on")
+                print(f"complete: {what}; use a larger --trainer.max_{name}s to train longer")
                 return True
         return False
 
@@ -392,19 +396,19 @@ def _safe(weights_only: bool | None) -> bool:
 
 
 def _check_yaml(args: list[str]) -> None:
-    """Names the file and the line where a config is no YAML; the parser would leave the file out."""
+    """Raise with the file and the line if a config is not valid YAML; the parser would skip the file."""
     for option, value in zip(args, [*args[1:], ""], strict=True):
         path = Path(option.removeprefix("--config=") if option.startswith("--config=") else value)
         if option.split("=")[0] in ("--config", "-c") and path.is_file():
             try:
                 yaml.safe_load(path.read_text(encoding="utf8"))
             except yaml.YAMLError as error:
-                raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+                raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
 def _lightning_errors() -> Iterator[None]:
-    """What Lightning finds wrong with a configuration is the user's to put right as well."""
+    """Raise Lightning's own complaints about a configuration as errors of one line."""
     try:
         yield
     except MisconfigurationException as error:
@@ -417,7 +421,7 @@ def _lightning_errors() -> Iterator[None]:
 
 
 def _raise_usage_error(error: BaseException | None) -> None:
-    """Raises the user's error that lies beneath another one, if there is any."""
+    """Raise the user's error that caused another one, if there is any."""
     while error is not None:
         if isinstance(error, UsageError):
             raise error

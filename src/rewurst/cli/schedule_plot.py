@@ -1,4 +1,4 @@
-"""What a config will do to the learning rate and the replay share, drawn before anything is trained."""
+"""Plot of the learning rate and the replay share of a config, before anything is trained."""
 
 from __future__ import annotations
 

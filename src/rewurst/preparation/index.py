@@ -3,7 +3,7 @@
 1. Tars are named by path, glob, braces (``shard-{000000..000009}.tar``), folder or URL; their order is the stream's.
 2. Each is scanned by itself, in as many processes as asked for: which bytes make which sample, a hash of all bytes, and
    what the kind of corpus needs (the shape and range of token rows, the facts of images).
-3. Sidecars and ``index.json`` are written beside the tars, or into a folder of their own.
+3. Sidecars and ``index.json`` are written next to the tars, or into a folder of their own.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _folder(paths: Sequence[str], out: Path | None) -> Path:
         return out
     parents = {path.rsplit("/", 1)[0] if "/" in path else "." for path in paths}
     if len(parents) > 1 or is_remote(paths[0]):
-        raise UsageError("these shards do not lie in one local folder: say with --out where their index is to be")
+        raise UsageError("these shards are not in one local folder; give the folder of their index with --out")
     return Path(parents.pop())
 
 
@@ -174,11 +174,11 @@ def _check_free(folder: Path, paths: Sequence[str], overwrite: bool) -> None:
 
 
 def _placed(shard: Shard, folder: Path, path: str) -> Shard:
-    """With the address where the shard does not lie beside the index."""
+    """Return the shard with its address if it is not next to the index."""
     if is_remote(path):
         return Shard(**{**vars(shard), "url": path})
-    beside = Path(path).resolve().parent == folder.resolve()
-    return shard if beside else Shard(**{**vars(shard), "url": str(Path(path).resolve())})
+    together = Path(path).resolve().parent == folder.resolve()
+    return shard if together else Shard(**{**vars(shard), "url": str(Path(path).resolve())})
 
 
 def scan_shard(reader: Kind, path: str) -> Scanned:

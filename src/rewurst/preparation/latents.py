@@ -159,7 +159,7 @@ def _finish(folder: LatentFolder, stage: Stage[Job], max_corrupt: float) -> bool
 
 
 class Job(NamedTuple):
-    """What the processes that make shards are given.
+    """Settings of the processes that make shards.
 
     Attributes:
         options: Options of the preparation.

@@ -56,7 +56,7 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def _opened(kind: Kind, folder: str) -> tuple[list[str], Callable[[range], None]]:
-    """What is wrong with the files that reading rows needs, and what checks rows: nothing where they cannot be read."""
+    """Return what is wrong with the files that rows need, and the check of rows, None if they cannot be read."""
     try:
         return [], partial(kind.check_rows, kind.open(folder))
     except UsageError as error:

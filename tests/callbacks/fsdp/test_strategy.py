@@ -229,7 +229,7 @@ def test_a_module_that_no_process_built(pool: Pool) -> None:
         ("blocks", "did you mean 'TransformerEncoderLayer'?; these classes repeat in it: "),
         ("no blocks", "does not name its blocks"),
         ("replicas", "replicas 3 do not divide 2 processes"),
-        ("frozen", "beside of Foreign was built without memory"),
+        ("frozen", "sibling of Foreign was built without memory"),
         ("manual", "use strategy ddp"),
         ("bitsandbytes", "AdamW8bit cannot step on shards"),
         ("optimizer", "LBFGS cannot step on shards: use torch.optim.AdamW"),

@@ -77,7 +77,7 @@ def test_generated_text_continues_the_prompt(trained: dict[str, Any], tmp_path: 
     assert generate_text(hf, "", max_new_tokens=3, temperature=0) == generate_text(
         hf, "", max_new_tokens=3, temperature=0, seed=5
     )
-    with pytest.raises(UsageError, match=r"top_p 1.5 must lie in \(0, 1\]"):
+    with pytest.raises(UsageError, match=r"top_p 1.5 must be in \(0, 1\]"):
         generate_text(hf, "a", top_p=1.5)
 
 

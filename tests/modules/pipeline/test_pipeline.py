@@ -187,7 +187,7 @@ class TestReconstruct:
         ),
         ({"prompt": "x", "width": -1}, "width=-1 does not fit this model's stages: the nearest that fit are 16 or 32"),
         ({}, "give either prompt or prompt_embeds"),
-        ({"prompt": []}, "prompt=[] is no text: give a string or a list of strings"),
+        ({"prompt": []}, "prompt=[] is not text: give a string or a list of strings"),
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "got 2 negative prompts for 3 prompts"),
         ({"prompt": "x", "num_images_per_prompt": 0}, "num_images_per_prompt=0 is too few: give at least 1"),
         ({"prompt": "x", "prompt_embeds": torch.zeros(1, 16, 32)}, "give either prompt or prompt_embeds"),

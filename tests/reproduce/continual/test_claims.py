@@ -38,7 +38,7 @@ def test_verdicts(values: list[float], bounds: dict[str, float], verdict: str) -
 
 
 def test_the_interval_is_that_of_students_t() -> None:
-    """Of the means of three normal numbers, 90 % are within the margin; the table has the usual values."""
+    """90 % of the means of three normal numbers are within the margin; the table has the usual values."""
     assert (quantile(1), quantile(2), quantile(9)) == (6.314, 2.920, 1.833)
     chance = random.Random(0)
     draws = [[chance.gauss(0, 1) for _ in range(3)] for _ in range(4000)]

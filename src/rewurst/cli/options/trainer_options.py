@@ -1,4 +1,4 @@
-"""What becomes of every argument of Lightning's Trainer, in ``rewurst fit`` and in code with our data modules."""
+"""Treatment of every argument of Lightning's Trainer, in ``rewurst fit`` and in code with our data modules."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ UNIT_PICTURES = 256
 
 @dataclass(frozen=True)
 class ImageJob:
-    """What all units share.
+    """Settings that all units share.
 
     Args:
         target: Folder that is being filled.

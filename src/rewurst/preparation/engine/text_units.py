@@ -46,7 +46,7 @@ Counts = dict[str, Any]
 
 @dataclass(frozen=True)
 class TextJob:
-    """What all units share.
+    """Settings that all units share.
 
     Args:
         target: Folder that is being filled.

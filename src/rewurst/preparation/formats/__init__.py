@@ -16,7 +16,7 @@ KINDS: dict[str, type[Kind]] = {"text": Tokens, "images": Images, "latents": Lat
 
 
 def kind_of(sample: Sample, where: str) -> str:
-    """The kind of corpus that a first sample belongs to."""
+    """Return the kind of corpus that a first sample belongs to."""
     extensions = [member.extension for member in sample.members]
     if has_image(extensions):
         return "images"

@@ -17,7 +17,7 @@ class Kind(ABC):
 
     @abstractmethod
     def load(self, folder: str | Path) -> CorpusIndex:
-        """The index of such a corpus."""
+        """Return the index of such a corpus."""
 
     @abstractmethod
     def offset(self, sample: Sample, where: str) -> int:
@@ -25,7 +25,7 @@ class Kind(ABC):
 
     @abstractmethod
     def read(self, samples: Sequence[Sample], content: Bytes, where: str) -> Any:
-        """What a scan finds in a shard."""
+        """Return what a scan finds in a shard."""
 
     @abstractmethod
     def rows(self, found: Any) -> int:
@@ -35,15 +35,15 @@ class Kind(ABC):
     def index(
         self, folder: Path, shards: Sequence[Shard], found: Sequence[Any], sources: tuple[str, ...]
     ) -> CorpusIndex:
-        """The index over all shards, to be saved; what belongs beside it is written into ``folder``."""
+        """Return the index over all shards, to be saved; write what belongs next to it into ``folder``."""
 
     @abstractmethod
     def open(self, folder: str) -> Any:
-        """What reads the rows of such a corpus."""
+        """Return the reader of the rows of such a corpus."""
 
     @abstractmethod
     def check_rows(self, opened: Any, rows: range) -> None:
-        """Raises a ``UsageError`` where rows are not what the index says.
+        """Raise a ``UsageError`` if rows are not what the index says.
 
         Args:
             opened: By :meth:`open`.
@@ -51,9 +51,9 @@ class Kind(ABC):
         """
 
     def problems(self, folder: str, index: CorpusIndex) -> list[str]:
-        """What is wrong with the files beside the shards, one line each."""
+        """Return what is wrong with the files next to the shards, one line each."""
         return []
 
     def remarks(self, found: Sequence[Any]) -> str:
-        """What the user should know of the shards, as the end of a line."""
+        """Return remarks on the shards for the user, as the end of a line."""
         return ""

@@ -60,15 +60,15 @@ class Images(Kind):
         self.image_member, self.caption_member = _suffix(image_member), _suffix(caption_member)
 
     def load(self, folder: str | Path) -> ImageIndex:
-        """The index of such a corpus."""
+        """Return the index of such a corpus."""
         return ImageIndex.load(folder)
 
     def offset(self, sample: Sample, where: str) -> int:
-        """The first header of the sample."""
+        """Return the offset of the first header of the sample."""
         return sample.begin
 
     def read(self, samples: Sequence[Sample], content: Bytes, where: str) -> FoundImages:
-        """Reads headers of images, captions and scores."""
+        """Read headers of images, captions and scores."""
         facts, unreadable = [], []
         for sample in samples:
             if not self.image_member:
@@ -89,7 +89,7 @@ class Images(Kind):
     def index(
         self, folder: Path, shards: Sequence[Shard], found: Sequence[FoundImages], sources: tuple[str, ...]
     ) -> ImageIndex:
-        """Checks that there are images, and captions."""
+        """Check that there are images, and captions."""
         facts = np.concatenate([one.facts for one in found])
         unreadable = [line for one in found for line in one.unreadable]
         CorruptImages(self.max_corrupt).add(len(facts), unreadable, final=True)
@@ -112,11 +112,11 @@ class Images(Kind):
         return remarks
 
     def open(self, folder: str) -> ImageShards:
-        """Reads samples."""
+        """Return the reader of samples."""
         return ImageShards(folder)
 
     def check_rows(self, opened: ImageShards, rows: range) -> None:
-        """Compares the facts of every sample with those beside the index."""
+        """Compare the facts of every sample with those next to the index."""
         for row in rows:
             facts = _facts(opened, row)
             if facts_array([facts]).tobytes() != opened.facts[row].tobytes():
@@ -134,7 +134,7 @@ def _facts(shards: ImageShards, row: int) -> Facts:
 
 
 def _suffix(given: str | None) -> str:
-    """A suffix as users write it, ``*.input.jpg`` or ``.Input.jpg``, as samples have it."""
+    """Return a suffix that users write as ``*.input.jpg`` or ``.Input.jpg`` in the form that samples have."""
     return (given or "").lstrip("*").lstrip(".").lower()
 
 

@@ -22,11 +22,11 @@ class Latents(Kind):
     """Shards of latents, with the index that was written when they were made."""
 
     def load(self, folder: str | Path) -> LatentIndex:
-        """The index of such a corpus."""
+        """Return the index of such a corpus."""
         return LatentIndex.load(folder)
 
     def offset(self, sample: Sample, where: str) -> int:
-        """The first header of the sample."""
+        """Return the offset of the first header of the sample."""
         return sample.begin
 
     def read(self, samples: Sequence[Sample], content: Bytes, where: str) -> Any:
@@ -42,11 +42,11 @@ class Latents(Kind):
         raise NotImplementedError
 
     def open(self, folder: str) -> LatentShards:
-        """Reads samples."""
+        """Return the reader of samples."""
         return LatentShards(folder)
 
     def check_rows(self, opened: LatentShards, rows: range) -> None:
-        """Reads every array."""
+        """Read every array."""
         for row in rows:
             members = opened.members(row)
             try:

@@ -46,15 +46,15 @@ class Tokens(Kind):
         self.tokenizer = tokenizer
 
     def load(self, folder: str | Path) -> TokenIndex:
-        """The index of such a corpus."""
+        """Return the index of such a corpus."""
         return TokenIndex.load(folder)
 
     def offset(self, sample: Sample, where: str) -> int:
-        """The header block right before the content, whatever extended headers stand before it."""
+        """Return the offset of the header block right before the content, whatever extended headers stand before it."""
         return _npy(sample, where).begin - BLOCK_BYTES
 
     def read(self, samples: Sequence[Sample], content: Bytes, where: str) -> TokenRows:
-        """Reads every token once, for their range."""
+        """Read every token once, for their range."""
         first = self._header(samples[0], content, where)
         rows, lows, highs = [], [], []
         masks = _has_mask(samples[0], where)
@@ -82,7 +82,7 @@ class Tokens(Kind):
     def index(
         self, folder: Path, shards: Sequence[Shard], found: Sequence[TokenRows], sources: tuple[str, ...]
     ) -> TokenIndex:
-        """Checks that shards fit together; copies the tokenizer."""
+        """Check that shards fit together, and copy the tokenizer."""
         first = found[0]
         rows_per_sample = max(first.rows)
         if len({one.masks for one in found}) > 1:
@@ -117,11 +117,11 @@ class Tokens(Kind):
         )
 
     def open(self, folder: str) -> TokenShards:
-        """Reads tokens."""
+        """Return the reader of tokens."""
         return TokenShards(folder)
 
     def check_rows(self, opened: TokenShards, rows: range) -> None:
-        """Reads every row."""
+        """Read every row."""
         for begin in range(rows.start, rows.stop, ROWS_AT_ONCE):
             opened.read(np.arange(begin, min(begin + ROWS_AT_ONCE, rows.stop)))
             opened.read_masks(np.arange(begin, min(begin + ROWS_AT_ONCE, rows.stop)))

@@ -1,1 +1,1 @@
-"""What a preparation reads: documents, pictures, built-in data."""
+"""Sources of a preparation: documents, pictures, built-in data."""

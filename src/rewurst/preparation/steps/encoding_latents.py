@@ -37,7 +37,7 @@ Members = dict[str, bytes]
 
 @dataclass(frozen=True)
 class LatentOptions:
-    """What is asked for: see :func:`rewurst.preparation.latents.prepare_latents`."""
+    """Options of :func:`rewurst.preparation.latents.prepare_latents`."""
 
     source: str
     out: str
@@ -56,7 +56,7 @@ class LatentOptions:
     samples_per_shard: int | None
 
     def everywhere(self) -> LatentOptions:
-        """The same for processes whose working directory is another; a name that is no file here is one of the hub."""
+        """Return the options with absolute paths, for processes elsewhere; a name that is not a file is a hub name."""
         encoder = self.text_encoder
         return replace(
             self,

@@ -90,7 +90,7 @@ class Makers:
         return array_bytes(states.float().cpu().numpy().astype(self.dtype))
 
     def described(self) -> dict[str, Any]:
-        """What the index says of them."""
+        """Return the networks' entries in the index."""
         fields: dict[str, Any] = {"what": self.what, "dtype": self.dtype}
         for name, part in self.parts.items():
             fields |= {f"{MAKERS[name]}_sha256": part.fingerprint, f"{MAKERS[name]}_source": part.source}

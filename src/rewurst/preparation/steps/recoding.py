@@ -67,7 +67,7 @@ class Fault(NamedTuple):
 
 
 def sample_of(picture: Picture, recoding: Recoding) -> ImageSample | Fault:
-    """The sample that a picture becomes, or why it becomes none."""
+    """Return the sample that a picture becomes, or why there is none."""
     try:
         captions = _captions(picture.caption)
         values = _values(picture.values)

@@ -79,7 +79,7 @@ class Target:
             write_atomically(path, content)
 
     def publish(self, file: Path, name: str) -> None:
-        """Make or replace a file by one that lies in :meth:`scratch` and is on the disk.
+        """Make or replace a file by one from :meth:`scratch` that is on the disk.
 
         Raises:
             UsageError: It cannot be written.
@@ -94,9 +94,9 @@ class Target:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder of one's own on this machine, deleted at the end of the block.
+        """Yield a private folder on this machine, and delete it at the end of the block.
 
-        For a target on a disk it lies there, so that files move by renaming; who dies leaves it to :meth:`remove`.
+        For a target on a disk it is there, so that files move by renaming; :meth:`remove` deletes a killed process's.
         """
         parent = None if self.is_remote else self._path(UNFINISHED)
         if parent is not None:

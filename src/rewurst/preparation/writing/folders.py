@@ -27,7 +27,7 @@ IMAGE_LAYOUT = re.compile(
 
 
 def shard_name(source: str, otherwise: str) -> str:
-    """What shards are called: after the source, reduced to what any file system and webdataset's braces take."""
+    """Return the name of shards: that of the source, reduced to what any file system and webdataset's braces take."""
     stem = source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
     return re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_") or otherwise
 

@@ -1,4 +1,4 @@
-"""The index of a corpus of captioned images, and the facts beside it."""
+"""The index of a corpus of captioned images, and the facts next to it."""
 
 from __future__ import annotations
 

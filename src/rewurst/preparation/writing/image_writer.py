@@ -26,7 +26,7 @@ def image_shard_name(name: str, number: int) -> str:
 
 
 def no_picture(folder: str) -> UsageError:
-    """That a side would be empty."""
+    """Return the error about a side that would be empty."""
     return UsageError(f"{folder}: no picture is left for it; give more, or another --held_out")
 
 

@@ -21,11 +21,11 @@ UNPREDICTED = np.uint32(2**31)
 
 @dataclass(frozen=True, kw_only=True)
 class RowLayout:
-    """What decides the bytes of a corpus of tokens, its stream apart.
+    """Settings that decide the bytes of a corpus of tokens, besides its stream.
 
     Args:
         name: Beginning of the shards' names.
-        sequence_length: Predicted tokens a row.
+        sequence_length: Number of predicted tokens per row.
         vocab_size: Every token must be below it; decides between uint16 and uint32.
         end_token: Recorded in the index.
         tokenizer_sha256: Recorded in the index.
@@ -62,12 +62,12 @@ class RowLayout:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the tokens."""
+        """Type of the stored tokens."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     @property
     def stream_dtype(self) -> np.dtype[Any]:
-        """Of the tokens before they are packed, which with masks have room for one bit more."""
+        """Type of the tokens before they are packed, which with masks have room for one bit more."""
         return np.dtype("<u4") if self.masks else self.dtype
 
     def split(self, member: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
@@ -116,7 +116,7 @@ class RowLayout:
         return rows
 
     def index(self, shards: tuple[Shard, ...], stream_tokens: int, documents: int) -> TokenIndex:
-        """The index of a corpus.
+        """Return the index of a corpus.
 
         Args:
             shards: All of them, in order.
@@ -177,7 +177,7 @@ class MemberBuffer:
                 self._stream[0], self._filled = self._stream[-1], 1
 
     def rest(self) -> NDArray[Any] | None:
-        """The last member, which has fewer rows; None where what is left fills none."""
+        """Return the last member, which has fewer rows; None if the rest fills no row."""
         rows = max(0, self._filled - 1) // self._length
         return self._member(rows * self._length + 1) if rows else None
 

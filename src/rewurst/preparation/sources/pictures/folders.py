@@ -135,7 +135,7 @@ def _refuse_bare(folder: Place, pictures: Sequence[Picture], caption_field: str 
         assert isinstance(image, Path | Url)
         raise UsageError(
             f"source {folder}: none of its {len(pictures)} images has a caption, expected a "
-            f"{'.txt' if caption_field is None else '.json'} beside each, such as "
+            f"{'.txt' if caption_field is None else '.json'} next to each, such as "
             f"{image.with_suffix('.txt' if caption_field is None else '.json')}, or a {' or '.join(TABLES)} with "
             "file_name and text"
         )

@@ -1,4 +1,4 @@
-"""What a source of pictures lists: pictures with captions, how many, and the sides that they belong to."""
+"""Listing of a source of pictures: pictures with captions, how many, and the sides that they belong to."""
 
 from __future__ import annotations
 
