@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rewurst.datamodules.corpora.tokens import TokenShards
-from rewurst.datamodules.sampling.buckets import Lanes
+from rewurst.datamodules.sampling.buckets import Buckets
 from rewurst.datamodules.sampling.micro_batches import MicroBatches, as_is
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
 from rewurst.datamodules.sampling.permutation import CorpusOrder
@@ -91,7 +91,7 @@ def ours(folder: Path, batches: int, shuffle: Literal["full", "window"], share: 
     sources = [TokenShards(folder / name) for name in (("new", "old") if share else ("new",))]
     mixture = Mixture(BATCH, {"new": 1.0}, {"old": 1.0} if share else {}, RunningShare(share))
     orders = [[CorpusOrder(name, len(rows), 0, shuffle)] for name, rows in zip(mixture.names, sources, strict=True)]
-    data = Counted(MicroBatches(Lanes(mixture), orders, sources, TokenReader(sources), range(BATCH)), batches)
+    data = Counted(MicroBatches(Buckets(mixture), orders, sources, TokenReader(sources), range(BATCH)), batches)
 
     def load(workers: int) -> Iterable[Any]:
         for batch in DataLoader(data, batch_size=None, num_workers=workers, collate_fn=as_is):

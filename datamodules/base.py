@@ -3,7 +3,7 @@
 The chain, each link a pure function of the step (no generator, sampler or worker keeps state):
 
 1. :mod:`.sampling.mixture`: step -> corpus and counter of every slot of the global batch.
-2. :mod:`.sampling.buckets`: step -> the lane (shape of image) that its batch is of, and counters within it.
+2. :mod:`.sampling.buckets`: step -> the bucket (shape of image) that its batch is of, and counters within it.
 3. :mod:`.sampling.permutation`: counter -> epoch and row of the corpus.
 4. A reader: rows -> what the model is given.
 5. A map-style dataset over micro-batches, read by a stock DataLoader. Rank r takes a contiguous slice of the batch.
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from .. import UsageError
 from ..lightning_compat import keep_samplers
-from .sampling.buckets import Lanes
+from .sampling.buckets import Buckets
 from .sampling.epochs import CorpusEpochs
 from .sampling.micro_batches import Batch, EvaluationRows, MicroBatches, Positions, Reader, Rows, loader
 from .sampling.mixture import Mixture, RunningShare
@@ -142,11 +142,11 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         self._share: Any = None
         self._opened: dict[str, R] = {}
         self._restored_sum = (0, 0)
-        self._restored_lanes: Sequence[Sequence[int]] | None = None
+        self._restored_buckets: Sequence[Sequence[int]] | None = None
         self._ledger = Ledger()
         self._replayed = Ledger()  # before this dataset
         self._weigh_by_rows = True  # runs that were started by earlier versions replay every corpus equally
-        self._current: Lanes | None = None
+        self._current: Buckets | None = None
         self._epochs: CorpusEpochs | None = None
         self._places = StreamPlaces()
 
@@ -234,7 +234,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
     def _begin_anew(self) -> None:
         """Forgets an earlier run that this object has been through."""
         self.progress.restore(step=0, start=0, restored=False)
-        self._restored_sum, self._restored_lanes = (0, 0), None
+        self._restored_sum, self._restored_buckets = (0, 0), None
         self._ledger, self._current, self._epochs = Ledger(), None, None
         self._replayed, self._weigh_by_rows = Ledger(), True
         self._places = StreamPlaces()
@@ -242,18 +242,18 @@ class StreamDataModule(LightningDataModule, Generic[R]):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches from the current step on: see :class:`.sampling.trainer_limits.Epochs`."""
         assert self.trainer is not None
-        lanes = self._current = self._lanes()
+        buckets = self._current = self._buckets()
         if self.trainer.is_global_zero and not self.progress.rows.any():
             # what was read before a restore, told once
-            self.progress.rows = lanes.mixture.read_before(self._different_steps)
-        self._epochs = self._epochs or CorpusEpochs(self._rows_of_first_reading(), self._numbered(lanes.mixture.new))
+            self.progress.rows = buckets.mixture.read_before(self._different_steps)
+        self._epochs = self._epochs or CorpusEpochs(self._rows_of_first_reading(), self._numbered(buckets.mixture.new))
         slots = range(self.global_batch_size)
         of_rank = len(slots) // self.trainer.world_size  # contiguous: a strided slice could hold every old row
         slots = slots[self.trainer.global_rank * of_rank :][:of_rank]
         sources = self._sources()
         self._deal_streams(sources)
         rows = MicroBatches(
-            lanes,
+            buckets,
             self._orders(),
             sources,
             self.reader(sources),
@@ -287,16 +287,16 @@ class StreamDataModule(LightningDataModule, Generic[R]):
 
     def state_dict(self) -> dict[str, Any]:
         """Dataset, steps, the running sum of the share, the ledger, and a fingerprint of all that decides the order."""
-        lanes = self._current or self._lanes()
-        counts = lanes.read_before(self._different_steps).tolist()
-        names = lanes.mixture.names
-        readings = [(name, self._reading(name, counts[names.index(name)])) for name in lanes.mixture.new]
-        replayed = [(name, self._replay_so_far(name, counts[names.index(name)])) for name in lanes.mixture.old]
+        buckets = self._current or self._buckets()
+        counts = buckets.read_before(self._different_steps).tolist()
+        names = buckets.mixture.names
+        readings = [(name, self._reading(name, counts[names.index(name)])) for name in buckets.mixture.new]
+        replayed = [(name, self._replay_so_far(name, counts[names.index(name)])) for name in buckets.mixture.old]
         state = {
             "dataset": self.dataset,
             "start": self.progress.start,
             "step": self.progress.step,
-            "share_sum": lanes.mixture.share.total(self._different_steps),
+            "share_sum": buckets.mixture.share.total(self._different_steps),
             "ledger": self._ledger.with_readings(readings).state(),
             "replayed_before": self._replayed.state(),
             "replayed": self._replayed.with_readings(replayed).state(),
@@ -305,7 +305,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         }
         if streams := self._places.state(self.trainer):
             state["streams"] = streams
-        return state if len(lanes) == 1 else state | {"lanes": counts}
+        return state if len(buckets) == 1 else state | {"lanes": counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues the same dataset where it was, or begins another one at the restored step."""
@@ -327,7 +327,7 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         if self.progress.epochs.repeats:
             return  # the batches are those from the start on
         self._restored_sum = (state["step"] - state["start"], state["share_sum"])
-        self._restored_lanes = state.get("lanes")
+        self._restored_buckets = state.get("lanes")
         self._places.restore(state.get("streams", {}))
 
     def _deal_streams(self, sources: Sequence[R]) -> None:
@@ -348,12 +348,12 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """Return what to log about a training batch that has been used; called with each."""
         return {}
 
-    def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64] | None]:
-        """Weights of the lanes, and which lane each corpus reads from at each: see :class:`.sampling.buckets.Lanes`."""
+    def bucket_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64] | None]:
+        """Return the buckets' weights and the one each corpus reads from: see :class:`.sampling.buckets.Buckets`."""
         return (1.0,), None
 
-    def lane_name(self, lane: int) -> str:
-        """Name of a lane; with that of the corpus it decides the order of the lane's samples."""
+    def bucket_name(self, bucket: int) -> str:
+        """Name of a bucket; with that of the corpus it decides the order of the bucket's samples."""
         return ""
 
     def _numbered(self, names: Iterable[str]) -> list[str]:
@@ -421,20 +421,20 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         return [self._opened[self.corpora[name].path] for name in self._order_of_names()]
 
     def _orders(self) -> list[list[CorpusOrder]]:
-        """Return the order of each lane of each corpus."""
+        """Return the order of each bucket of each corpus."""
         orders = []
         for name, source in zip(self._order_of_names(), self._sources(), strict=True):
             reading, replayed = self.reading(name), self._replay_before(name)
             of_corpus = []
-            for lane, rows in enumerate(source.lanes):
-                key = f"{name} {self.lane_name(lane)}".rstrip()
+            for bucket, rows in enumerate(source.buckets):
+                key = f"{name} {self.bucket_name(bucket)}".rstrip()
                 order = CorpusOrder(key, rows, self.seed, self.shuffle)
                 if replayed is not None:
                     order = replace(
-                        order, seed=replayed.seed, shuffle=replayed.shuffle, offset=int(replayed.rows[lane])
+                        order, seed=replayed.seed, shuffle=replayed.shuffle, offset=int(replayed.rows[bucket])
                     )
-                if reading is not None and reading.rows[lane]:
-                    first = reading.rows[lane]
+                if reading is not None and reading.rows[bucket]:
+                    first = reading.rows[bucket]
                     order = replace(order, seed=reading.seed, shuffle=reading.shuffle, first_reading=first)
                 of_corpus.append(order)
             orders.append(of_corpus)
@@ -456,10 +456,10 @@ class StreamDataModule(LightningDataModule, Generic[R]):
             return None
         source = self._opened[self.corpora[name].path]
         replayed = self._replayed.reading(name, source.fingerprint())
-        return replayed if replayed is not None and len(replayed.rows) == len(source.lanes) else None
+        return replayed if replayed is not None and len(replayed.rows) == len(source.buckets) else None
 
     def _replay_so_far(self, name: str, rows: Sequence[int]) -> Reading:
-        """Return how far a corpus has been replayed, given the rows of each lane that this dataset replayed."""
+        """Return how far a corpus has been replayed, given the rows of each bucket that this dataset replayed."""
         before, first = self._replay_before(name), self.reading(name) or self._replay_before(name)
         total = rows if before is None else [known + new for known, new in zip(before.rows, rows, strict=True)]
         own = self._reading(name, total)
@@ -489,15 +489,15 @@ class StreamDataModule(LightningDataModule, Generic[R]):
         """Return the distinct rows of a corpus that were learnt, or all of its rows if that is not known."""
         if self.corpora[name].stream:
             raise UsageError(f"replayed corpus {name!r} is a stream of unknown length: give it and the others a weight")
-        reading, lanes = self.reading(name), self._opened[self.corpora[name].path].lanes
-        if reading is None or len(reading.rows) != len(lanes):
-            return sum(lanes)
-        return sum(min(read, rows) for read, rows in zip(reading.rows, lanes, strict=True))
+        reading, buckets = self.reading(name), self._opened[self.corpora[name].path].buckets
+        if reading is None or len(reading.rows) != len(buckets):
+            return sum(buckets)
+        return sum(min(read, rows) for read, rows in zip(reading.rows, buckets, strict=True))
 
-    def _lanes(self) -> Lanes:
-        weights, lane_of = self.lane_of(self._order_of_names())
-        counts = None if self._restored_lanes is None else np.array(self._restored_lanes, dtype=np.int64)
-        return Lanes(self._mixture(), weights, lane_of, self._restored_sum[0], counts)
+    def _buckets(self) -> Buckets:
+        weights, bucket_of = self.bucket_of(self._order_of_names())
+        counts = None if self._restored_buckets is None else np.array(self._restored_buckets, dtype=np.int64)
+        return Buckets(self._mixture(), weights, bucket_of, self._restored_sum[0], counts)
 
     def _mixture(self) -> Mixture:
         if self.replay_corpora and self._share is None:

@@ -29,7 +29,7 @@ class CropSettings:
     """How images are shown in training.
 
     Args:
-        sizes: Height and width of each lane.
+        sizes: Height and width of each bucket.
         resize: Side of a square that the resized image covers, from which the size is cropped; none for the size.
         random_crop: Whether crops are at random places, rather than in the centre.
         flip: Share of the samples mirrored left to right.
@@ -128,14 +128,14 @@ class ReplacingReader(ABC, Generic[S]):
         """Return the tensors of a batch."""
 
     def _one(self, source: Images, row: int, seed: int, picks: SampleIndices, corrupt: list[str]) -> S:
-        count = source.lanes[picks.lane]
+        count = source.buckets[picks.bucket]
         for attempt in range(REPLACEMENTS):
             try:
                 return self.show(source, row, seed, picks)
             except DecodeError as error:
                 corrupt.append(f"{source.path}: {source.locate(row)}: {error}")
             number = slot_seeds(seed, attempt, np.zeros(1, dtype=np.int64)) % max(count, 1)
-            row = int(source.in_lane(picks.lane, number)[0]) if count else row
+            row = int(source.in_bucket(picks.bucket, number)[0]) if count else row
         raise UsageError(f"{REPLACEMENTS} images in a row cannot be decoded, the last is {corrupt[-1]}")
 
 
@@ -154,7 +154,7 @@ class ImageReader(ReplacingReader[CroppedImage]):
             DecodeError: It is corrupt.
         """
         showing = self._crop_settings
-        target = showing.sizes[picks.lane]
+        target = showing.sizes[picks.bucket]
         members, size = source.image(row)
         covered = None if showing.resize is None else (max(showing.resize, target[0]), max(showing.resize, target[1]))
         shown = crop(size, target, seed if picks.training and showing.random_crop else None, covered)

@@ -145,23 +145,25 @@ class ImageTextDataModule(StreamDataModule[Images]):
             "row": places,
         }
 
-    def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:
+    def bucket_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:
         """Shapes by how many new images have them."""
         rows = [self._opened[self.corpora[name].path] for name in names]
         new = [(weight, self._opened[self.corpora[name].path]) for name, weight in self.new_weights().items()]
-        weights = [sum(weight * one.lanes[lane] / len(one) for weight, one in new) for lane in range(len(self.sizes))]
+        weights = [
+            sum(weight * one.buckets[bucket] / len(one) for weight, one in new) for bucket in range(len(self.sizes))
+        ]
         if self._chosen and not all(weights):
             height, width = self.sizes[weights.index(0)]
             raise UsageError(f"shapes: no new image is nearest to {height}x{width}; leave it out")
-        lanes = []
+        buckets = []
         for name, one in zip(names, rows, strict=True):
             reading = self.reading(name)  # what was not learnt in a shape is not replayed in it
-            lanes.append(one.nearest_lanes(self.sizes, reading.rows if reading else None))
-        return weights, np.array(lanes, dtype=np.int64)
+            buckets.append(one.nearest_buckets(self.sizes, reading.rows if reading else None))
+        return weights, np.array(buckets, dtype=np.int64)
 
-    def lane_name(self, lane: int) -> str:
+    def bucket_name(self, bucket: int) -> str:
         """Height and width, where there are several shapes."""
-        height, width = self.sizes[lane]
+        height, width = self.sizes[bucket]
         return f"{height}x{width}" if len(self.sizes) > 1 else ""
 
     def batch_used(self, batch: Batch) -> dict[str, float]:

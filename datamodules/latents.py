@@ -171,25 +171,25 @@ class LatentDataModule(ImageTextDataModule):
         """
         name, corpus = next(iter(self.corpora.items()))
         rows: Any = self._opened.get(corpus.path) or self.open_corpus(name, corpus.path)
-        lanes = [lane for lane, count in enumerate(rows.lanes) if count]
-        lane = max(lanes, key=lambda lane: self.sizes[lane][0] * self.sizes[lane][1])
+        buckets = [bucket for bucket, count in enumerate(rows.buckets) if count]
+        bucket = max(buckets, key=lambda bucket: self.sizes[bucket][0] * self.sizes[bucket][1])
         zeros = np.zeros(micro_batch_size, dtype=np.int64)
-        row = rows.in_lane(lane, zeros)
+        row = rows.in_bucket(bucket, zeros)
         seed, quantile = np.arange(micro_batch_size), zeros.astype(np.float64)
-        picks = SampleIndices(zeros, row, seed, lane, training=True, quantile=quantile)
+        picks = SampleIndices(zeros, row, seed, bucket, training=True, quantile=quantile)
         return self.reader([rows])(picks) | {"corpus": zeros, "row": row}
 
-    def lane_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:
+    def bucket_of(self, names: Sequence[str]) -> tuple[Sequence[float], NDArray[np.int64]]:
         """Shapes by how many new images have them; latents of another shape cannot take their place."""
-        weights, lanes = super().lane_of(names)
-        for name, of_corpus in zip(names, lanes, strict=True):
-            for lane, weight in enumerate(weights):
-                if weight and of_corpus[lane] != lane:
+        weights, buckets = super().bucket_of(names)
+        for name, of_corpus in zip(names, buckets, strict=True):
+            for bucket, weight in enumerate(weights):
+                if weight and of_corpus[bucket] != bucket:
                     raise UsageError(
-                        f"corpus {name!r} has no latents of {self.lane_name(lane)} pixels, which others have: prepare "
-                        "all of them with one shape, or give it images of that shape"
+                        f"corpus {name!r} has no latents of {self.bucket_name(bucket)} pixels, which others have: "
+                        "prepare all of them with one shape, or give it images of that shape"
                     )
-        return weights, lanes
+        return weights, buckets
 
     def _check_alike(self, first: LatentShards, other: LatentShards) -> None:
         sides = [[list(size) for size in shards.index.sizes] for shards in (first, other)]

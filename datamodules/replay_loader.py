@@ -36,14 +36,14 @@ class DatasetRows:
     dataset: Any = field(repr=False)
 
     @property
-    def lanes(self) -> Sequence[int]:
-        """One lane of all samples."""
+    def buckets(self) -> Sequence[int]:
+        """One bucket of all samples."""
         return [len(self)]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def in_lane(self, lane: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    def in_bucket(self, bucket: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return row numbers, which are the indices."""
         return index
 

@@ -154,7 +154,7 @@ def sample_members(content: bytes, where: str) -> dict[str, bytes]:
 
 
 class ImageRows:
-    """Images of a corpus that are trained on, in lanes; each lane is one training size.
+    """Images of a corpus that are trained on, in buckets; each bucket is one training size.
 
     Args:
         shards: Image corpus.
@@ -175,21 +175,21 @@ class ImageRows:
         self.shards, self.path = shards, shards.path
         self._decides = [asdict(filters), list(map(list, sizes)), max_upscale]
         keep, self.left_out = filters.keep(shards.facts)
-        bucket = nearest_bucket(shards.facts["height"], shards.facts["width"], list(sizes), max_upscale)
-        if too_small := int((keep & (bucket < 0)).sum()):
+        nearest = nearest_bucket(shards.facts["height"], shards.facts["width"], list(sizes), max_upscale)
+        if too_small := int((keep & (nearest < 0)).sum()):
             self.left_out["max_upscale"] = too_small
-        self._rows = [np.flatnonzero(keep & (bucket == lane)) for lane in range(len(sizes))]
-        self.lanes = [len(rows) for rows in self._rows]
-        if not sum(self.lanes):
+        self._rows = [np.flatnonzero(keep & (nearest == bucket)) for bucket in range(len(sizes))]
+        self.buckets = [len(rows) for rows in self._rows]
+        if not sum(self.buckets):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.left_out.items())
             raise UsageError(f"{self.path}: none of its {len(shards)} images is left to train on; left out: {reasons}")
 
     def __len__(self) -> int:
-        return sum(self.lanes)
+        return sum(self.buckets)
 
-    def in_lane(self, lane: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the row in the corpus of each image of a lane."""
-        return self._rows[lane][index]
+    def in_bucket(self, bucket: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the row in the corpus of each image of a bucket."""
+        return self._rows[bucket][index]
 
     @property
     def index(self) -> ImageIndex:
@@ -201,16 +201,16 @@ class ImageRows:
         facts = self.shards.facts[row]
         return self.shards.members(row), (int(facts["height"]), int(facts["width"]))
 
-    def nearest_lanes(self, sizes: Sequence[Size], counts: Sequence[int] | None = None) -> list[int]:
-        """Return the lane to read from for each size: its own or, if that is empty, the nearest in aspect ratio.
+    def nearest_buckets(self, sizes: Sequence[Size], counts: Sequence[int] | None = None) -> list[int]:
+        """Return the bucket to read from for each size: its own or, if that is empty, the nearest in aspect ratio.
 
         Args:
-            sizes: Sizes of the lanes.
-            counts: Number of usable images per lane; all images by default.
+            sizes: Sizes of the buckets.
+            counts: Number of usable images per bucket; all images by default.
         """
-        filled = [lane for lane, count in enumerate(counts or self.lanes) if count]
+        filled = [bucket for bucket, count in enumerate(counts or self.buckets) if count]
         aspects = [math.log(width / height) for height, width in sizes]
-        return [min(filled, key=lambda lane: abs(aspects[lane] - aspect)) for aspect in aspects]
+        return [min(filled, key=lambda bucket: abs(aspects[bucket] - aspect)) for aspect in aspects]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the corpus and of everything that decides which image has which number."""

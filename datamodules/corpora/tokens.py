@@ -105,7 +105,7 @@ class TokenShards:
     def __init__(self, folder: str | Path) -> None:
         self.path = str(folder)
         self.index, kind = _opened(folder)
-        self.lanes = (self.index.rows,)
+        self.buckets = (self.index.rows,)
         self._signed = self.index.dtype.startswith("int")
         self._ends = ends_of(self.index.shards)
         self._shards: Shards[Any] = Shards(partial(kind, self.index), self.path, self.index)
@@ -139,8 +139,8 @@ class TokenShards:
         """
         return bytes(read_whole(f"{self.tokenizer_folder}/tokenizer.json")).decode("utf-8", "replace")
 
-    def in_lane(self, lane: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return ``index`` itself: all rows are in one lane."""
+    def in_bucket(self, bucket: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ``index`` itself: all rows are in one bucket."""
         return index
 
     def read(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from .buckets import Lanes
+from .buckets import Buckets
 from .permutation import CorpusOrder, slot_quantiles, slot_seeds
 from .progress import Progress
 
@@ -29,7 +29,7 @@ class SampleIndices:
         corpus: Number of each sample's corpus, new corpora first, ``(n,)``.
         row: Row of each sample in its corpus, ``(n,)``.
         seed: Seed of each sample's randomness, ``(n,)``.
-        lane: Lane of the batch.
+        bucket: Bucket of the batch.
         training: Whether the batch is for training, not for evaluation.
         quantile: Quantile of each training sample, ``(n,)`` in [0, 1): see :func:`.permutation.slot_quantiles`.
     """
@@ -37,7 +37,7 @@ class SampleIndices:
     corpus: Numbers
     row: Numbers
     seed: Numbers
-    lane: int
+    bucket: int
     training: bool
     quantile: NDArray[np.float64] | None = None
 
@@ -56,14 +56,14 @@ class Rows(Protocol):
         ...
 
     @property
-    def lanes(self) -> Sequence[int]:
-        """Number of samples in each lane; most corpora have one lane."""
+    def buckets(self) -> Sequence[int]:
+        """Number of samples in each bucket; most corpora have one bucket."""
         ...
 
     def __len__(self) -> int: ...
 
-    def in_lane(self, lane: int, index: Numbers) -> Numbers:
-        """Return the row of each sample of a lane."""
+    def in_bucket(self, bucket: int, index: Numbers) -> Numbers:
+        """Return the row of each sample of a bucket."""
         ...
 
     def fingerprint(self) -> str:
@@ -97,8 +97,8 @@ class MicroBatches(Dataset[Batch]):
     """Micro-batches by number. Their samples are a pure function of the number, so any worker can read any of them.
 
     Args:
-        lanes: Lanes that give corpus, counter and lane at a step.
-        orders: Order of each corpus (numbered as in the mixture) and lane.
+        buckets: Buckets that give corpus, counter and bucket at a step.
+        orders: Order of each corpus (numbered as in the mixture) and bucket.
         sources: Rows of each corpus.
         read: Function that reads the batch of some picks.
         slots: This rank's slots of the global batch.
@@ -109,7 +109,7 @@ class MicroBatches(Dataset[Batch]):
 
     def __init__(
         self,
-        lanes: Lanes,
+        buckets: Buckets,
         orders: Sequence[Sequence[CorpusOrder]],
         sources: Sequence[Rows],
         read: Reader,
@@ -118,7 +118,7 @@ class MicroBatches(Dataset[Batch]):
         start: int = 0,
         seed: int = 0,
     ) -> None:
-        self._lanes, self._orders, self._sources, self._read = lanes, orders, sources, read
+        self._buckets, self._orders, self._sources, self._read = buckets, orders, sources, read
         self._slots, self._accumulation, self._start, self._seed = slots, accumulation, start, seed
         self._blocks: dict[tuple[int, int], tuple[int, Numbers]] = {}
         self._numbered = [not isinstance(source, Streamed) for source in sources]
@@ -127,7 +127,7 @@ class MicroBatches(Dataset[Batch]):
     def rows_of(self, number: int) -> Numbers:
         """Return the number of samples from each corpus in a micro-batch, without reading it."""
         slots = self._slots_of(number % self._accumulation)
-        corpus, _, _ = self._lanes.batch(number // self._accumulation - self._start)
+        corpus, _, _ = self._buckets.batch(number // self._accumulation - self._start)
         return np.bincount(corpus[slots.start : slots.stop], minlength=len(self._sources))
 
     def _slots_of(self, micro: int) -> range:
@@ -137,20 +137,22 @@ class MicroBatches(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self._accumulation)
         slots = self._slots_of(micro)
-        corpus, counter, lane = self._lanes.batch(step - self._start)
+        corpus, counter, bucket = self._buckets.batch(step - self._start)
         corpus, counter = corpus[slots.start : slots.stop], counter[slots.start : slots.stop]
         rows = np.empty_like(counter)
         for index, source in enumerate(self._sources):
             mine = corpus == index
             if mine.any():
-                own = int(self._lanes.lane_of[index, lane])
+                own = int(self._buckets.bucket_of[index, bucket])
                 numbered = self._numbered[index]
-                rows[mine] = source.in_lane(own, self._index(index, own, counter[mine])) if numbered else counter[mine]
+                rows[mine] = (
+                    source.in_bucket(own, self._index(index, own, counter[mine])) if numbered else counter[mine]
+                )
         for stream in self._streams:
             stream.seek(number)
         numbers = np.arange(slots.start, slots.stop)
         seeds, quantiles = slot_seeds(self._seed, step, numbers), slot_quantiles(self._seed, step, numbers)
-        picks = SampleIndices(corpus, rows, seeds, lane, training=True, quantile=quantiles)
+        picks = SampleIndices(corpus, rows, seeds, bucket, training=True, quantile=quantiles)
         # Arrays that only the host reads stay NumPy: each tensor costs a shared memory file and a device copy.
         batch = self._read(picks)
         if not getattr(self._read, "names_origin", True):
@@ -160,22 +162,22 @@ class MicroBatches(Dataset[Batch]):
             batch["places"] = np.array([stream.place() for stream in self._streams], dtype=np.int64)
         return batch
 
-    def _index(self, corpus: int, lane: int, counters: Numbers) -> Numbers:
-        """Return the index in the lane of each counter, permuting whole blocks: NumPy does so as fast as one row."""
-        order = self._orders[corpus][lane]
+    def _index(self, corpus: int, bucket: int, counters: Numbers) -> Numbers:
+        """Return the index in the bucket of each counter, permuting whole blocks: NumPy does so as fast as one row."""
+        order = self._orders[corpus][bucket]
         size = min(BLOCK, order.rows)  # spans at most two epochs, and each is permuted separately
         first = int(counters[0]) // size * size
         if counters[-1] >= first + size or counters[0] > counters[-1]:
             return order.row(counters)
-        known = self._blocks.get((corpus, lane))
+        known = self._blocks.get((corpus, bucket))
         if known is None or known[0] != first:
             known = first, order.row(np.arange(first, first + size))
-            self._blocks[corpus, lane] = known
+            self._blocks[corpus, bucket] = known
         return known[1][counters - first]
 
 
 class EvaluationRows(Dataset[Batch]):
-    """Batches of consecutive rows, lane by lane; every rank has equally many, padded with rows whose ``valid`` is 0.
+    """Batches of consecutive rows by bucket; every rank has equally many, padded with rows whose ``valid`` is 0.
 
     Args:
         source: Rows of the corpus.
@@ -191,7 +193,7 @@ class EvaluationRows(Dataset[Batch]):
     ) -> None:
         self._source, self._read, self._rows, self._seed = source, read, rows, seed
         self._rank, self._world_size = rank, world_size
-        self._ends = np.cumsum([-(-count // (rows * world_size)) for count in source.lanes])
+        self._ends = np.cumsum([-(-count // (rows * world_size)) for count in source.buckets])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -199,14 +201,14 @@ class EvaluationRows(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        lane = int(np.searchsorted(self._ends, number, side="right"))
-        number -= int(self._ends[lane - 1]) if lane else 0
+        bucket = int(np.searchsorted(self._ends, number, side="right"))
+        number -= int(self._ends[bucket - 1]) if bucket else 0
         begin = (number * self._world_size + self._rank) * self._rows
         index = np.arange(begin, begin + self._rows)
-        valid = index < self._source.lanes[lane]
+        valid = index < self._source.buckets[bucket]
         index[~valid] = 0
-        rows = self._source.in_lane(lane, index)
-        picks = SampleIndices(np.zeros_like(rows), rows, slot_seeds(self._seed, 0, rows), lane, training=False)
+        rows = self._source.in_bucket(bucket, index)
+        picks = SampleIndices(np.zeros_like(rows), rows, slot_seeds(self._seed, 0, rows), bucket, training=False)
         batch = self._read(picks)
         valid &= ~batch.get("replaced", np.False_)
         return batch | {"row": torch.from_numpy(rows), "valid": torch.from_numpy(valid)}

@@ -16,7 +16,7 @@ class Reading:
     Args:
         seed: Seed of the order.
         shuffle: Kind of the order.
-        rows: Number of rows read in each lane; more than the lane has if it was read for several epochs.
+        rows: Number of rows read in each bucket; more than the bucket has if it was read for several epochs.
         fingerprint: Beginning of the corpus's fingerprint.
     """
 

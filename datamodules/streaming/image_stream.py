@@ -46,8 +46,8 @@ class ImageStream(Stream[TarSample]):
         self._left_out = 0
         self._latest = ""
 
-    def nearest_lanes(self, sizes: Sequence[Size], counts: Sequence[int] | None = None) -> list[int]:
-        """Return the one lane for the one size."""
+    def nearest_buckets(self, sizes: Sequence[Size], counts: Sequence[int] | None = None) -> list[int]:
+        """Return the one bucket for the one size."""
         return [0]
 
     def fingerprint(self) -> str:

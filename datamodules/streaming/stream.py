@@ -57,12 +57,12 @@ class Stream(ABC, Generic[T]):
     """
 
     streamed = True
-    lanes = (UNKNOWN_ROWS,)
+    buckets = (UNKNOWN_ROWS,)
 
     def __init__(self, name: str, path: str, urls: Sequence[str]) -> None:
         self.name, self.path, self.urls = name, path, tuple(urls)
         self._readers: dict[int, _Reader[T]] = {}
-        self._lane = 0
+        self._worker = 0
 
     def __len__(self) -> int:
         return UNKNOWN_ROWS
@@ -74,7 +74,7 @@ class Stream(ABC, Generic[T]):
     def open(self, url: str, epoch: int) -> Iterator[T]:
         """Yield the samples of a tar in the order of a pass."""
 
-    def in_lane(self, lane: int, index: Rows) -> Rows:
+    def in_bucket(self, bucket: int, index: Rows) -> Rows:
         """Return counters: samples have no numbers."""
         return index
 
@@ -101,23 +101,23 @@ class Stream(ABC, Generic[T]):
             UsageError: A micro-batch came out of order, so that rows would be lost.
         """
         workers = len(self._places)
-        lane = self._lane = number % workers
-        reader = self._readers.get(lane)
+        worker = self._worker = number % workers
+        reader = self._readers.get(worker)
         if reader is None:
-            first = self._begin + (lane - self._begin) % workers
-            index = self._process * workers + lane
-            reader = self._readers[lane] = _Reader(self._order, index, self._places[lane], self.open, first)
+            first = self._begin + (worker - self._begin) % workers
+            index = self._process * workers + worker
+            reader = self._readers[worker] = _Reader(self._order, index, self._places[worker], self.open, first)
         if number != reader.number:
             raise UsageError(f"corpus {self.name!r}: micro-batch {number} came where {reader.number} was due")
         reader.number += workers
 
     def place(self) -> tuple[int, int, int, int]:
         """Return the worker of the latest micro-batch, and where its reader is after it."""
-        return (self._lane, *self._readers[self._lane].place)
+        return (self._worker, *self._readers[self._worker].place)
 
     def next(self) -> T:
         """Return the next sample of the reader that :meth:`seek` has chosen."""
-        return self._readers[self._lane].next()
+        return self._readers[self._worker].next()
 
 
 class _Reader(Generic[T]):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from rewurst.callbacks import linear
 from rewurst.datamodules.corpora.tokens import TokenShards
 from rewurst.datamodules.sampling import permutation as order_module
-from rewurst.datamodules.sampling.buckets import Lanes
+from rewurst.datamodules.sampling.buckets import Buckets
 from rewurst.datamodules.sampling.micro_batches import MicroBatches, Positions, SampleIndices, as_is
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
 from rewurst.datamodules.sampling.permutation import CorpusOrder
@@ -30,16 +30,16 @@ class Numbered:
     """A corpus of numbers."""
 
     def __init__(self, rows: int) -> None:
-        self.lanes, self.path = (rows,), "numbers"
+        self.buckets, self.path = (rows,), "numbers"
 
     def __len__(self) -> int:
-        return self.lanes[0]
+        return self.buckets[0]
 
-    def in_lane(self, lane: int, index: Any) -> Any:
+    def in_bucket(self, bucket: int, index: Any) -> Any:
         return index
 
     def fingerprint(self) -> str:
-        return str(self.lanes)
+        return str(self.buckets)
 
     def locate(self, row: int) -> str:
         return str(row)
@@ -55,7 +55,7 @@ def dataset(rows: int, old: int, size: int, share: float, slots: range, accumula
     mixture = Mixture(size, {"new": 1.0}, {"old": 1.0} if share else {}, RunningShare(share))
     sources = [Numbered(rows), Numbered(old)][: 1 + bool(share)]
     orders = [[CorpusOrder(name, len(source), 3)] for name, source in zip(mixture.names, sources, strict=True)]
-    return MicroBatches(Lanes(mixture), orders, sources, nothing, slots, accumulation=accumulation, seed=3)
+    return MicroBatches(Buckets(mixture), orders, sources, nothing, slots, accumulation=accumulation, seed=3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -100,7 +100,7 @@ def test_any_number_of_workers_gives_the_same_batches(write_corpus: Callable[...
     shards = TokenShards(write_corpus("code"))
     order = [[CorpusOrder("code", len(shards), 0)]]
     rows = MicroBatches(
-        Lanes(Mixture(8, {"code": 1.0})), order, [shards], TokenReader([shards]), range(8), accumulation=2
+        Buckets(Mixture(8, {"code": 1.0})), order, [shards], TokenReader([shards]), range(8), accumulation=2
     )
     progress = Progress(lambda batch: {})
     progress.accumulation, progress.epochs = 2, Epochs(25, whole_run=10)
@@ -116,9 +116,9 @@ def test_any_number_of_workers_gives_the_same_batches(write_corpus: Callable[...
 
 
 @pytest.mark.parametrize("shuffle", ["full", "window"])
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("buckets", [1, 3])
 def test_the_first_batch_after_a_resume_costs_the_same_anywhere(
-    monkeypatch: pytest.MonkeyPatch, shuffle: Any, lanes: int
+    monkeypatch: pytest.MonkeyPatch, shuffle: Any, buckets: int
 ) -> None:
     """Counts permutations, evaluations of the share and rows read, with a share that changes every step."""
     work: Counter[str] = Counter()
@@ -141,10 +141,10 @@ def test_the_first_batch_after_a_resume_costs_the_same_anywhere(
     for step in (10, 10**6):
         work.clear()
         mixture = Mixture(64, {"new": 1.0}, {"old": 1.0}, RunningShare(counted, step, step << 38))
-        orders = [[CorpusOrder(name, 10**7, 0, shuffle)] * lanes for name in mixture.names]
+        orders = [[CorpusOrder(name, 10**7, 0, shuffle)] * buckets for name in mixture.names]
         orders = [[replace(order, corpus=f"{order.corpus}{i}") for i, order in enumerate(of)] for of in orders]
-        counts = np.full((2, lanes), 64 * step // (2 * lanes))
-        at = Lanes(mixture, [1.0] * lanes, None, step, counts)
+        counts = np.full((2, buckets), 64 * step // (2 * buckets))
+        at = Buckets(mixture, [1.0] * buckets, None, step, counts)
         sources = [Numbered(10**7)] * 2
         MicroBatches(at, orders, sources, read, range(64))[step]
         found.append(dict(work))

@@ -166,15 +166,15 @@ def test_batches_do_not_depend_on_how_they_are_split(write_images: Callable[...,
 def test_ranks_share_the_same_global_batch(write_images: Callable[..., str], world_size: int) -> None:
     data = make({"a": Corpus(write_images("a", SHAPES[::4]))}, max_aspect=2.0, image_size=32, bucket_multiple=8)
     data.setup("fit")
-    lanes, orders, sources = data._lanes(), data._orders(), data._sources()
+    buckets, orders, sources = data._buckets(), data._orders(), data._sources()
     read = Written()
     size = 32 * 4
-    lanes.mixture.global_batch_size = size
+    buckets.mixture.global_batch_size = size
     of_rank = size // world_size
-    whole = MicroBatches(lanes, orders, sources, read, range(size))
+    whole = MicroBatches(buckets, orders, sources, read, range(size))
     for step in (0, 7):
         parts = [
-            MicroBatches(lanes, orders, sources, read, range(size)[rank * of_rank : (rank + 1) * of_rank])[step]
+            MicroBatches(buckets, orders, sources, read, range(size)[rank * of_rank : (rank + 1) * of_rank])[step]
             for rank in range(world_size)
         ]
         together = [row for part in parts for row in part["row"].tolist()]

@@ -179,7 +179,7 @@ def test_a_resumed_run_continues(write_corpora: Corpora, tmp_path: Path) -> None
     assert described(whole.batches)[32:] == described(rest.batches)
 
 
-def test_shapes_are_lanes(write_corpora: Corpora) -> None:
+def test_shapes_are_buckets(write_corpora: Corpora) -> None:
     shapes = buckets(64, 16, 2.0)
     images, latents = write_corpora("new", 40, sizes=shapes)
     runs = []

@@ -153,5 +153,5 @@ def batches(data: ImageTextDataModule, epochs: int = 20) -> list[dict[str, Any]]
     [corpus] = data.corpora.values()
     data._opened[corpus.path] = data.open_corpus("a", corpus.path)
     sources = data._sources()
-    rows = MicroBatches(data._lanes(), data._orders(), sources, data.reader(sources), range(2), seed=data.seed)
+    rows = MicroBatches(data._buckets(), data._orders(), sources, data.reader(sources), range(2), seed=data.seed)
     return [rows[number] for number in range(3 * epochs)]

@@ -18,7 +18,7 @@ from .parser import Parser
 
 Line = tuple[str, Any]
 _POINTS = 2000
-DESCRIPTION = "Draws what a config will do to the learning rate and the replay share, before anything is trained."
+DESCRIPTION = "Draw the learning rate and the replay share of a config before anything is trained."
 
 
 def run(args: list[str]) -> None:
@@ -61,7 +61,7 @@ def _take_out(args: list[str]) -> tuple[Path, list[str]]:
     parser = Parser(
         prog="rewurst schedule", description=DESCRIPTION, epilog="Other options are those of `rewurst fit`."
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to draw, such as lr.png")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="Image file to write, such as lr.png")
     known, rest = parser.parse_known_args(args)
     return known.out, rest
 

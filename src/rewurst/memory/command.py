@@ -78,10 +78,10 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--devices", type=int, nargs="+", metavar="N", help="number of devices in total (default: the config's)"
+        "--devices", type=int, nargs="+", metavar="N", help="Number of devices in total (default: the config's)"
     )
-    parser.add_argument("--memory", metavar="80GiB", help="memory per device (default: this machine's, or 80GiB)")
-    parser.add_argument("--image_size", type=int, metavar="512", help="side of the images that latents are made from")
+    parser.add_argument("--memory", metavar="80GiB", help="Memory per device (default: this machine's, or 80GiB)")
+    parser.add_argument("--image_size", type=int, metavar="512", help="Side of the images that latents are made from")
     return parser
 
 

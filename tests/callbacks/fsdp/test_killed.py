@@ -51,7 +51,7 @@ def command(write_corpus: Callable[..., str], tmp_path: Path) -> Callable[[str],
                     {"class_path": "ExactResume"},
                     {"class_path": "SaveOnSignal"},
                     {"class_path": "WeightAverage", "init_args": {"decay": 0.8}},
-                    {"class_path": "__main__.StepLog", "init_args": {"path": str(folder / "log.txt")}},
+                    {"class_path": "fsdp_scenarios.StepLog", "init_args": {"path": str(folder / "log.txt")}},
                     {"class_path": "ModelCheckpoint", "init_args": {
                         "filename": "{step}", "every_n_train_steps": 2, "save_top_k": 1, "save_last": True}},
                 ],

@@ -1,4 +1,4 @@
-"""Batches of one lane each: every sample once per epoch of its lane, and counters that resume."""
+"""Batches of one bucket each: every sample once per epoch of its bucket, and counters that resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewurst.datamodules.sampling.buckets import Lanes
+from rewurst.datamodules.sampling.buckets import Buckets
 from rewurst.datamodules.sampling.mixture import Mixture, RunningShare
 from rewurst.datamodules.sampling.permutation import slot_quantiles, slot_seeds
 
@@ -20,10 +20,10 @@ def mixture(share: float, size: int = 8) -> Mixture:
     return Mixture(size, {"new": 3.0, "other": 1.0}, {"old": 1.0}, RunningShare(share))
 
 
-def make(share: float, step: int = 0, counts: np.ndarray | None = None) -> Lanes:  # type: ignore[type-arg]
+def make(share: float, step: int = 0, counts: np.ndarray | None = None) -> Buckets:  # type: ignore[type-arg]
     mixed = mixture(share)
     mixed.share = RunningShare(lambda at: share * (at % 7) / 7, step, mixed_sum(share, step))
-    return Lanes(mixed, [5.0, 3.0, 1.0], LANE_OF, step, counts)
+    return Buckets(mixed, [5.0, 3.0, 1.0], LANE_OF, step, counts)
 
 
 def mixed_sum(share: float, step: int) -> int:
@@ -32,16 +32,16 @@ def mixed_sum(share: float, step: int) -> int:
 
 @settings(max_examples=25, deadline=None)
 @given(share=st.floats(0, 1), steps=st.integers(1, 60))
-def test_counters_of_every_lane_run_without_gap(share: float, steps: int) -> None:
-    lanes = make(share)
+def test_counters_of_every_bucket_run_without_gap(share: float, steps: int) -> None:
+    buckets = make(share)
     seen: dict[tuple[int, int], list[int]] = defaultdict(list)
     for step in range(steps):
-        corpus, counter, lane = lanes.batch(step)
+        corpus, counter, bucket = buckets.batch(step)
         for c, n in zip(corpus.tolist(), counter.tolist(), strict=True):
-            seen[c, int(LANE_OF[c, lane])].append(n)
+            seen[c, int(LANE_OF[c, bucket])].append(n)
     for counters in seen.values():
         assert sorted(counters) == list(range(len(counters)))
-    read = lanes.read_before(steps)
+    read = buckets.read_before(steps)
     assert {key: int(read[key]) for key in seen} == {key: len(counters) for key, counters in seen.items()}
 
 
@@ -55,15 +55,15 @@ def test_counters_continue_from_restored_ones(share: float, stop: int, later: in
     np.testing.assert_array_equal(whole.batch(stop)[1], make(share).batch(stop)[1])  # also backwards
 
 
-def test_lanes_take_turns_by_weight() -> None:
-    counts = Counter(make(0.0).lane(step) for step in range(900))
+def test_buckets_take_turns_by_weight() -> None:
+    counts = Counter(make(0.0).bucket(step) for step in range(900))
     assert counts == {0: 500, 1: 300, 2: 100}
 
 
-def test_one_lane_is_the_mixture() -> None:
+def test_one_bucket_is_the_mixture() -> None:
     mixed = mixture(0.25)
-    corpus, counter, lane = Lanes(mixed).batch(10**6)
-    assert lane == 0
+    corpus, counter, bucket = Buckets(mixed).batch(10**6)
+    assert bucket == 0
     np.testing.assert_array_equal(corpus, mixed.batch(10**6)[0])
     np.testing.assert_array_equal(counter, mixed.batch(10**6)[1])
 

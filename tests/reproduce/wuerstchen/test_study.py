@@ -188,7 +188,8 @@ def test_fid_of_given_pictures(
         (["--data", "x", "--val", "y"], "x has no index.json: index its shards with `rewurst prepare index`"),
         (["--inception", "none.pth"], "--inception none.pth is not a file"),
         (["--recipes", "nowhere"], "nowhere/stage_a.yaml is missing"),
-        (["--seed", "1", "--scale", "tiny"], "--scale"),
+        (["--scale", "tiny"], "--scale"),
+        (["--seed", "1"], "--seed; did you mean '--seeds'?"),
     ],
 )
 def test_wrong_use_is_one_line(

@@ -31,7 +31,7 @@ SHARD_BYTES = 2**28
 MOST_ROWS = 10_000
 
 Group = tuple[int, list[int], int]
-"""Shard, rows and lane of a batch."""
+"""Shard, rows and bucket of a batch."""
 Members = dict[str, bytes]
 
 
@@ -130,10 +130,10 @@ class Groups(Dataset[dict[str, Any]]):
         return len(self._groups)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        shard, rows, lane = self._groups[number]
+        shard, rows, bucket = self._groups[number]
         [source] = self._reader.sources
         none = np.zeros(0, dtype=np.int64)
-        picks = SampleIndices(none, none, none, lane, training=False)
+        picks = SampleIndices(none, none, none, bucket, training=False)
         read, shown, faults = [], [], {}
         for row in rows:
             try:
@@ -149,11 +149,11 @@ def _groups(shard: int, folder: LatentFolder, sizes: Sequence[Size], batch_size:
     """Batches of rows of one shape, in their order; rows without image or caption are in none."""
     rows = np.asarray(folder.rows(shard))
     facts = folder.images.facts[rows]
-    lanes = np.where(facts["caption_length"] >= 0, nearest_bucket(facts["height"], facts["width"], list(sizes)), -1)
-    for lane in range(len(sizes)):
-        mine = rows[lanes == lane].tolist()
+    buckets = np.where(facts["caption_length"] >= 0, nearest_bucket(facts["height"], facts["width"], list(sizes)), -1)
+    for bucket in range(len(sizes)):
+        mine = rows[buckets == bucket].tolist()
         for begin in range(0, len(mine), batch_size):
-            yield shard, mine[begin : begin + batch_size], lane
+            yield shard, mine[begin : begin + batch_size], bucket
 
 
 def _members(batch: dict[str, Any], makers: Makers) -> list[Members]:
