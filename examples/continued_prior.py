@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """New pictures, and their latents by the old compressor."""
+    """Return new pictures, and their latents by the old compressor."""
     if not all((DATA / side / "index.json").exists() for side in ("train", "val", "unseen")):
         command("prepare", "images", FAMILIES["new"], "--out", str(DATA), "--overwrite")
     for side in ("train", "val"):
@@ -126,7 +126,7 @@ def fit(run: Run, steps: int) -> None:
 
 
 def config_of(run: Run, steps: int) -> dict[str, Any]:
-    """The recipe with a run's learning rate and share, from Stage C's last step on."""
+    """Return the recipe with a run's learning rate and share, from Stage C's last step on."""
     config = _load(CONFIG)
     trainer, begun = config["trainer"], _load(BEGUN)["trainer"]["max_steps"]
     every = interval(begun, steps)
@@ -146,13 +146,13 @@ def config_of(run: Run, steps: int) -> dict[str, Any]:
 
 
 def interval(begun: int, steps: int) -> int:
-    """Steps between validations, which are counted from the very beginning: the last one has to be at the end."""
+    """Return the steps between validations, counted from the very beginning: the last one has to be at the end."""
     common = math.gcd(begun, steps)
     return next(every for every in range(max(1, steps // VALIDATIONS), 0, -1) if common % every == 0)
 
 
 def read(run: Run, arguments: argparse.Namespace) -> Result:
-    """Reads what a run logged, and what the pictures it draws show."""
+    """Read what a run logged, and what the pictures it draws show."""
     folder = OUT / run.name
     every = interval(_load(BEGUN)["trainer"]["max_steps"], arguments.steps)
     losses = {}
@@ -170,7 +170,7 @@ def read(run: Run, arguments: argparse.Namespace) -> Result:
 
 
 def export(run: Run) -> Path:
-    """A run's prior over the demo's Stages A and B."""
+    """Return a run's prior over the demo's Stages A and B."""
     folder = OUT / run.name / "pipeline"
     if not folder.exists():
         stages = [("a", pictures.checkpoint("a")), ("b", pictures.checkpoint("b"))]
@@ -210,7 +210,7 @@ def drawn(folder: Path, asked: Sequence[shapes.Shape]) -> np.ndarray[Any, Any]:
 
 
 def summarise(results: Sequence[Result], start: Accuracy | None) -> dict[str, Any]:
-    """The report's numbers: losses at the start and the end, and the share of the rise that each run avoids.
+    """Return the report's numbers: losses at the start and the end, and the share of the rise that each run avoids.
 
     The rise is that of the loss on old pictures in the first run, which replays nothing.
     """
@@ -233,7 +233,7 @@ def summarise(results: Sequence[Result], start: Accuracy | None) -> dict[str, An
 
 
 def write(summary: dict[str, Any], results: Sequence[Result], out: Path) -> None:
-    """Writes report.json, report.md and losses.png."""
+    """Write report.json, report.md and losses.png."""
     figure = out / "losses.png"
     draw_figure(results, figure)
     content = json.dumps(summary | {"figure": str(figure)}, indent=2)

@@ -97,7 +97,7 @@ def prepare(data: Path) -> None:
 
 
 def export(run: str) -> str:
-    """Writes the run's model as a Hugging Face folder and has it continue the prompt."""
+    """Write the run's model as a Hugging Face folder and let it continue the prompt."""
     from rewurst.checkpoints.newest import newest_checkpoint
     from rewurst.modules.language.generation import generate_text
 
@@ -107,7 +107,7 @@ def export(run: str) -> str:
 
 
 def command(*args: str) -> None:
-    """Runs a command line of rewurst in this process, as it would run in a shell."""
+    """Run a command line of rewurst in this process, as it would run in a shell."""
     from rewurst.train import main as rewurst
 
     print(f"\n$ rewurst {shlex.join(args)}", flush=True)

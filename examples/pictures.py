@@ -73,7 +73,7 @@ def run(command: Command, out: Path) -> dict[str, Any]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The report's second half."""
+    """Return the report's second half."""
     names = [*shapes.Shape._fields, "all"]
     rows = {"seen combinations": summary["stage_c"], "unseen combinations": summary["stage_c_unseen"]}
     lines = [
@@ -113,7 +113,7 @@ def latents(command: Command) -> None:
 
 
 def export(command: Command) -> Path:
-    """The three stages as a folder that diffusers and ``TextToImage`` load."""
+    """Return the three stages as a folder that diffusers and ``TextToImage`` load."""
     folder = RUNS / "pipeline"
     if not folder.exists():
         stages = [option for stage in "abc" for option in (f"--stage_{stage}", str(checkpoint(stage)))]
@@ -152,7 +152,7 @@ def draw(folder: Path) -> tuple[Drawn, Drawn]:
 
 
 def final(stage: str, tag: str) -> float:
-    """The last value that a stage logged."""
+    """Return the last value that a stage logged."""
     return round(report.scalars(RUNS / f"stage_{stage}", tag)[-1][1], 4)
 
 

@@ -34,7 +34,7 @@ class Result:
 
 
 def read(name: str, title: str, folder: Path, share: float) -> Result:
-    """Reads a run's scalars over all its versions. A step that was logged as n has completed n + 1 batches."""
+    """Read a run's scalars over all its versions. A step that was logged as n has completed n + 1 batches."""
     last_step, tokens = scalars(folder, "tokens")[-1]
     per_step = tokens / (last_step + 1)
     losses = {}
@@ -45,7 +45,7 @@ def read(name: str, title: str, folder: Path, share: float) -> Result:
 
 
 def write(results: list[Result], samples: dict[str, str], prompt: str, out: Path, seconds: float) -> dict[str, Any]:
-    """Writes report.md, report.json and losses.png; returns what report.json holds."""
+    """Write report.md, report.json and losses.png; return what report.json holds."""
     figure = out / "losses.png"
     _draw(results, figure)
     replayed = next(result for result in results if result.name == "replay")
@@ -66,7 +66,7 @@ def write(results: list[Result], samples: dict[str, str], prompt: str, out: Path
 
 
 def add(out: Path, name: str, summary: dict[str, Any], text: str) -> None:
-    """Puts a part into report.json and report.md, in place of an earlier one of that name; other parts stay."""
+    """Put a part into report.json and report.md, in place of an earlier one of that name; other parts stay."""
     path = out / "report.json"
     content = json.loads(path.read_text("utf8")) if path.exists() else {}
     path.write_text(json.dumps(content | {name: summary}, indent=2) + "\n", encoding="utf8")

@@ -25,14 +25,14 @@ TABS = ("custom_scalars", "timeseries", "scalars", "images", "text", "hparams")
 
 
 def serve(folder: Path) -> str:
-    """Starts TensorBoard over a folder in this process, and returns its address."""
+    """Start TensorBoard over a folder in this process, and return its address."""
     server = program.TensorBoard()
     server.configure(argv=["tensorboard", "--logdir", str(folder), "--port", "0", "--load_fast", "false"])
     return server.launch()
 
 
 def photograph(browser: str, url: str, size: tuple[int, int], seconds: int) -> Image.Image:
-    """Opens a page, lets it load for some seconds of its own time, and takes its picture."""
+    """Open a page, let it load for some seconds of its own time, and take its picture."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "page.png"
         command = [browser, "--headless=new", "--hide-scrollbars", "--disable-gpu", "--no-first-run", "--mute-audio"]
