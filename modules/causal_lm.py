@@ -225,7 +225,7 @@ class CausalLM(MeasuredByCorpus, WatchedModule):
         """Mean loss of a micro-batch."""
         input_ids = batch["input_ids"]
         self._window_tokens += len(input_ids) * (input_ids.shape[1] - 1) * self.trainer.world_size
-        return self.watch(self.loss(input_ids, batch.get("mask")), batch)
+        return self.record(self.loss(input_ids, batch.get("mask")), batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Count the tokens of the whole global batch, then record its loss."""

@@ -27,7 +27,14 @@ from .shared.codebook import CodebookUse, drawn_rows, snap
 from .shared.flops import stage_a_flops
 from .shared.frozen import Frozen
 from .shared.image_metrics import CorpusMeans, log_means, psnr, ssim, valid_samples
-from .shared.monitored import FiniteWatch, MeasuredByCorpus, check_max_grad_norm, look, place_of, scales_losses
+from .shared.monitored import (
+    FiniteWatch,
+    MeasuredByCorpus,
+    check_max_grad_norm,
+    check_recorded,
+    place_of,
+    scales_losses,
+)
 
 Losses = dict[str, Tensor]
 
@@ -127,7 +134,7 @@ class StageA(MeasuredByCorpus, LightningModule):
         self._accumulation = accumulation
         self._window: list[Losses] = []
         self._counts: Tensor | None = None
-        self._watch = FiniteWatch()
+        self._recorded = FiniteWatch()
         self._means = CorpusMeans()
         self._codes: dict[int, Tensor] = {}
 
@@ -156,7 +163,7 @@ class StageA(MeasuredByCorpus, LightningModule):
         self._window.append({})
         terms = self._losses(batch)
         loss = sum(terms.values(), torch.zeros((), device=self.device))
-        self._watch.add("loss", self.step, loss, [place_of(batch)])
+        self._recorded.add("loss", self.step, loss, [place_of(batch)])
         closes = len(self._window) >= self.accumulation or self.trainer.is_last_batch
         with self._gradients(synchronised=closes):
             self.manual_backward(loss / self.accumulation)
@@ -224,9 +231,9 @@ class StageA(MeasuredByCorpus, LightningModule):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
         if not scales_losses(self.trainer):
-            self._watch.add("gradient norm", self.step, norm)
-        if self._watch.full or logs_now(self.trainer):
-            look(self._watch, self.trainer)
+            self._recorded.add("gradient norm", self.step, norm)
+        if self._recorded.full or logs_now(self.trainer):
+            check_recorded(self._recorded, self.trainer)
         first = self.trainer.optimizers[0]
         self.log("train/grad_norm" + ("" if optimizer is first else "/discriminator"), norm, batch_size=1)
 
@@ -269,15 +276,15 @@ class StageA(MeasuredByCorpus, LightningModule):
         # A checkpoint contains the weights after the step in its name, as with automatic optimization.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         self._window, self._counts = [], None
-        self._watch.forget()
+        self._recorded.forget()
 
     def on_validation_start(self) -> None:
         """Check the values so far, as a validation waits for the device anyway."""
-        look(self._watch, self.trainer)
+        check_recorded(self._recorded, self.trainer)
 
     def on_train_end(self) -> None:
         """Check the steps since the last logging interval."""
-        look(self._watch, self.trainer)
+        check_recorded(self._recorded, self.trainer)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Record each sample's metrics, with quantization."""
@@ -332,7 +339,7 @@ class StageA(MeasuredByCorpus, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the step and descriptions of the networks, with the measured scale of the latents."""
-        look(self._watch, self._trainer)
+        check_recorded(self._recorded, self._trainer)
         if self._measures_scale and self.latent_std > 0:
             self.vqgan.scale_factor = self.vqgan.config["scale_factor"] = round(float(self.latent_std), 4)
         checkpoint["networks"] = describe(self)

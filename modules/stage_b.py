@@ -158,7 +158,7 @@ class StageB(DiffusionStage):
         z = self._disturbed(self.compressor(images).float(), zeroed, noised, level, randomness)
         text = self.text_states(batch["caption"])
         losses = self._losses(latents, t, noise, z, text)
-        return self.watch((losses * self._weight(t)).mean(), batch)
+        return self.record((losses * self._weight(t)).mean(), batch)
 
     def _weight(self, t: Tensor) -> Tensor:
         """Return the weight (n,) of the noise's error at t."""
@@ -213,7 +213,7 @@ class StageB(DiffusionStage):
         noise = diffusion.draw(latents.shape, randomness, latents)
         text = self.text_states(batch["caption"])
         losses = self._losses(latents, t, noise, self.compressor(images).float(), text)
-        self.take_in(dataloader_idx, losses, losses, bucket, counted)
+        self.accumulate(dataloader_idx, losses, losses, bucket, counted)
         if batch_idx < self.sampled_batches:
             drawn = self.reconstruct(batch)
             self._means.add("psnr", dataloader_idx, psnr(drawn, images), counted)

@@ -118,7 +118,7 @@ class Throughput(ThroughputMonitor):
         self._clock.lap((self.batch_size_fn(batch), self.tokens_fn(batch), _flops(pl_module, batch)))
         step = logged_step(trainer)
         if step != self._logged_at and logs_now(trainer) and not is_accumulating(trainer):
-            self._take_in()
+            self._accumulate()
             self._log(trainer)
 
     def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
@@ -162,7 +162,7 @@ class Throughput(ThroughputMonitor):
         if self._clock is not None and self._parts.depth == 0:
             self._clock.resume()
 
-    def _take_in(self) -> None:
+    def _accumulate(self) -> None:
         """Add the steps that the device has finished to the window for the rates."""
         assert self._clock is not None
         assert self._window is not None

@@ -24,8 +24,8 @@ BUCKETS = 5
 class DiffusionStage(MeasuredByCorpus, WatchedModule):
     """A diffusion model trained on the outputs of frozen networks for captioned images.
 
-    Subclasses pass losses to :meth:`take_in` in their ``validation_step``. Their means are logged per corpus, and over
-    all corpora as ``<stage>/loss_at/<interval of t>``.
+    Subclasses pass losses to :meth:`accumulate` in their ``validation_step``. Their means are logged per corpus, and
+    over all corpora as ``<stage>/loss_at/<interval of t>``.
 
     Args:
         optimizer: Optimizer of all trained parameters.
@@ -69,7 +69,7 @@ class DiffusionStage(MeasuredByCorpus, WatchedModule):
         bucket = rows % BUCKETS
         return bucket, ((bucket + within) / BUCKETS).clamp_min(0.001)
 
-    def take_in(self, corpus: int, losses: Tensor, errors: Tensor, bucket: Tensor, counted: Tensor) -> None:
+    def accumulate(self, corpus: int, losses: Tensor, errors: Tensor, bucket: Tensor, counted: Tensor) -> None:
         """Add each sample's loss to its corpus's mean, and its error to the mean of its interval of t."""
         self._means.add("loss", corpus, losses, counted)
         for index in range(BUCKETS):

@@ -43,7 +43,7 @@ class WatchedModule(LightningModule):
     """A module with automatic optimization that logs and checks its losses and gradient norms.
 
     It logs ``train/loss`` (mean over the global batch) and ``train/grad_norm`` (before clipping). Subclasses pass their
-    losses to :meth:`watch`, and call ``super()`` in hooks of the same name.
+    losses to :meth:`record`, and call ``super()`` in hooks of the same name.
 
     Args:
         max_grad_norm: Norm to clip gradients to, or None for no clipping; ``Trainer(gradient_clip_val)`` overrides it.
@@ -59,13 +59,13 @@ class WatchedModule(LightningModule):
         self._window: list[Tensor] = []
         self._window_batches: list[Any] = []
         self._latest: dict[str, Tensor] = {}
-        self._watch = FiniteWatch()
+        self._recorded = FiniteWatch()
 
     def setup(self, stage: str) -> None:
         """Discard values from an earlier run."""
-        self._watch.forget()
+        self._recorded.forget()
 
-    def watch(self, loss: Tensor, batch: Any) -> Tensor:
+    def record(self, loss: Tensor, batch: Any) -> Tensor:
         """Return a micro-batch's loss after recording it and the positions of its samples."""
         self._window.append(loss.detach())
         self._window_batches.append(place_of(batch))
@@ -78,9 +78,9 @@ class WatchedModule(LightningModule):
         """
         if self._window:
             losses = torch.stack(self._window)
-            self._watch.add("loss", self.trainer.global_step, losses, self._window_batches)
+            self._recorded.add("loss", self.trainer.global_step, losses, self._window_batches)
             self._latest = {"train/loss": losses}
-            if self._logging or self._watch.full:
+            if self._logging or self._recorded.full:
                 self.check_finite()
             if self._logging:
                 self.log_latest()
@@ -101,7 +101,7 @@ class WatchedModule(LightningModule):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if not scales_losses(self.trainer):
-            self._watch.add("gradient norm", self.trainer.global_step, norm)
+            self._recorded.add("gradient norm", self.trainer.global_step, norm)
             if self._logging:
                 self.check_finite()
         self._latest["train/grad_norm"] = norm
@@ -142,17 +142,17 @@ class WatchedModule(LightningModule):
 
     def check_finite(self) -> None:
         """Raise a ``FloatingPointError`` if a value recorded since the last check is not finite."""
-        look(self._watch, self._trainer)
+        check_recorded(self._recorded, self._trainer)
 
     @property
     def _logging(self) -> bool:
         return logs_now(self.trainer)
 
 
-def look(watch: FiniteWatch, trainer: Trainer | None) -> None:
-    """Check a watch's values; if one is not finite, the data module locates its samples."""
-    if not watch.empty:
-        watch.check(getattr(getattr(trainer, "datamodule", None), "locate", None))
+def check_recorded(recorded: FiniteWatch, trainer: Trainer | None) -> None:
+    """Check the recorded values; if one is not finite, the data module locates its samples."""
+    if not recorded.empty:
+        recorded.check(getattr(getattr(trainer, "datamodule", None), "locate", None))
 
 
 def place_of(batch: Any) -> dict[str, Any] | None:

@@ -156,7 +156,7 @@ class TextStage(DiffusionStage):
         randomness = generators(batch)
         [chance] = uniforms(randomness, self.samples_in(batch), 1, self.device)
         t = self._times(self.quantiles(batch, chance))
-        return self.watch((self.losses(batch, t, randomness) * self._weight(t)).mean(), batch)
+        return self.record((self.losses(batch, t, randomness) * self._weight(t)).mean(), batch)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Record each sample's loss at its own time."""
@@ -164,7 +164,7 @@ class TextStage(DiffusionStage):
         bucket, t = self.validation_times(batch, count, randomness)
         losses = self.losses(batch, t, randomness)
         counted = valid_samples(batch, losses)
-        self.take_in(dataloader_idx, losses * self._weight(t), losses, bucket, counted)
+        self.accumulate(dataloader_idx, losses * self._weight(t), losses, bucket, counted)
 
     def _times(self, quantile: Tensor) -> Tensor:
         """Return the training times at quantiles, (n,), with the high-noise share first."""

@@ -74,13 +74,13 @@ def losses(compressor: str, clip: Path, data: Any) -> list[float]:
     prior = {"preset": "tiny", "c_in": 4, "c": 32, "c_cond": 32, "nhead": 2}
     module = StageC(compressor, prior, str(clip), latent_mean=None, latent_std=None)
     found: list[float] = []
-    kept = module.watch
+    kept = module.record
 
-    def watch(loss: torch.Tensor, batch: Any) -> torch.Tensor:
+    def record(loss: torch.Tensor, batch: Any) -> torch.Tensor:
         found.append(float(loss.detach()))
         return kept(loss, batch)
 
-    module.watch = watch  # type: ignore[method-assign]
+    module.record = record  # type: ignore[method-assign]
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(accelerator="cpu", max_steps=12, max_epochs=-1, logger=False, **quiet).fit(module, data)
     return found

@@ -14,7 +14,7 @@ from ..configs import Config
 from ..jobs import Job
 from ..keys import KEY_DIGITS, deciding, digest, fingerprint
 from .costs import Cost
-from .recipes import SHORT_STEPS, Recipes, Where, image_size_of, placed, steps_of, variants, watched, whole_parts
+from .recipes import SHORT_STEPS, Recipes, Where, image_size_of, placed, set_outputs, steps_of, variants, whole_parts
 
 DECIDING = ("LRRewarming", "WeightAverage")
 TASK, DONE = "task.json", "done.json"
@@ -127,7 +127,7 @@ def _of_seed(plan: Plan, costs: dict[str, Cost], seed: int) -> list[Job]:
         key = digest([*parts, [job.key for job in needs]])
         folder = plan.out / "runs" / f"{kind}-seed_{seed}-{key[:KEY_DIGITS]}"
         config = placed(recipe, where, seed, steps)
-        watched(config, folder, steps, keep)
+        set_outputs(config, folder, steps, keep)
         return Job(kind=kind, seed=seed, key=key, folder=folder, own_steps=steps, needs=needs, config=config)
 
     def work(kind: str, task: dict[str, Any], needs: tuple[Job, ...]) -> Job:

@@ -95,7 +95,7 @@ def placed(recipe: Config, where: Where, seed: int, steps: int) -> Config:
     return config | {"seed_everything": seed}
 
 
-def watched(config: Config, folder: Path, steps: int, keep_all: bool) -> None:
+def set_outputs(config: Config, folder: Path, steps: int, keep_all: bool) -> None:
     """Make a config log and save in a folder at equal parts of the run, and validate at its middle and end."""
     every, trainer = steps // parts(steps), config["trainer"]
     data = config["data"]["init_args"]
