@@ -460,7 +460,8 @@ class StreamDataModule(LightningDataModule, Generic[R]):
 
     def _replay_so_far(self, name: str, rows: Sequence[int]) -> Reading:
         """Return how far a corpus has been replayed, given the rows of each bucket that this dataset replayed."""
-        before, first = self._replay_before(name), self.reading(name) or self._replay_before(name)
+        before = self._replay_before(name)
+        first = self.reading(name) or before
         total = rows if before is None else [known + new for known, new in zip(before.rows, rows, strict=True)]
         own = self._reading(name, total)
         return own if first is None else replace(own, seed=first.seed, shuffle=first.shuffle)

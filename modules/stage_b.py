@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import UsageError
-from .networks import VQGAN, SemanticCompressor, StageBUNet, TextEncoder, diffusion
+from .networks import VQGAN, ConditionCache, SemanticCompressor, StageBUNet, TextEncoder, diffusion
 from .networks.base import Settings, build, holds, initialise
 from .networks.weight_files import read_file
 from .optimizers.choice import STAGE_B, OptimizerChoice, OptimizerSettings
@@ -188,7 +188,11 @@ class StageB(DiffusionStage):
         x = diffusion.draw((len(z), self.unet.config["c_in"], *size), randomness, like)
         if self.guidance_scale > 1:
             text = torch.cat([text, self.text_states([""]).expand_as(text)])
-        predict = self.unet.predictor(z, text, self.guidance_scale)
+        cache: ConditionCache = {}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self.unet.guided(x, t, z, text, cache, self.guidance_scale).float()
+
         return diffusion.sample(predict, x, diffusion.timesteps(steps or self.sampling_steps), randomness)
 
     @torch.no_grad()

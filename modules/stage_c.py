@@ -277,7 +277,11 @@ class LowerStages:
         text = self._text([*captions, *([""] * len(captions) if guidance_scale > 1 else [])], z.device)
         size = [int(side * self._scale) for side in z.shape[-2:]]
         x = diffusion.draw((len(z), unet.config["c_in"], *size), randomness, z)
-        predict = unet.predictor(z, text, guidance_scale)
+        cache: ConditionCache = {}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return unet.guided(x, t, z, text, cache, guidance_scale).float()
+
         return vqgan.to_images(diffusion.sample(predict, x, diffusion.timesteps(steps), randomness)).float()
 
     def _text(self, captions: Sequence[str], device: torch.device) -> Tensor:

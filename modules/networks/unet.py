@@ -1,7 +1,7 @@
 """Stage B: a U-Net that turns Semantic Compressor latents into Stage A latents."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -157,29 +157,30 @@ class StageBUNet(Network):
             elif isinstance(module, TimestepBlock):
                 nn.init.zeros_(module.mapper.weight)
 
-    def predictor(
-        self, effnet: Tensor | None, text: Tensor, guidance_scale: float = 0.0
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function of x and t that predicts the noise during one sampling run.
+    def guided(
+        self,
+        x: Tensor,
+        t: Tensor,
+        effnet: Tensor,
+        text: Tensor,
+        cache: ConditionCache,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Predict the noise in ``x`` at a step of a sampling run, with or without guidance.
 
         Args:
+            x: Noised latents, (n, c_in, h, w).
+            t: Timesteps, (n,).
             effnet: The compressor's latents, (n, 16, h, w).
             text: Text states, (n, length, width); with guidance (2 n, length, width), the negative ones last.
+            cache: The same dict for all steps of the run.
             guidance_scale: Scale of the guidance away from the zero embedding and the negative text; off up to 1.
         """
-        guided = guidance_scale > 1
-        cache: ConditionCache = {}
-        if guided and effnet is not None:
-            effnet = torch.cat([effnet, torch.zeros_like(effnet)])
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            if not guided:
-                noise: Tensor = self(x, t, effnet, text, cache)
-            else:
-                noise = diffusion.guide(self(torch.cat([x, x]), t.repeat(2), effnet, text, cache), guidance_scale)
-            return noise.to(x.dtype)
-
-        return predict
+        if guidance_scale <= 1:
+            noise: Tensor = self(x, t, effnet, text, cache)
+            return noise
+        both = torch.cat([effnet, torch.zeros_like(effnet)])
+        return diffusion.guide(self(torch.cat([x, x]), t.repeat(2), both, text, cache), guidance_scale)
 
     def forward(
         self,

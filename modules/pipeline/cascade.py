@@ -187,20 +187,14 @@ class Cascade:
         callback: OnStep | None = None,
     ) -> Float[Tensor, "batch c h_latent w_latent"]:
         """Run Stage B; guidance is away from no embedding and the unwanted text."""
-        guided = guidance_scale > 1
         size = [int(side * self.latent_dim_scale) for side in embeddings.shape[-2:]]
         shape = (embeddings.shape[0], self.decoder.config["c_in"], *size)
         x = diffusion.draw(shape, generator, torch.empty(0, dtype=wide(self.decoder), device=self.device))
-        seen = Seen(callback, guided, {TEXT: text, EMBEDDINGS: embeddings})
+        seen = Seen(callback, guidance_scale > 1, {TEXT: text, EMBEDDINGS: embeddings})
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             effnet, text = seen.tensors[EMBEDDINGS], seen.tensors[TEXT]
-            if not guided:
-                eps: Tensor = self.decoder(x, t, effnet, text, seen.cache)
-                return eps
-            effnet = torch.cat([effnet, torch.zeros_like(effnet)])
-            both = self.decoder(torch.cat([x, x]), t.repeat(2), effnet, text, seen.cache)
-            return diffusion.guide(both, guidance_scale)
+            return self.decoder.guided(x, t, effnet, text, seen.cache, guidance_scale)
 
         with self.at_work(self.decoder):
             x = diffusion.sample(predict, x, times, generator, callback=seen.after_step)
