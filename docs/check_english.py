@@ -35,7 +35,7 @@ SKIPPED = (
 SUFFIXES = (".md", ".py", ".yaml", ".sh", ".sbatch")
 
 AMOUNT = (
-    r"(?:\d[\d.,]*[kKMGT]?|once|twice|loss|losses|tokens|bytes|nats|samples|images|pictures|pixels|steps|rows|seconds|"
+    r"(?:\d(?:[\d.,]*\d)?[kKMGT]?|once|twice|loss|losses|tokens|bytes|nats|samples|images|pictures|pixels|steps|rows|seconds|"
     r"hours|files|numbers|gradients|parameters|runs|lines|cores|jobs|[KMGT]B|[GT]?FLOPs?(?:/s)?|d T)"
 )
 UNIT = (
@@ -67,7 +67,7 @@ def findings(name: str, text: str) -> Iterator[tuple[int, str, str]]:
     """
     prose = re.sub(r"^[ \t]*#", lambda mark: " " * len(mark.group()), text, flags=re.MULTILINE)  # comments wrap, too
     for pattern, better in PHRASES.items():
-        for match in re.finditer(pattern, prose):
+        for match in re.finditer(pattern, prose, re.IGNORECASE):
             context = " ".join(prose[max(0, match.start() - 80) : match.end() + 80].split())
             phrase = " ".join(match.group().split())
             if not any(phrase in allowed and allowed in context for allowed in ALLOWED):

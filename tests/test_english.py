@@ -26,6 +26,7 @@ def check_english(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("The loss is 4.5 nats a token.", "nats a token"),
         ("2.03 bytes a parameter", "bytes a parameter"),
         ("read once an epoch", "once an epoch"),
+        ("Goes on.", "Goes on"),
         ("# the same command goes on", "goes on"),
         ("going on from step 3", "going on"),
         ("--overwrite begins anew", "begins anew"),
@@ -49,6 +50,7 @@ def test_finds_a_docstring_that_is_a_riddle(check_english: ModuleType, start: st
     "text",
     [
         "932 tokens per second",
+        "1. A corpus has rows.",
         "There is no run to resume.",
         "the token that ends a document, and a second file",
         "It is no longer needed.",

@@ -127,7 +127,7 @@ class TensorBoardLayout(Callback):
         return layout | ({"More": self.charts} if self.charts else {})
 
 
-TOKENS, SAMPLES = "Tokens a second", "Samples a second"
+TOKENS, SAMPLES = "Tokens per second", "Samples per second"
 MFU = "MFU: {formula}, per second and device, over its peak"
 BY_CORPUS = {
     "val/loss/": "corpora/loss",

@@ -122,12 +122,12 @@ class Throughput(ThroughputMonitor):
             self._log(trainer)
 
     def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
-        """Pauses."""
+        """Pause the clocks."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._enter("validation")
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        """Goes on."""
+        """Resume the clocks."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._leave()
 

@@ -138,7 +138,7 @@ class ImageJudge:
         return found
 
     def reset(self) -> None:
-        """Begins anew."""
+        """Discard what was measured so far."""
         if self._fid is not None:
             self._fid.reset()
         self._mean.reset()

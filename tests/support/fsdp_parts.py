@@ -55,7 +55,7 @@ class Foreign(LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
-class Beside:
+class Sibling:
     """Holder of a network that is not a submodule."""
 
     def __init__(self, module: nn.Module) -> None:

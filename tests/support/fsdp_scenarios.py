@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from fsdp_parts import NEOX, Beside, Losses, RowData, make_module, make_trainer, text_data
+from fsdp_parts import NEOX, Losses, RowData, Sibling, make_module, make_trainer, text_data
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -178,7 +178,7 @@ def refused(what: str, folder: str = "") -> Any:
     elif what == "no blocks":
         model.encoder = nn.Linear(16, 16)
     elif what == "frozen":
-        model.sibling = Beside(nn.Linear(2, 2, device="meta" if os.environ["RANK"] == "1" else None))  # type: ignore[assignment]
+        model.sibling = Sibling(nn.Linear(2, 2, device="meta" if os.environ["RANK"] == "1" else None))  # type: ignore[assignment]
     elif what == "bitsandbytes":
         foreign = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
         model.configure_optimizers = lambda: foreign(model.parameters())  # type: ignore[method-assign]
